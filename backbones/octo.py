@@ -1,0 +1,382 @@
+"""Octo 1.5 in plain PyTorch: one readable file from pixels to the readout embedding, and the diffusion action head.
+
+Octo (arXiv:2405.12213) is a block-wise causal transformer over tokens of one instruction and W observations:
+
+    [language | cameras_0 low-dim_0 (language again) readout_0 | ... | cameras_{W-1} ... readout_{W-1}]
+
+Each token belongs to one of three kinds. Language tokens see language. Observation tokens also see observations of
+the same and earlier steps. The readout token sees all of these and earlier readouts, and nobody else sees it: it
+only reads. What it holds after the last block is the embedding that action heads and critics use.
+
+One set of classes serves every scale (`PRESETS`): the released octo-small-1.5 and octo-base-1.5, and `octo-compact`
+with the same parts at a size that trains on one CPU core.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LANGUAGE, OBSERVATION, READOUT = 0, 1, 2  # token kinds, ordered: a token may look at its own kind and at lower ones
+
+
+@dataclass(frozen=True)
+class OctoConfig:
+    """Sizes of one Octo model. Use `PRESETS` and `dataclasses.replace`; the class itself has no favourite.
+
+    token_dim        width d of every token, and of the embedding
+    num_layers, num_heads, mlp_dim   the transformer: blocks, heads (d / heads channels each), hidden width of the MLP
+    stem_features    output channels of the four stride-2 convolutions of a camera's stem, multiples of 32
+    stem_out         channels after the stem's last 1x1 convolution
+    image_sizes      ((camera name, side in pixels), ...), sides multiples of 16; a side of 96 makes 6 x 6 = 36 tokens.
+                     () means no camera
+    image_channels   3: the observation; 6: observation and goal image, as in the released models. The goal is always
+                     the zero image here, which is how Octo is run with an instruction
+    language_tokens  number of instruction tokens
+    language_dim     width of the text encoder's output
+    text             "hash": a small text encoder of our own, trained along; "t5-base": the frozen encoder of T5
+    repeat_task_tokens   repeat the instruction among the observation tokens of every step (true in 1.5)
+    window           W, the number of observation steps the model is used with (any W <= max_horizon works)
+    max_horizon      steps for which there are position embeddings
+    lowdim_dim       width of a low-dimensional observation vector (robot state, privileged state); 0 = none, as released
+    lowdim_tokens    number of tokens made from that vector by one linear layer (ours)
+    readout_tokens   readout tokens per step; the embedding is their mean
+    """
+
+    token_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    stem_features: tuple[int, ...]
+    stem_out: int
+    image_sizes: tuple[tuple[str, int], ...]
+    image_channels: int
+    language_tokens: int
+    language_dim: int
+    text: str
+    repeat_task_tokens: bool
+    window: int
+    max_horizon: int
+    lowdim_dim: int = 0
+    lowdim_tokens: int = 0
+    readout_tokens: int = 1
+
+
+_RELEASED = dict(
+    stem_features=(32, 96, 192, 384), stem_out=512, image_sizes=(("primary", 256), ("wrist", 128)), image_channels=6,
+    language_tokens=16, language_dim=768, text="t5-base", repeat_task_tokens=True, window=2, max_horizon=10,
+)  # fmt: skip
+PRESETS = {
+    "octo-compact": OctoConfig(
+        token_dim=128, num_layers=2, num_heads=4, mlp_dim=256, stem_features=(32, 64, 64, 128), stem_out=128,
+        image_sizes=(("primary", 96),), image_channels=3, language_tokens=4, language_dim=64, text="hash",
+        repeat_task_tokens=False, window=1, max_horizon=1, lowdim_tokens=4,
+    ),
+    "octo-small": OctoConfig(token_dim=384, num_layers=12, num_heads=6, mlp_dim=1536, **_RELEASED),
+    "octo-base": OctoConfig(token_dim=768, num_layers=12, num_heads=12, mlp_dim=3072, **_RELEASED),
+}  # fmt: skip
+
+
+def _lecun_(weight: Tensor) -> None:
+    """Flax's default kernel initialiser: truncated normal with variance 1 / fan-in."""
+    std = 1.0 / math.sqrt(weight[0].numel())
+    nn.init.trunc_normal_(weight, std=std / 0.87962566, a=-2 * std / 0.87962566, b=2 * std / 0.87962566)
+
+
+def _linear(d_in: int, d_out: int, xavier: bool = False) -> nn.Linear:
+    layer = nn.Linear(d_in, d_out)
+    nn.init.xavier_uniform_(layer.weight) if xavier else _lecun_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class StdConv(nn.Conv2d):
+    """Convolution whose kernel is standardised over (input channel, height, width) each time it is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        w = w / (w.std((1, 2, 3), keepdim=True, correction=0) + 1e-5)  # population std; 1e-5 on the std, not the var
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+class SmallStem16(nn.Module):
+    """Camera image to patch tokens: four stride-2 convolutions, so that one token covers 16 x 16 pixels.
+
+    Shapes: [N, H, H, C] uint8 (or float with the same 0..255 range) -> [N, (H/16)^2, stem_out], row by row.
+    """
+
+    def __init__(self, channels: int, features: tuple[int, ...], out: int):
+        super().__init__()
+        widths = (channels, *features)
+        self.convs = nn.ModuleList(StdConv(a, b, 3, stride=2, padding=1) for a, b in zip(widths, features))
+        self.norms = nn.ModuleList(nn.GroupNorm(32, c, eps=1e-6) for c in features)
+        self.out = nn.Conv2d(features[-1], out, 1)
+        for conv in (*self.convs, self.out):
+            _lecun_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = image.permute(0, 3, 1, 2).float() / 127.5 - 1.0  # [N, C, H, H], memory stays channels-last
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.relu(norm(conv(x)))  # side halves: [N, c, H/2, H/2] ... [N, c, H/16, H/16]
+        return self.out(x).flatten(2).transpose(1, 2)  # [N, (H/16)^2, stem_out]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with tanh-GELU.
+
+    Shapes: x [B, S, d], bias [1 or B, 1, S, S] added to the attention scores -> [B, last, d], the block's output for
+    the last `last` tokens of the sequence (all of them by default). Tokens before those serve as keys and values only.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.q, self.k, self.v, self.out = (_linear(dim, dim, xavier=True) for _ in range(4))
+        self.fc1, self.fc2 = _linear(dim, mlp_dim, xavier=True), _linear(mlp_dim, dim, xavier=True)
+        for fc in (self.fc1, self.fc2):
+            nn.init.normal_(fc.bias, std=1e-6)
+
+    def forward(self, x: Tensor, bias: Tensor | None, last: int | None = None) -> Tensor:
+        last = x.shape[1] if last is None else last
+        split = (*x.shape[:1], -1, self.heads, x.shape[2] // self.heads)
+        h = self.norm1(x)  # [B, S, d]
+        q = self.q(h[:, -last:]).view(split).transpose(1, 2)  # [B, heads, last, d/heads]
+        k, v = self.k(h).view(split).transpose(1, 2), self.v(h).view(split).transpose(1, 2)  # [B, heads, S, d/heads]
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[..., -last:, :])
+        x = x[:, -last:] + self.out(a.transpose(1, 2).flatten(2))  # [B, last, d]
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+
+
+class HashText(nn.Module):
+    """Small text encoder for the compact model: needs no vocabulary file, and reads up to `max_words` words.
+
+    A word's id is a hash of its lower-case letters, the same in every process. Learned slots stand in front of the
+    words, and what one pre-norm block writes into them is the encoding, so its length doesn't depend on the text.
+
+    Shapes: list of N strings -> [N, tokens, dim].
+    """
+
+    def __init__(self, tokens: int, dim: int, vocabulary: int = 1024, max_words: int = 16):
+        super().__init__()
+        self.tokens, self.vocabulary, self.max_words = tokens, vocabulary, max_words
+        self.embedding = nn.Embedding(vocabulary, dim)  # id 0 is padding
+        self.position = nn.Parameter(0.02 * torch.randn(1, tokens + max_words, dim))
+        self.block, self.norm = Block(dim, 4, 4 * dim), nn.LayerNorm(dim, eps=1e-6)
+
+    def ids(self, text: str) -> list[int]:
+        words = re.findall(r"[a-z0-9]+", text.lower())[: self.max_words]
+        digests = (hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words)
+        ids = [1 + int.from_bytes(digest, "big") % (self.vocabulary - 1) for digest in digests]
+        return ids + [0] * (self.max_words - len(ids))
+
+    def forward(self, instructions: list[str]) -> Tensor:
+        ids = torch.tensor([self.ids(text) for text in instructions], device=self.position.device)  # [N, max_words]
+        x = F.pad(self.embedding(ids), (0, 0, self.tokens, 0)) + self.position  # [N, tokens + max_words, dim]
+        valid = F.pad(ids > 0, (self.tokens, 0), value=True)
+        bias = torch.zeros(valid.shape, device=ids.device).masked_fill(~valid, torch.finfo(x.dtype).min)
+        return self.norm(self.block(x, bias[:, None, None])[:, : self.tokens])
+
+
+@functools.lru_cache(maxsize=16)
+def attention_pattern(kinds: tuple[int, ...], steps: tuple[int, ...], counts: tuple[int, ...], device) -> Tensor:
+    """Which token may look at which: [S, S] bool, rows look at columns.
+
+    Octo's rules, group by group, come down to one line: look at the same or earlier steps (language has step -1),
+    and at your own or a lower kind.
+    """
+    repeats = torch.tensor(counts)
+    kind, step = (torch.tensor(x).repeat_interleave(repeats) for x in (kinds, steps))
+    return ((kind[None] <= kind[:, None]) & (step[None] <= step[:, None])).to(device)
+
+
+class Octo(nn.Module):
+    """The Octo transformer with its tokenizers: images, instruction and low-dimensional vector to one embedding."""
+
+    def __init__(self, config: OctoConfig):
+        super().__init__()
+        self.config, d = config, config.token_dim
+        counts = {camera: (side // 16) ** 2 for camera, side in config.image_sizes}
+        self.stems = nn.ModuleDict(
+            {c: SmallStem16(config.image_channels, config.stem_features, config.stem_out) for c in counts}
+        )
+        self.image_projections = nn.ModuleDict({c: _linear(config.stem_out, d) for c in counts})
+        if config.lowdim_dim:
+            self.lowdim_projection = _linear(config.lowdim_dim, config.lowdim_tokens * d)
+            counts["lowdim"] = config.lowdim_tokens
+        counts["readout"] = config.readout_tokens
+        self.positions = nn.ParameterDict(
+            {name: nn.Parameter(0.02 * torch.randn(1, config.max_horizon, n, d)) for name, n in counts.items()}
+        )
+        if config.language_tokens:
+            self.positions["language"] = nn.Parameter(0.02 * torch.randn(1, config.language_tokens, d))
+            self.language_projection = _linear(config.language_dim, d)
+            self.text = HashText(config.language_tokens, config.language_dim)
+        self.blocks = nn.ModuleList(Block(d, config.num_heads, config.mlp_dim) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(d, eps=1e-6)
+
+    def encode_text(self, instructions: list[str]) -> Tensor:
+        """Encode N instructions, once per task rather than per step: [N, language_tokens, language_dim]."""
+        return self.text(instructions)
+
+    def _tokenize(self, images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask):
+        """All inputs to one sequence: tokens [B, S, d], attention bias [1 or B, 1, S, S], layout of the sequence."""
+        config, d = self.config, self.config.token_dim
+        some = lowdim if lowdim is not None else next(iter(images.values()))
+        (B, W), device = some.shape[:2], some.device
+        if W > config.max_horizon:
+            raise ValueError(f"window must be at most max_horizon = {config.max_horizon}, got {W} steps")
+        valid_step = None if timestep_pad_mask is None else timestep_pad_mask.bool()  # [B, W]
+        steps_of: list[tuple[str, int, Tensor, Tensor | None]] = []  # name, kind, [B, W, n, d], valid keys [B, W]
+        for camera, side in config.image_sizes:
+            image = images[camera]
+            if image.shape != (B, W, side, side, 3):
+                raise ValueError(f"image {camera!r} must be {(B, W, side, side, 3)}, got {tuple(image.shape)}")
+            image = F.pad(image.flatten(0, 1), (0, config.image_channels - 3))  # [B*W, H, H, C], goal pixels are 0
+            x = self.image_projections[camera](self.stems[camera](image))  # [B*W, n, d]
+            valid = valid_step
+            if image_pad_masks is not None and camera in image_pad_masks:
+                shown = image_pad_masks[camera].bool()  # [B, W]
+                valid = shown if valid is None else valid & shown
+            steps_of.append((camera, OBSERVATION, x.unflatten(0, (B, W)) + self.positions[camera][:, :W], valid))
+        if config.lowdim_dim:
+            x = self.lowdim_projection(lowdim).view(B, W, config.lowdim_tokens, d)
+            steps_of.append(("lowdim", OBSERVATION, x + self.positions["lowdim"][:, :W], valid_step))
+        parts, layout, valids = [], [], []  # one entry per (step, group); valids are [B, 1] or None for all-valid
+        if language is not None:
+            x = self.language_projection(language) + self.positions["language"]  # [B or 1, T, d]
+            x = x.expand(B, -1, -1)
+            parts, layout, valids = [x], [("language", LANGUAGE, -1, x.shape[1])], [language_mask]
+            if config.repeat_task_tokens:  # the projected tokens again, with no embedding of the step
+                valid = None if language_mask is None else language_mask[:, None].expand(B, W)
+                steps_of.append(("language again", OBSERVATION, x[:, None].expand(B, W, *x.shape[1:]), valid))
+        readout = self.positions["readout"][:, :W].expand(B, -1, -1, -1)
+        steps_of.append(("readout", READOUT, readout, None))
+        for step in range(W):
+            for name, kind, x, valid in steps_of:
+                parts.append(x[:, step])
+                layout.append((name, kind, step, x.shape[2]))
+                valids.append(None if valid is None else valid[:, step])
+        _, kinds, steps, counts = zip(*layout)
+        allowed = attention_pattern(kinds, steps, counts, device)[None, None]  # [1, 1, S, S]
+        if any(valid is not None for valid in valids):
+            everyone = torch.ones(B, dtype=torch.bool, device=device)
+            keys = torch.stack([everyone if valid is None else valid.bool() for valid in valids], 1)  # [B, groups]
+            keys = keys.repeat_interleave(torch.tensor(counts, device=device), dim=1)  # [B, S]
+            allowed = allowed & keys[:, None, None]
+        # The most negative float rather than -inf: a language row without any valid key then becomes a uniform
+        # average, as in the original, instead of NaN.
+        bias = torch.zeros(allowed.shape, device=device).masked_fill(~allowed, torch.finfo(torch.float32).min)
+        return torch.cat(parts, 1), bias, layout
+
+    def forward(
+        self,
+        images: dict[str, Tensor],
+        language: Tensor | None = None,
+        lowdim: Tensor | None = None,
+        timestep_pad_mask: Tensor | None = None,
+        image_pad_masks: dict[str, Tensor] | None = None,
+        language_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The readout embedding of the last step in the window.
+
+        Shapes:
+            images             {camera: [B, W, H, H, 3] uint8}, every camera of the config ({} if it has none)
+            language           [B or 1, language_tokens, language_dim] from `encode_text`; None: no instruction tokens
+            lowdim             [B, W, lowdim_dim] float, needed if the config has it
+            timestep_pad_mask  [B, W] bool, True = a real step; None: all real
+            image_pad_masks    {camera: [B, W] bool}, True = this image exists; cameras left out exist
+            language_mask      [B] bool, True = this sample has an instruction; None: all have
+        Returns: [B, token_dim], the mean over the readout tokens.
+        Raises: ValueError when an image has the wrong shape or the window is longer than max_horizon.
+        """
+        x, bias, _ = self._tokenize(images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
+        for block in self.blocks[:-1]:
+            x = block(x, bias)  # [B, S, d]
+        x = self.blocks[-1](x, bias, last=self.config.readout_tokens)  # nothing reads the other rows any more
+        return self.norm(x).mean(1)  # [B, d]
+
+    def trunk(self, images, language=None, lowdim=None, timestep_pad_mask=None, image_pad_masks=None,
+              language_mask=None) -> dict[str, Tensor]:  # fmt: skip
+        """Every output token, by group: "language" [B, T, d], all others [B, W, n, d]. Arguments as in `forward`."""
+        x, bias, layout = self._tokenize(images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
+        for block in self.blocks:
+            x = block(x, bias)
+        groups: dict[str, list[Tensor]] = {}
+        for (name, _, _, count), part in zip(layout, self.norm(x).split([g[3] for g in layout], 1)):
+            groups.setdefault(name, []).append(part)
+        return {name: parts[0] if name == "language" else torch.stack(parts, 1) for name, parts in groups.items()}
+
+
+class DiffusionHead(nn.Module):
+    """Octo's action head: denoises a chunk of actions, conditioned on the embedding (DDPM, 20 cosine-spaced steps).
+
+    Actions are in the normalised units of the dataset statistics. Sampling K chunks costs K small network passes per
+    step and no further pass of the transformer.
+    """
+
+    def __init__(self, embedding_dim: int, action_horizon: int = 4, action_dim: int = 7, hidden: int = 256,
+                 num_blocks: int = 3, time_dim: int = 32, num_steps: int = 20, max_action: float = 5.0):  # fmt: skip
+        super().__init__()
+        self.action_horizon, self.action_dim, self.max_action = action_horizon, action_dim, max_action
+        self.num_steps, flat = num_steps, action_horizon * action_dim
+        self.fourier = nn.Parameter(0.2 * torch.randn(time_dim // 2, 1))
+        self.time1, self.time2 = _linear(time_dim, 2 * time_dim, xavier=True), _linear(2 * time_dim, time_dim, True)
+        self.input = _linear(time_dim + embedding_dim + flat, hidden, xavier=True)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden, eps=1e-6) for _ in range(num_blocks))
+        self.fc1 = nn.ModuleList(_linear(hidden, 4 * hidden) for _ in range(num_blocks))
+        self.fc2 = nn.ModuleList(_linear(4 * hidden, hidden) for _ in range(num_blocks))
+        self.output = _linear(hidden, flat, xavier=True)
+        # Cosine schedule as Octo writes it: s is added to the step's fraction and divided by 1 + s.
+        s, t = 0.008, torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+        signal = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
+        betas = (1 - signal[1:] / signal[:-1]).clamp(0, 0.999).float()  # [num_steps]
+        self.register_buffer("betas", betas, persistent=False)
+        self.register_buffer("alpha_bars", torch.cumprod(1 - betas, 0), persistent=False)
+
+    def forward(self, embedding: Tensor, noisy: Tensor, step: Tensor) -> Tensor:
+        """Predicted noise. Shapes: embedding [..., d], noisy [..., H*A] (time-major), step [..., 1] -> [..., H*A]."""
+        angle = 2 * math.pi * step.float() @ self.fourier.T  # the step's integer index, not its fraction: [..., 16]
+        time = self.time2(F.silu(self.time1(torch.cat([angle.cos(), angle.sin()], -1))))  # [..., 32]
+        x = self.input(torch.cat([time, embedding, noisy], -1))  # [..., hidden]
+        for norm, fc1, fc2 in zip(self.norms, self.fc1, self.fc2):
+            x = x + fc2(F.silu(fc1(norm(x))))
+        return self.output(F.silu(x))
+
+    def loss(self, embedding: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Noise-prediction error, as trained by Octo: mean squared error times the action dimension.
+
+        Shapes: embedding [B, d], actions [B, H, A] normalised -> scalar.
+        """
+        clean, B, device = actions.flatten(1).clamp(-self.max_action, self.max_action), len(actions), actions.device
+        step = torch.randint(self.num_steps, (B, 1), generator=generator, device=device)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        alpha_bar = self.alpha_bars[step]  # [B, 1]
+        predicted = self(embedding, alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise, step)
+        return F.mse_loss(predicted, noise) * self.action_dim
+
+    @torch.no_grad()
+    def sample(self, embedding: Tensor, K: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """Draw K action chunks per state.
+
+        Shapes: embedding [B, d] -> [B, K, action_horizon, action_dim], normalised units, within +-max_action.
+        """
+        shape = (len(embedding), K, self.action_horizon * self.action_dim)
+        embedding = embedding[:, None].expand(-1, K, -1)
+        x = torch.randn(shape, generator=generator, device=embedding.device)
+        for t in reversed(range(self.num_steps)):
+            beta, alpha_bar = self.betas[t], self.alpha_bars[t]
+            noise = self(embedding, x, torch.full((*shape[:2], 1), t, device=x.device))
+            x = (x - beta / (1 - alpha_bar).sqrt() * noise) / (1 - beta).sqrt()
+            if t > 0:
+                x = x + beta.sqrt() * torch.randn(shape, generator=generator, device=x.device)
+            x = x.clamp(-self.max_action, self.max_action)
+        return x.unflatten(-1, (self.action_horizon, self.action_dim))
