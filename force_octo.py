@@ -1,0 +1,1662 @@
+"""FORCE on Octo: value-calibrated warm-up and self-distillation for vision-language-action policies (arXiv:2606.26006).
+
+A policy is cloned from demonstrations (stage 0), a conservative critic is trained on the same data (stage 1), both are
+re-calibrated on the policy's own rollouts (stage 2), and then the policy learns online from the better half of its own
+proposals (stage 3, VGPD). The Octo backbone is trained in stage 0 only; afterwards an observation is embedded once.
+
+Equations (numbers of the paper)                                             where
+  (1)     critic: TD + alpha * (LSE over sampled actions - Q(data)), Cal-QL    td_target, calql_loss
+  (2-4)   stage 1 actor: bc_weight * BC - q_weight * Q                         consistency_loss, q_loss, actor_loss
+  (5-7)   stage 2 actor: BC on successful trajectories only (1{y=1} / rho)     success_weighted_bc
+  (8)     stage 3 critic: plain TD                                             td_target, update_critic
+  (9)     stage 3 actor: q_weight * L_Q + bc_weight * L_distill                actor_loss
+  (10-11) pi* ~ pi_old exp(Q / temperature), projected by weighted BC          vgpd_target, update_actor
+  (12)    expert half of the batch: BC                                         --expert-filter bc
+  (13-15) mean baseline, gate zeta, candidate weights                          vgpd_target
+
+Commands
+  python force_octo.py --env-id StackCube-v1 --K 20                  # RGB, makes its demonstrations on the first run
+  python force_octo.py --env-id PushCube-v1 --obs-mode state         # privileged state: minutes on one core
+  python force_octo.py --preset paper --env-id PickCube-v1           # the paper's reading, where it is known
+  python force_octo.py --resume runs/NAME | --eval-only runs/NAME    # go on after a kill | evaluate the last checkpoint
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from scipy.stats import binomtest
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from backbones.octo import PRESETS as OCTO_PRESETS
+from backbones.octo import Octo
+
+
+# =====================================================================================================================
+# Arguments
+# =====================================================================================================================
+@dataclass
+class Args:
+    # --- experiment ---
+    env_id: str = "StackCube-v1"
+    """ManiSkill task"""
+    seed: int = 1
+    """seed of networks, batches, exploration and training episodes"""
+    K: int = 20
+    """K: candidate action chunks per state in VGPD"""
+    preset: Literal["default", "paper"] = "default"
+    """"paper": every choice as the paper (or, where it is silent, ConRFT) has it; explicit flags still win"""
+    runs: str = "runs"
+    """folder for runs"""
+    run_name: str | None = None
+    """name of the run's folder; default: task, observation mode, seed and time"""
+    resume: str | None = None
+    """run folder to go on with; all other flags are taken from its config.json"""
+    eval_only: str | None = None
+    """run folder to evaluate, without training"""
+    track: bool = False
+    """log to Weights & Biases too (works offline)"""
+    device: str = "auto"
+    """"auto", "cpu" or "cuda" """
+    torch_threads: int = 1
+    """CPU threads of torch"""
+
+    # --- environment ---
+    obs_mode: Literal["rgb", "state"] = "rgb"
+    """"rgb": camera + proprioception; "state": privileged low-dimensional state, the fast path"""
+    control_mode: str = "pd_ee_delta_pos"
+    """ManiSkill controller; the paper uses pd_ee_delta_pose"""
+    control_freq: int = 10
+    """control steps per second (ManiSkill's default is 20, the paper's robot runs at 10)"""
+    max_episode_steps: int | None = None
+    """time limit in control steps; default: per task, see TASKS"""
+    robot_uids: str = "panda"
+    """robot model; panda_wristcam renders several times slower without a GPU"""
+    image_size: int = 96
+    """side of the camera image in pixels, a multiple of 16"""
+    reward: Literal["binary", "conrft"] = "binary"
+    """"binary": 1 on success, else 0; "conrft": +10 on success, else -0.05"""
+    sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"
+    """simulator; physx_cuda steps all environments in one batch on the GPU"""
+    num_envs: int = 1
+    """environments stepped side by side (physx_cpu: one worker process each)"""
+
+    # --- demonstrations ---
+    demo_path: str | None = None
+    """ManiSkill trajectory .h5 (with its .json); default: made by ManiSkill's motion planner and cached"""
+    num_demos: int = 300
+    """demonstrations to make or to use"""
+    demo_dir: str = "demos"
+    """cache for demonstrations"""
+
+    # --- model ---
+    backbone: Literal["octo-compact", "octo-small", "octo-base"] = "octo-compact"
+    """size of the Octo backbone"""
+    checkpoint: str | None = None
+    """released Octo weights to start from"""
+    hidden_dim: int = 512
+    """width of actor and critic"""
+    num_layers: int = 3
+    """hidden layers of actor and critic"""
+    num_critics: int = 4
+    """critics in the ensemble; TD targets take the minimum of two random ones"""
+    chunk_len: int = 4
+    """H: actions per decision, executed open loop (1 = the paper's)"""
+    action_range: float = 1.25
+    """the policy's action box as a multiple of the largest demonstrated action, per dimension"""
+
+    # --- stage 0: supervised fine-tuning ---
+    sft_updates: int = 3000
+    """updates of backbone and head"""
+    sft_head_updates: int = 4000
+    """further updates of the head alone, on cached embeddings"""
+    sft_lr: float = 1e-3
+    """peak learning rate, cosine decay after 5 % warm-up"""
+    sft_batch_size: int = 128
+    """transitions per batch"""
+
+    # --- stages 1 to 3 ---
+    gamma: float = 0.98
+    """discount per control step"""
+    reinforce_lr: float = 3e-4
+    """learning rate of actor and critic after stage 0 (Adam, constant)"""
+    batch_size: int = 256
+    """transitions per batch; stages 2 and 3: half expert, half policy buffer"""
+    tau: float = 0.005
+    """Polyak step of the target critics"""
+    critic_updates: int = 2
+    """critic updates per actor update"""
+    offline_updates: int = 3000
+    """stage 1: actor updates"""
+    warmup_episodes: int = 40
+    """stage 2: rollouts of the current policy"""
+    warmup_updates: int = 2000
+    """stage 2: actor updates; the first half trains the critic only"""
+    warmup_train_actor: bool = True
+    """stage 2: train the actor by Eqs. (5-7); otherwise the critic only"""
+    warmup: bool = True
+    """--no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")"""
+    online_steps: int = 25_000
+    """stage 3: control steps, summed over environments"""
+    utd_ratio: float = 0.5
+    """stage 3: actor updates per control step"""
+    cql_alpha: float = 0.1
+    """weight of the conservative term in stages 1 and 2"""
+    online_cql_alpha: float = 0.0
+    """the same in stage 3 (0 = the paper's Eq. 8)"""
+    cql_samples: int = 4
+    """sampled actions of each kind in the conservative term (random, pi(s), pi(s'))"""
+    bc_weight: float = 1.0
+    """weight of BC / distillation in stages 1 and 2; stage 3: `distill_weight`"""
+    distill_weight: float = 1.0
+    """stage 3: weight of the distillation loss"""
+    q_weight: float = 0.0
+    """weight of the Q loss in all stages"""
+    q_normalize: bool = True
+    """divide the Q loss by the batch mean of |Q|"""
+    vgpd: bool = True
+    """--no-vgpd replaces distillation by BC on both halves (the paper's ablation)"""
+    temperature: float = 1.0
+    """tau of Eq. (15), in reward units, or in units of the candidates' Q spread with --temperature-adaptive"""
+    temperature_adaptive: bool = True
+    """scale the temperature by the standard deviation of Q over a state's candidates"""
+    expert_filter: Literal["bc", "filter"] = "bc"
+    """expert half: plain BC (Eq. 12), or gated like the policy half (Eq. 14)"""
+    candidate_sigma: float = 0.5
+    """noise level of the second denoising step for candidates (0 = one-step candidates)"""
+    candidate_noise: float = 0.1
+    """Gaussian noise added to candidates, in units of the action box"""
+    actor_ema: float = 0.995
+    """decay of the averaged actor that acts and is evaluated in stages 2 and 3 (0 = off)"""
+    select: Literal["sample", "best-of-k"] = "sample"
+    """action selection: a sample, or the best of K candidates by the critic (not in the paper)"""
+
+    # --- evaluation and logging ---
+    eval_episodes: int = 100
+    """episodes of the last evaluation and of the one at hand-over to stage 3"""
+    eval_interim_episodes: int = 50
+    """episodes of every other evaluation"""
+    eval_freq: int = 2500
+    """control steps between evaluations in stage 3"""
+    video_episodes: int = 4
+    """episodes filmed after training (0 = none)"""
+    log_freq: int = 100
+    """updates between logged rows"""
+    checkpoint_freq: int = 1000
+    """updates between checkpoints (also written at the end of each stage and evaluation)"""
+
+
+PAPER = dict(
+    control_mode="pd_ee_delta_pose", reward="conrft", gamma=0.99, chunk_len=1, hidden_dim=256, num_layers=2, num_critics=2,
+    sft_lr=3e-4, q_weight=1.0, q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False,
+    candidate_sigma=0.0, candidate_noise=0.0, actor_ema=0.0, cql_samples=10, offline_updates=20_000,
+    warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task needs beyond ManiSkill's registration: instruction, time limit in seconds, camera."""
+
+    instruction: str
+    seconds: float
+    eye: tuple[float, float, float] = (0.32, 0.0, 0.42)
+    target: tuple[float, float, float] = (0.0, 0.0, 0.06)
+    fov: float = 0.95
+
+
+TASKS = {
+    "PushCube-v1": Task("push the cube onto the round target", 5.0, eye=(0.5, 0.0, 0.5), target=(0.05, 0.0, 0.0)),
+    "PullCube-v1": Task("pull the cube onto the round target", 5.0, eye=(0.5, 0.0, 0.5), target=(-0.05, 0.0, 0.0)),
+    "PickCube-v1": Task("pick up the red cube and hold it at the goal position", 8.0),
+    "StackCube-v1": Task("stack the red cube on the green cube", 10.0, eye=(0.42, 0.0, 0.48), target=(-0.02, 0.0, 0.04)),
+    "PlaceSphere-v1": Task("place the blue sphere into the bin", 10.0, eye=(0.42, 0.0, 0.48)),
+    "PullCubeTool-v1": Task("pull the cube closer with the hook", 12.0, eye=(0.7, 0.0, 0.7)),
+    "LiftPegUpright-v1": Task("lift the peg upright", 10.0, eye=(0.5, 0.0, 0.5)),
+}
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
+
+
+def validate(args: Args) -> None:
+    """Check the flags before anything is built, and fill in what depends on the task.
+
+    Raises: UserError naming the flag and what it may be.
+    """
+    import mani_skill.envs  # noqa: F401  registers the tasks
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    if args.env_id not in REGISTERED_ENVS:
+        raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {', '.join(TASKS)}")
+    at_least = dict(
+        K=1, torch_threads=1, control_freq=1, image_size=16, num_envs=1, num_demos=1, hidden_dim=1, num_layers=1,
+        num_critics=1, chunk_len=1, sft_updates=0, sft_head_updates=0, sft_batch_size=1, batch_size=2, critic_updates=1,
+        offline_updates=0, warmup_episodes=0, warmup_updates=0, online_steps=0, utd_ratio=0, cql_alpha=0, cql_samples=1,
+        online_cql_alpha=0, bc_weight=0, distill_weight=0, q_weight=0, candidate_sigma=0, candidate_noise=0,
+        eval_episodes=1, eval_interim_episodes=1, eval_freq=1, video_episodes=0, log_freq=1, checkpoint_freq=1,
+    )  # fmt: skip
+    for name, low in at_least.items():
+        if not getattr(args, name) >= low:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    for name in ("sft_lr", "reinforce_lr", "temperature", "action_range"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    for name, high in (("gamma", 1.0), ("tau", 1.0), ("actor_ema", 1.0)):
+        if not 0 <= getattr(args, name) <= high or (name != "tau" and getattr(args, name) == high):
+            raise UserError(f"--{name.replace('_', '-')} must be in [0, {high}), got {getattr(args, name)}")
+    if args.image_size % 16:
+        raise UserError(f"--image-size must be a multiple of 16, got {args.image_size}")
+    if args.checkpoint or args.backbone != "octo-compact":
+        raise UserError("released Octo weights can't be loaded yet; leave out --checkpoint and use --backbone octo-compact")
+    if args.warmup and args.warmup_updates and not args.warmup_episodes:
+        raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave the stage out by --no-warmup")
+    if args.select == "best-of-k" and args.K < 2:
+        raise UserError(f"--select best-of-k needs --K of at least 2, got {args.K}")
+    task = TASKS.get(args.env_id, Task("do the task", REGISTERED_ENVS[args.env_id].max_episode_steps / 10))
+    if args.max_episode_steps is None:
+        args.max_episode_steps = round(task.seconds * args.control_freq)
+    if args.max_episode_steps < args.chunk_len:
+        raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "cuda" in (args.device, args.sim_backend.removeprefix("physx_")) and not torch.cuda.is_available():
+        raise UserError("no CUDA device found: use --device cpu --sim-backend physx_cpu")
+
+
+# =====================================================================================================================
+# Environment
+# =====================================================================================================================
+# --- shared: environment ---
+class ObsWrapper(gym.Wrapper):
+    """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
+
+    Proprio is everything of the "agent" and "extra" groups: joint positions and velocities, gripper pose, and what
+    the task adds (PickCube's goal position); in state mode the task adds its privileged state.
+    """
+
+    def observation(self, raw: dict) -> dict[str, np.ndarray]:
+        from mani_skill.utils import common
+
+        flat = common.flatten_state_dict({k: raw[k] for k in ("agent", "extra") if raw.get(k)}, use_torch=True)
+        obs = {"proprio": flat.float().cpu().numpy()}
+        if "sensor_data" in raw:
+            obs["primary"] = next(iter(raw["sensor_data"].values()))["rgb"].cpu().numpy()
+        return obs
+
+    def reset(self, **kwargs):
+        raw, info = self.env.reset(**kwargs)
+        return self.observation(raw), info
+
+    def step(self, action):
+        raw, _, terminated, _, info = self.env.step(action)
+        success = info.get("success", torch.zeros_like(terminated)).bool()
+        return self.observation(raw), 0.0, terminated.cpu().numpy(), success.cpu().numpy(), {}
+
+
+class SingleEnv(gym.Wrapper):
+    """One element of an `ObsWrapper` batch of one, as a worker process of gymnasium's AsyncVectorEnv needs it.
+
+    The success flag travels in the place of `truncated`: the time limit is kept by `rollout`.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        obs = {k: v[0] for k, v in env.reset(seed=0)[0].items()}
+        bounds = {"proprio": (-np.inf, np.inf), "primary": (0, 255)}
+        self.observation_space = gym.spaces.Dict(
+            {k: gym.spaces.Box(*bounds[k], shape=v.shape, dtype=v.dtype.type) for k, v in obs.items()}
+        )
+        self.action_space = env.unwrapped.single_action_space
+
+    def reset(self, **kwargs):
+        return {k: v[0] for k, v in self.env.reset(**kwargs)[0].items()}, {}
+
+    def step(self, action):
+        obs, _, terminated, success, _ = self.env.step(action)
+        return {k: v[0] for k, v in obs.items()}, 0.0, bool(terminated[0]), bool(success[0]), {}
+
+    def render(self):
+        return self.env.render()[0].cpu().numpy()
+
+
+def make_single_env(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
+    """One ManiSkill environment (on physx_cuda: a batch of them) in this process.
+
+    Raises: UserError if the simulator can't start, which nearly always means Vulkan.
+    """
+    import mani_skill.envs  # noqa: F401  registers the tasks
+    from mani_skill.utils import sapien_utils
+
+    task = TASKS.get(args.env_id, Task("do the task", 0.0))
+    camera = dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov)
+    cameras = dict(width=args.image_size, height=args.image_size, shader_pack="minimal", base_camera=camera)
+    try:
+        env = gym.make(
+            args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
+            control_mode=args.control_mode, robot_uids=args.robot_uids, reward_mode="none", render_mode="rgb_array" if render else None,
+            sim_backend=args.sim_backend, render_backend="gpu" if args.sim_backend == "physx_cuda" else "cpu",
+            sim_config=dict(control_freq=args.control_freq), max_episode_steps=1_000_000,
+            sensor_configs=cameras, human_render_camera_configs=dict(width=256, height=256),
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks Vulkan") from error
+    except (KeyError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"{args.env_id} refuses these settings (robot, controller, camera): {error!r}") from error
+    return ObsWrapper(env)
+
+
+class VecEnv:
+    """num_envs environments behind `reset(seeds)` and `step(actions)`, without auto-reset; the same for all backends."""
+
+    def __init__(self, args: Args):
+        self.num_envs = args.num_envs
+        if args.sim_backend == "physx_cuda" or args.num_envs == 1:
+            self.env = make_single_env(args, args.num_envs)
+            space = self.env.unwrapped.single_action_space
+        else:
+            make = functools.partial(_worker_env, args)
+            self.env = gym.vector.AsyncVectorEnv(
+                [make] * args.num_envs, context="spawn", autoreset_mode=gym.vector.AutoresetMode.DISABLED
+            )
+            space = self.env.single_action_space
+        self.action_dim = space.shape[0]
+
+    def reset(self, seeds: list[int]) -> dict[str, np.ndarray]:
+        """Start one episode per environment. seeds: num_envs integers; they alone decide the initial states."""
+        return self.env.reset(seed=list(seeds))[0]
+
+    def step(self, action: np.ndarray):
+        """Shapes: action [num_envs, A] in the controller's box -> obs, terminated [num_envs], success [num_envs]."""
+        obs, _, terminated, success, _ = self.env.step(action)
+        return obs, np.asarray(terminated), np.asarray(success)
+
+    def close(self) -> None:
+        self.env.close()
+
+
+def _worker_env(args: Args) -> SingleEnv:
+    torch.set_num_threads(1)
+    return SingleEnv(make_single_env(args))
+
+
+# --- end shared ---
+
+
+# =====================================================================================================================
+# Demonstrations
+# =====================================================================================================================
+# --- shared: demonstrations ---
+@dataclass
+class Demos:
+    """Successful demonstrations as this project's environment sees them, cut at the first success.
+
+    obs      {"proprio": [M, P] float32, "primary": [M, H, H, 3] uint8}; an episode of T steps has T + 1 rows
+    action   [M, A] float32 in the controller's box; the row of an episode's last observation is unused
+    lengths  [episodes] T of each
+    """
+
+    obs: dict[str, np.ndarray]
+    action: np.ndarray
+    lengths: np.ndarray
+    source: str
+
+    def starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
+
+
+_counter = None  # progress of worker processes, shared by `run_workers`
+
+
+def _init_worker(counter) -> None:
+    global _counter
+    _counter = counter
+    torch.set_num_threads(1)
+
+
+def run_workers(function, jobs: list[tuple], total: int, title: str) -> list:
+    """Run function(*job) for each job in its own process, with one progress bar over `total` counts."""
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("i", 0)
+    with context.Pool(len(jobs), _init_worker, (counter,)) as pool, tqdm(total=total, desc=title, mininterval=1) as bar:
+        pending = pool.starmap_async(function, jobs)
+        while not pending.ready():
+            pending.wait(0.5)
+            bar.update(counter.value - bar.n)
+        result = pending.get()
+        bar.update(counter.value - bar.n)
+    return result
+
+
+def plan_demos(args: Args, folder: str, seeds: range, count: int) -> str:
+    """Let ManiSkill's motion planner solve `count` episodes (joint-position control); returns the .h5 written."""
+    from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
+    from mani_skill.utils.wrappers.record import RecordEpisode
+
+    env = gym.make(
+        args.env_id, obs_mode="none", control_mode="pd_joint_pos", robot_uids=args.robot_uids, reward_mode="sparse",
+        sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
+    )  # fmt: skip
+    env = RecordEpisode(
+        env, folder, save_video=False, trajectory_name=f"part{seeds.start}", record_reward=False, save_on_reset=False,
+        source_type="motionplanning", source_desc="ManiSkill's motion planning solution",
+    )  # fmt: skip
+    path, done = env._h5_file.filename, 0
+    for seed in seeds:
+        if done == count:
+            break
+        try:
+            result = MP_SOLUTIONS[args.env_id](env, seed=seed, debug=False, vis=False)
+            solved = result != -1 and result[-1]["success"].item()
+        except Exception:  # the solutions raise all sorts where no plan exists; the next seed is as good
+            solved = False
+        env.flush_trajectory(save=solved)
+        done += solved
+        with _counter.get_lock():
+            _counter.value += int(solved)
+    env.close()
+    if done < count:
+        raise UserError(f"the motion planner solved only {done} of {len(seeds)} episodes of {args.env_id}")
+    return path
+
+
+def make_demos(args: Args) -> Path:
+    """Plan `num_demos` demonstrations and convert them to the policy's controller, by ManiSkill's own two tools.
+
+    Returns: the converted .h5, from the cache if it was made before.
+    """
+    from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
+    from mani_skill.trajectory.merge_trajectory import merge_trajectories
+
+    if args.env_id not in MP_SOLUTIONS:
+        raise UserError(f"ManiSkill has no motion planner for {args.env_id}: give demonstrations by --demo-path FILE.h5")
+    name = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}"
+    folder = Path(args.demo_dir) / name
+    done = folder / f"trajectory.none.{args.control_mode}.physx_cpu.h5"
+    if done.exists():
+        return done
+    work = folder.with_name(f"{name}.tmp{os.getpid()}")  # renamed when complete: a killed run leaves no half cache
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        workers = min(os.cpu_count() or 1, 8, args.num_demos)
+        planned = folder / "trajectory.h5"
+        if planned.exists():
+            for suffix in (".h5", ".json"):
+                shutil.copy(planned.with_suffix(suffix), work / f"trajectory{suffix}")
+        else:
+            counts = [len(part) for part in np.array_split(np.arange(args.num_demos), workers)]
+            jobs = [(args, str(work), range(i * 100_000, i * 100_000 + 3 * n + 20), n) for i, n in enumerate(counts)]
+            parts = run_workers(plan_demos, jobs, args.num_demos, "planning demonstrations")
+            merge_trajectories(str(work / "trajectory.h5"), parts)
+        convert_demos(work / "trajectory.h5", args.control_mode, args.num_demos, workers)
+        for part in work.glob("part*"):
+            part.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in work.iterdir():
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return done
+
+
+def convert_demos(path: Path, control_mode: str, count: int, workers: int) -> Path:
+    """Replay joint-position demonstrations under another controller with ManiSkill's replay tool."""
+    if control_mode == "pd_joint_pos":
+        target = path.with_name(f"{path.stem}.none.{control_mode}.physx_cpu.h5")
+        for suffix in (".h5", ".json"):
+            shutil.copy(path.with_suffix(suffix), target.with_suffix(suffix))
+        return target
+    log = path.with_name("replay.log")
+    command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path), "-c", control_mode,
+               "-o", "none", "--save-traj", "--num-envs", str(workers), "--count", str(count)]  # fmt: skip
+    with open(log, "wb") as out, tqdm(total=count, desc=f"converting to {control_mode}", mininterval=1) as bar:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while process.poll() is None:
+            time.sleep(0.5)
+            bar.update(len(set(re.findall(rb"traj_\d+", log.read_bytes()))) - bar.n)
+        bar.update(count - bar.n)
+    target = path.with_name(f"{path.stem}.none.{control_mode}.physx_cpu.h5")
+    if process.returncode or not target.exists():
+        raise UserError(f"ManiSkill can't convert {path} to {control_mode}: {log.read_text(errors='replace')[-300:]}")
+    return target
+
+
+def check_demos(args: Args, path: Path) -> dict:
+    """Read a trajectory's .json and check that it fits the flags. Raises: UserError with the way out."""
+    try:
+        meta = json.loads(path.with_suffix(".json").read_text())
+        info = meta["env_info"]
+        kwargs, found = info["env_kwargs"], info["env_id"]
+        with h5py.File(path, "r") as file:
+            missing = [e["episode_id"] for e in meta["episodes"] if f"traj_{e['episode_id']}/actions" not in file]
+    except FileNotFoundError as error:
+        raise UserError(f"no demonstrations: {error.filename} doesn't exist (a ManiSkill .h5 has a .json beside it)") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no complete ManiSkill trajectory file ({error}); make or copy it again") from error
+    if missing:
+        raise UserError(f"{path} is truncated: episodes {missing[:5]} are listed but not stored; make or copy it again")
+    freq = (kwargs.get("sim_config") or {}).get("control_freq", 20)
+    for flag, have, want in (
+        ("env-id", found, args.env_id),
+        ("control-freq", freq, args.control_freq),
+        ("robot-uids", kwargs.get("robot_uids") or args.robot_uids, args.robot_uids),
+    ):
+        if have != want:
+            raise UserError(f"{path} was recorded with --{flag} {have}, not {want}")
+    if len(meta["episodes"]) < args.num_demos:
+        raise UserError(f"{path} holds {len(meta['episodes'])} episodes; --num-demos asks for {args.num_demos}")
+    return meta
+
+
+def observe_demos(args: Args, path: str, episodes: list[dict], part: str) -> str:
+    """Replay demonstrations through the policy's own environment and write what it observes to the .npz `part`."""
+    env = make_single_env(args)
+    rows, actions, lengths = [], [], []
+    with h5py.File(path, "r") as file:
+        for episode in episodes:
+            action = file[f"traj_{episode['episode_id']}"]["actions"][:].astype(np.float32)
+            seed = episode["reset_kwargs"].get("seed", episode["episode_seed"])
+            obs = [env.reset(seed=seed)[0]]
+            for t, a in enumerate(action):
+                step_obs, _, _, success, _ = env.step(a)
+                obs.append(step_obs)
+                if success[0]:  # cut here: the reinforcement learning episode ends at the first success
+                    rows += obs
+                    actions += [action[: t + 1], np.zeros((1, action.shape[1]), np.float32)]
+                    lengths.append(t + 1)
+                    break
+            with _counter.get_lock():
+                _counter.value += 1
+    env.close()
+    if not lengths:
+        raise UserError(f"none of the demonstrations in {path} succeeds when replayed: wrong simulator version or settings?")
+    obs = {f"obs_{k}": np.concatenate([row[k] for row in rows]) for k in rows[0]}
+    np.savez(part, action=np.concatenate(actions), lengths=np.array(lengths), **obs)
+    return part
+
+
+def load_demos(args: Args) -> Demos:
+    """Demonstrations from `--demo-path` or the planner, replayed once in the policy's environment and cached."""
+    path = Path(args.demo_path) if args.demo_path else make_demos(args)
+    meta = check_demos(args, path)
+    controller = meta["env_info"]["env_kwargs"].get("control_mode", "pd_joint_delta_pos")
+    if controller != args.control_mode:
+        if controller != "pd_joint_pos":
+            raise UserError(f"{path} has actions for {controller}; only pd_joint_pos can be converted to {args.control_mode}")
+        target = path.with_name(f"{path.stem}.none.{args.control_mode}.physx_cpu.h5")
+        path = target if target.exists() else convert_demos(path, args.control_mode, len(meta["episodes"]), 1)
+        meta = check_demos(args, path)
+    episodes = meta["episodes"][: args.num_demos]
+    view = [args.obs_mode, args.num_demos, args.robot_uids, args.control_freq, path.stat().st_size, path.stat().st_mtime_ns]
+    view += [args.image_size, TASKS.get(args.env_id)] if args.obs_mode == "rgb" else []
+    cache = path.with_name(f"{path.stem}.{args.obs_mode}-{hashlib.sha1(repr(view).encode()).hexdigest()[:10]}.npz")
+    if not cache.exists():
+        workers = min(os.cpu_count() or 1, 8, len(episodes))
+        split = [list(part) for part in np.array_split(np.array(episodes, dtype=object), workers)]
+        temporary = [str(cache.with_suffix(f".tmp{os.getpid()}-{i}.npz")) for i in range(workers)]
+        try:
+            jobs = [(args, str(path), part, file) for part, file in zip(split, temporary)]
+            run_workers(observe_demos, jobs, len(episodes), f"observing demonstrations ({args.obs_mode})")
+            parts = [np.load(file) for file in temporary]
+            np.savez(temporary[0] + ".npz", **{k: np.concatenate([part[k] for part in parts]) for k in parts[0].files})
+            os.replace(temporary[0] + ".npz", cache)
+        finally:
+            for file in (*temporary, temporary[0] + ".npz"):
+                Path(file).unlink(missing_ok=True)
+    data = np.load(cache)
+    obs = {k.removeprefix("obs_"): data[k] for k in data.files if k.startswith("obs_")}
+    return Demos(obs, data["action"], data["lengths"], str(path))
+
+
+# --- end shared ---
+
+
+# =====================================================================================================================
+# Replay
+# =====================================================================================================================
+# --- shared: replay ---
+@dataclass
+class Batch:
+    """Transitions between decisions. B samples, F features, H-step chunks of A-dimensional actions.
+
+    feature, next_feature  [B, F]     embedding and normalised proprio at t and t + n
+    chunk                  [B, H*A]   actions t..t+H-1, normalised to [-1, 1], time-major
+    reward                 [B]        sum over i < n of gamma^i * r_{t+i};  n = H, or fewer where the episode ends
+    bootstrap              [B]        gamma^n, or 0 if the episode terminated at t + n (not: was truncated)
+    mc_return              [B]        discounted return from t on
+    success                [B]        1 if the whole trajectory succeeded
+    """
+
+    feature: Tensor
+    chunk: Tensor
+    reward: Tensor
+    bootstrap: Tensor
+    next_feature: Tensor
+    mc_return: Tensor
+    success: Tensor
+
+    def cat(self, other: Batch) -> Batch:
+        return Batch(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in dataclasses.fields(self)))
+
+
+def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failure: float) -> np.ndarray:
+    """Monte-Carlo returns-to-go, with the lower bound r_fail / (1 - gamma) standing for what follows a truncation.
+
+    Shapes: reward [T] -> [T]. A truncated episode of nothing but r_fail gets r_fail / (1 - gamma) throughout.
+    Source: Cal-QL's rule for sparse rewards, extended to every truncation.
+    """
+    value, out = (0.0 if terminated else reward_failure / (1 - gamma)), np.empty_like(reward)
+    for t in reversed(range(len(reward))):
+        value = out[t] = reward[t] + gamma * value
+    return out
+
+
+class ReplayBuffer:
+    """Whole episodes, one row per observation; chunked transitions are put together when they are drawn."""
+
+    def __init__(self, feature_dim: int, action_dim: int, chunk_len: int, gamma: float):
+        self.chunk_len, self.gamma, self.rows, self.num_starts = chunk_len, gamma, 0, 0
+        self.data = dict(
+            feature=torch.empty(0, feature_dim), action=torch.empty(0, action_dim), reward=torch.empty(0),
+            bootstrap=torch.empty(0), mc_return=torch.empty(0), success=torch.empty(0),
+            next=torch.empty(0, dtype=torch.long), last=torch.empty(0, dtype=torch.long),
+        )  # fmt: skip
+        self.starts = torch.empty(0, dtype=torch.long)  # rows from which a chunk may be drawn
+
+    def add(self, feature: Tensor, action: np.ndarray, reward: np.ndarray, terminated: bool, success: bool,
+            reward_failure: float, hold: np.ndarray) -> None:  # fmt: skip
+        """Append one episode of T steps.
+
+        Shapes: feature [T+1, F], action [T, A] normalised, reward [T], hold [A] the action that keeps still.
+        After a termination chunks are filled up with `hold`; chunks that a time limit cuts short are left out.
+        """
+        T, H, g = len(action), self.chunk_len, self.gamma
+        steps = np.minimum(H, T - np.arange(T))  # n of each row
+        padded = np.concatenate([reward, np.zeros(H, np.float32)])
+        discounts = (g ** np.arange(H)).astype(np.float32)
+        chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H)[:T] @ discounts
+        ends = terminated & (np.arange(T) + steps == T)
+        row = np.arange(T + 1) + self.rows
+        new = dict(
+            feature=feature, action=np.concatenate([action, hold[None]]), reward=np.append(chunk_reward, 0),
+            bootstrap=np.append(np.where(ends, 0.0, g**steps), 0), success=np.full(T + 1, success),
+            mc_return=np.append(mc_returns(reward, terminated, g, reward_failure), 0),
+            next=np.append(row[:T] + steps, row[-1]), last=np.full(T + 1, row[-1]),
+        )  # fmt: skip
+        starts = row[:T] if terminated else row[: max(T - H + 1, 0)]
+        end = self.rows + T + 1
+        if end > len(self.data["reward"]):  # grow by doubling
+            size = max(end, 2 * len(self.data["reward"]), 1024)
+            self.data = {k: torch.cat([v, v.new_zeros(size - len(v), *v.shape[1:])]) for k, v in self.data.items()}
+        if self.num_starts + len(starts) > len(self.starts):
+            self.starts = torch.cat([self.starts, self.starts.new_zeros(max(len(starts), len(self.starts), 1024))])
+        for key, value in new.items():
+            self.data[key][self.rows : end] = torch.as_tensor(value)
+        self.starts[self.num_starts : self.num_starts + len(starts)] = torch.as_tensor(starts)
+        self.rows, self.num_starts = end, self.num_starts + len(starts)
+
+    def draw(self, size: int, generator: torch.Generator) -> Tensor:
+        """Rows of `size` decisions, uniform with replacement: [size] int64."""
+        return self.starts[torch.randint(self.num_starts, (size,), generator=generator)]
+
+    def gather(self, t: Tensor, device: str = "cpu") -> Batch:
+        """The transitions that start at rows t [B]."""
+        d = self.data
+        steps = torch.minimum(t[:, None] + torch.arange(self.chunk_len), d["last"][t][:, None])  # [B, H]
+        batch = (d["feature"][t], d["action"][steps].flatten(1), d["reward"][t], d["bootstrap"][t],
+                 d["feature"][d["next"][t]], d["mc_return"][t], d["success"][t])  # fmt: skip
+        return Batch(*(x.to(device) for x in batch))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {k: v[: self.rows].clone() for k, v in self.data.items()} | {"starts": self.starts[: self.num_starts].clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.starts, self.data = state["starts"], {k: state[k] for k in self.data}
+        self.rows, self.num_starts = len(self.data["reward"]), len(self.starts)
+
+
+# --- end shared ---
+
+
+# =====================================================================================================================
+# Networks
+# =====================================================================================================================
+SIGMA_MIN, SIGMA_MAX, SIGMA_DATA, RHO, NUM_SIGMAS = 0.002, 80.0, 0.5, 7.0, 40  # ConRFT, as EDM
+
+
+def karras_sigmas() -> Tensor:
+    """The 40 noise levels, descending from 80 to 0.002."""
+    i = torch.arange(NUM_SIGMAS) / (NUM_SIGMAS - 1)
+    return (SIGMA_MAX ** (1 / RHO) + i * (SIGMA_MIN ** (1 / RHO) - SIGMA_MAX ** (1 / RHO))) ** RHO
+
+
+def consistency_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in with f(x, sigma_min) = x exactly. Source: ConRFT's consistency policy."""
+    c_skip = SIGMA_DATA**2 / ((sigma - SIGMA_MIN) ** 2 + SIGMA_DATA**2)
+    c_out = (sigma - SIGMA_MIN) * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2).sqrt()
+    return c_skip, c_out, 1 / (sigma**2 + SIGMA_DATA**2).sqrt()
+
+
+class ConsistencyActor(nn.Module):
+    """One-step consistency policy over action chunks: f(x, sigma | feature) is the denoised chunk in [-1, 1].
+
+    The part of the first layer that reads the feature is computed once per state and shared by its N samples.
+    """
+
+    def __init__(self, feature_dim: int, chunk_dim: int, hidden: int, layers: int, time_dim: int = 16):
+        super().__init__()
+        self.chunk_dim, self.time_dim = chunk_dim, time_dim
+        self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Tanh(), nn.Linear(2 * time_dim, time_dim))
+        self.feature_in = nn.Linear(feature_dim, hidden)
+        self.sample_in = nn.Linear(chunk_dim + time_dim, hidden, bias=False)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden, eps=1e-6) for _ in range(layers))
+        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
+        self.out = nn.Linear(hidden, chunk_dim)
+
+    def denoise(self, feature: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] in [-1, 1]."""
+        sigma = sigma[..., None]  # [B, N, 1]
+        c_skip, c_out, c_in = consistency_scalings(sigma)
+        frequencies = torch.exp(-math.log(10_000) / (self.time_dim // 2 - 1) * torch.arange(self.time_dim // 2, device=x.device))
+        angle = 250 * torch.log(sigma + 1e-44) * frequencies
+        time = self.time(torch.cat([angle.sin(), angle.cos()], -1)).expand(*x.shape[:2], -1)
+        h = self.feature_in(feature)[:, None] + self.sample_in(torch.cat([c_in * x, time], -1))  # [B, N, hidden]
+        for norm, layer in zip(self.norms, [*self.hidden, self.out]):
+            h = layer(torch.tanh(norm(h)))
+        return (c_out * h + c_skip * x).clamp(-1, 1)
+
+    def sample(self, feature: Tensor, n: int, generator: torch.Generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
+        """Draw n chunks per state: [B, n, D].
+
+        One-step samples lie very close together (the denoiser at sigma 80 nearly ignores its input). With
+        second_sigma > 0 each one is re-noised to that level and denoised once more, which spreads them over what
+        the policy knows; the first step is then shared by all n. `noise` is Gaussian, in units of the action box.
+        """
+        shape = (len(feature), 1 if second_sigma else n, self.chunk_dim)
+        x = SIGMA_MAX * torch.randn(shape, generator=generator, device=feature.device)
+        x = self.denoise(feature, x, torch.full((1, 1), SIGMA_MAX, device=x.device))
+        if second_sigma:
+            z = torch.randn((len(feature), n, self.chunk_dim), generator=generator, device=x.device)
+            x = self.denoise(feature, x + second_sigma * z, torch.full((1, 1), second_sigma, device=x.device))
+        if noise:
+            x = (x + noise * torch.randn(x.shape, generator=generator, device=x.device)).clamp(-1, 1)
+        return x
+
+
+class EnsembleCritic(nn.Module):
+    """E critics Q(s, chunk) as one batched network; states are projected once, whatever the number of chunks."""
+
+    def __init__(self, num_critics: int, feature_dim: int, chunk_dim: int, hidden: int, layers: int):
+        super().__init__()
+
+        def weight(fan_in: int, out: int) -> nn.Parameter:
+            bound = math.sqrt(6 / (fan_in + out))  # Xavier
+            return nn.Parameter(torch.empty(num_critics, fan_in, out).uniform_(-bound, bound))
+
+        joint = weight(feature_dim + chunk_dim, hidden).data
+        self.feature_in, self.chunk_in = nn.Parameter(joint[:, :feature_dim].clone()), nn.Parameter(joint[:, feature_dim:].clone())
+        self.hidden = nn.ParameterList([weight(hidden, hidden) for _ in range(layers - 1)] + [weight(hidden, 1)])
+        self.bias = nn.ParameterList(nn.Parameter(torch.zeros(num_critics, 1, n)) for n in [hidden] * layers + [1])
+        self.gain = nn.ParameterList(nn.Parameter(torch.ones(num_critics, 1, hidden)) for _ in range(layers))
+        self.shift = nn.ParameterList(nn.Parameter(torch.zeros(num_critics, 1, hidden)) for _ in range(layers))
+
+    def forward(self, feature: Tensor, chunk: Tensor) -> Tensor:
+        """Shapes: feature [B, F], chunk [B, D] or [B, N, D] -> Q [E, B] or [E, B, N]."""
+        B, N = len(feature), 1 if chunk.dim() == 2 else chunk.shape[1]
+        h = (feature @ self.feature_in)[:, :, None] + (chunk.reshape(B * N, -1) @ self.chunk_in).unflatten(1, (B, N))
+        h = h.flatten(1, 2) + self.bias[0]  # [E, B*N, hidden]
+        for layer, (weight, bias) in enumerate(zip(self.hidden, list(self.bias)[1:])):
+            h = torch.tanh(F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.gain[layer] + self.shift[layer])
+            h = torch.baddbmm(bias, h, weight)
+        return h.view(-1, B) if chunk.dim() == 2 else h.view(-1, B, N)
+
+
+class Agent(nn.Module):
+    """Everything that is learned, and the units in which it is learned."""
+
+    def __init__(self, args: Args, demos: Demos):
+        super().__init__()
+        self.H, self.instruction = args.chunk_len, TASKS.get(args.env_id, Task("do the task", 0.0)).instruction
+        proprio, action = demos.obs["proprio"], np.delete(demos.action, demos.starts() + demos.lengths, axis=0)
+        centre = np.zeros(action.shape[1]) if "delta" in args.control_mode else (action.max(0) + action.min(0)) / 2
+        self.register_buffer("proprio_mean", torch.as_tensor(proprio.mean(0)))
+        self.register_buffer("proprio_std", torch.as_tensor(proprio.std(0) + 0.01))  # 0.01: metres, radians
+        self.register_buffer("action_centre", torch.as_tensor(centre, dtype=torch.float32))
+        scale = args.action_range * np.abs(action - centre).max(0)
+        self.register_buffer("action_scale", torch.as_tensor(np.maximum(scale, 1e-3), dtype=torch.float32))
+        hold = np.zeros(action.shape[1], np.float32) if "delta" in args.control_mode else action[-1]
+        self.hold, self.relative = hold, "delta" in args.control_mode
+        P, A = proprio.shape[1], action.shape[1]
+        images = (("primary", args.image_size),) if args.obs_mode == "rgb" else ()
+        config = dataclasses.replace(OCTO_PRESETS[args.backbone], image_sizes=images, lowdim_dim=P)
+        self.backbone = Octo(config)
+        self.feature_dim, self.action_dim = config.token_dim + P, A
+        self.actor = ConsistencyActor(self.feature_dim, self.H * A, args.hidden_dim, args.num_layers)
+        self.actor_ema = ConsistencyActor(self.feature_dim, self.H * A, args.hidden_dim, args.num_layers)
+        critic = (args.num_critics, self.feature_dim, self.H * A, args.hidden_dim, args.num_layers)
+        self.critic, self.target_critic = EnsembleCritic(*critic), EnsembleCritic(*critic)
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        for copy in (self.actor_ema, self.target_critic):
+            copy.requires_grad_(False)
+
+    def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
+        """Observations of N states to [N, F]: the backbone's embedding beside the normalised proprio."""
+        device = self.proprio_mean.device
+        obs = {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
+        proprio = ((obs["proprio"] - self.proprio_mean) / self.proprio_std).clamp(-5, 5)  # [N, P]
+        images = {k: v[:, None] for k, v in obs.items() if k != "proprio"}  # a window of one step
+        language = self.backbone.encode_text([self.instruction])
+        return torch.cat([self.backbone(images, language, lowdim=proprio[:, None]), proprio], -1)
+
+    def normalise(self, action: np.ndarray) -> np.ndarray:
+        """Controller units [.., A] to the policy's box [-1, 1]."""
+        return np.clip((action - self.action_centre.cpu().numpy()) / self.action_scale.cpu().numpy(), -1, 1).astype(np.float32)
+
+    def denormalise(self, action: np.ndarray) -> np.ndarray:
+        """The policy's box to controller units, clipped to the controller's own box if it is [-1, 1]."""
+        action = action * self.action_scale.cpu().numpy() + self.action_centre.cpu().numpy()
+        return np.clip(action, -1, 1) if self.relative else action
+
+    def hold_action(self, last: np.ndarray) -> np.ndarray:
+        """The normalised action that keeps still, gripper as in `last` [A]."""
+        hold = np.zeros_like(last) if self.relative else last.copy()
+        hold[-1] = last[-1]
+        return hold
+
+
+# =====================================================================================================================
+# Losses: pure functions
+# =====================================================================================================================
+def td_target(reward: Tensor, bootstrap: Tensor, next_q: Tensor, low: float, high: float) -> Tensor:
+    """y = sum gamma^i r_i + gamma^n * min_k Q'_k(s', a'), a' ~ pi(.|s'), kept within the returns that exist.
+
+    Shapes: reward [B], bootstrap [B] (gamma^n, 0 after a termination), next_q [critics in the minimum, B] -> [B].
+    Source: B Qbar of Eq. (1) and Eq. (8), for chunks as in Q-chunking (arXiv:2507.07969).
+    """
+    return (reward + bootstrap * next_q.min(0).values).clamp(low, high)
+
+
+def calql_loss(q_data: Tensor, q_sampled: Tensor, mc_return: Tensor) -> tuple[Tensor, Tensor]:
+    """The conservative term of Eq. (1): LSE over sampled actions of max(Q, Monte-Carlo return), minus Q(data).
+
+    Without importance sampling, since a consistency policy has no density; the data action belongs to the LSE, which
+    bounds the push on it. The constant log(n + 1) leaves gradients alone and makes equal values give zero.
+    Shapes: q_data [E, B], q_sampled [E, B, n], mc_return [B] -> scalar, and the share of q_sampled below its bound.
+    Source: Cal-QL (arXiv:2303.05479), in ConRFT's form (every sampled action is bounded).
+    """
+    bounded = torch.maximum(q_sampled, mc_return[None, :, None])
+    entries = torch.cat([bounded, q_data[..., None]], -1)
+    gap = torch.logsumexp(entries, -1) - math.log(entries.shape[-1]) - q_data  # over actions, never over the batch
+    return gap.mean(), (q_sampled < mc_return[None, :, None]).float().mean()
+
+
+def consistency_loss(actor: ConsistencyActor, feature: Tensor, chunk: Tensor, generator: torch.Generator) -> Tensor:
+    """The policy's surrogate of -log pi(chunk|s): weighted reconstruction of the chunk from a random noise level.
+
+    Shapes: feature [B, F], chunk [B, D] in [-1, 1] -> [B].
+    Source: ConRFT's L_BC; w(sigma) = sigma^-2 + sigma_data^-2 makes it flat in the raw network output.
+    """
+    sigmas = karras_sigmas()[:-1].to(chunk.device)  # sigma_min itself is the identity
+    sigma = sigmas[torch.randint(len(sigmas), (len(chunk),), generator=generator, device=chunk.device)]  # [B]
+    noise = torch.randn(chunk.shape, generator=generator, device=chunk.device)
+    denoised = actor.denoise(feature, (chunk + sigma[:, None] * noise)[:, None], sigma[:, None])[:, 0]
+    return (sigma**-2 + SIGMA_DATA**-2) * (denoised - chunk).square().mean(-1)
+
+
+def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
+    """Eqs. (5-7): (1/rho) * mean(1{y=1} * bc), rho the share of successes: the mean over successful samples.
+
+    Shapes: bc [B], success [B] in {0, 1} -> scalar, 0 if nothing succeeded.
+    """
+    return (success * bc).sum() / success.sum().clamp_min(1.0)
+
+
+def q_loss(q: Tensor, normalise: bool) -> Tensor:
+    """- mean Q(s, pi(s)) over critics and batch, optionally over the mean |Q| (as TD3+BC). Shapes: q [E, B] -> scalar."""
+    return -q.mean() / (q.abs().mean().detach() + 1e-6 if normalise else 1.0)
+
+
+def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool) -> tuple[Tensor, Tensor]:
+    """Weights of a state's K candidates and the gate between them and the buffer action.
+
+    w_k ~ 1{Q_k >= mean Q} exp(Q_k / tau)                                    Eq. (15)
+    zeta = 1{mean Q > Q(s, a_buffer)}                                        Eq. (14)
+    With `adaptive` the temperature is in units of the state's own standard deviation of Q over candidates.
+    Shapes: q [B, K], q_buffer [B] -> w [B, K] summing to 1, zeta [B] in {0, 1}.
+    """
+    mean = q.mean(-1, keepdim=True)  # Eq. (13)
+    scale = q.std(-1, keepdim=True, correction=0).clamp_min(1e-6) if adaptive else torch.ones_like(mean)
+    logits = (q / (temperature * scale)).masked_fill(q < mean, -torch.inf)  # the best candidate always passes
+    return torch.softmax(logits, -1), (mean[:, 0] > q_buffer).float()
+
+
+# =====================================================================================================================
+# Updates
+# =====================================================================================================================
+def return_bounds(args: Args) -> tuple[float, float, float, float]:
+    """reward of a failing step, reward of success, lowest and highest return."""
+    fail, success = (0.0, 1.0) if args.reward == "binary" else (-0.05, 10.0)
+    return fail, success, fail / (1 - args.gamma), success
+
+
+def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: float, generator) -> dict[str, Tensor]:
+    """One step on Eq. (1), or on Eq. (8) with cql_alpha = 0, and the Polyak step of the targets."""
+    B, D = batch.chunk.shape
+    n = args.cql_samples if cql_alpha else 0
+    with torch.no_grad():
+        next_chunks = agent.actor.sample(batch.next_feature, max(n, 1), generator)  # [B, n, D], the online actor
+        two = torch.randperm(args.num_critics, generator=generator)[:2]
+        next_q = agent.target_critic(batch.next_feature, next_chunks[:, 0])[two]
+        _, _, low, high = return_bounds(args)
+        target = td_target(batch.reward, batch.bootstrap, next_q, low, high)
+    q_data = agent.critic(batch.feature, batch.chunk)  # [E, B]
+    loss_td = (q_data - target).square().mean()
+    logs = {"losses/td": loss_td, "values/q_data": q_data.mean(), "values/td_target": target.mean(),
+            "values/mc_return": batch.mc_return.mean(), "values/critic_std": q_data.std(0).mean()}  # fmt: skip
+    loss = loss_td
+    if cql_alpha:
+        with torch.no_grad():
+            random = torch.rand((B, n, D), generator=generator, device=batch.chunk.device) * 2 - 1
+            current = agent.actor.sample(batch.feature, n, generator)
+        q_sampled = agent.critic(batch.feature, torch.cat([random, current, next_chunks], 1))  # all evaluated at s
+        loss_cql, logs["calib/bound_rate"] = calql_loss(q_data, q_sampled, batch.mc_return)
+        logs["losses/calql"], loss = loss_cql, loss + cql_alpha * loss_cql
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    polyak_update(agent.critic, agent.target_critic, args.tau)
+    return logs | {"losses/critic": loss}
+
+
+def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Args, stage: str, generator) -> dict[str, Tensor]:
+    """One step on the actor's loss of `stage`. expert [B] bool: sample comes from the expert buffer."""
+    logs, target = {}, batch.chunk
+    if stage == "online" and args.vgpd:
+        with torch.no_grad():
+            rows = torch.arange(len(expert), device=expert.device) if args.expert_filter == "filter" else (~expert).nonzero()[:, 0]
+            candidates = agent.actor.sample(batch.feature[rows], args.K, generator, args.candidate_sigma, args.candidate_noise)
+            q = agent.critic(batch.feature[rows], candidates).mean(0)  # [B', K]
+            q_buffer = agent.critic(batch.feature[rows], batch.chunk[rows]).mean(0)  # [B']
+            weight, zeta = vgpd_target(q, q_buffer, args.temperature, args.temperature_adaptive)
+            # Eq. (14) asks for the w-weighted sum of losses; one k ~ w per state has the same expected gradient.
+            k = torch.multinomial(weight, 1, generator=generator)[:, 0]
+            chosen = candidates[torch.arange(len(rows), device=rows.device), k]  # [B', D]
+            target = batch.chunk.clone()
+            target[rows] = torch.where(zeta[:, None] > 0, chosen, batch.chunk[rows])
+            own = ~expert[rows]
+            logs |= {"vgpd/zeta": zeta[own].mean(), "vgpd/pass_rate": (weight > 0).float().mean(),
+                     "vgpd/candidate_std": candidates.std(1).mean(), "vgpd/ess": (1 / weight.square().sum(-1)).mean(),
+                     "values/q_std": q.std(-1).mean()}  # fmt: skip
+            if args.expert_filter == "filter":
+                logs["vgpd/zeta_expert"] = zeta[expert].mean()
+    bc = consistency_loss(agent.actor, batch.feature, target, generator)  # [B]
+    loss_bc = success_weighted_bc(bc, batch.success) if stage == "warmup" else bc.mean()
+    weight_bc = args.distill_weight if stage == "online" else args.bc_weight
+    loss = weight_bc * loss_bc
+    if args.q_weight:
+        agent.critic.requires_grad_(False)
+        q_policy = agent.critic(batch.feature, agent.actor.sample(batch.feature, 1, generator)[:, 0])  # [E, B]
+        agent.critic.requires_grad_(True)
+        logs |= {"losses/q": (loss_q := q_loss(q_policy, args.q_normalize)), "values/q_policy": q_policy.mean()}
+        loss = loss + args.q_weight * loss_q  # Eq. (4), (7), (9)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
+    return logs | {"losses/distill" if stage == "online" else "losses/bc": loss_bc, "losses/actor": loss}
+
+
+# --- shared: polyak ---
+@torch.no_grad()
+def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) * target + tau * source, parameter by parameter."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+# --- end shared ---
+
+
+# =====================================================================================================================
+# Rollouts and evaluation
+# =====================================================================================================================
+@dataclass
+class Episode:
+    """feature [T+1, F] (empty if not asked for), action [T, A] normalised, success at each step [T], terminated at T."""
+
+    feature: Tensor
+    action: np.ndarray
+    success: np.ndarray
+    terminated: bool
+
+
+@torch.no_grad()
+def rollout(env: VecEnv, agent: Agent, args: Args, seeds: list[int], generator, actor: ConsistencyActor, select: str,
+            training: bool, bar: tqdm | None = None) -> list[Episode]:  # fmt: skip
+    """One episode per environment, in step; the policy is asked once per chunk.
+
+    seeds: num_envs integers. training=True ends an episode at success or failure and keeps features; otherwise
+    episodes run to the time limit, so that success at the end can be told from success on the way.
+    """
+    N, H = env.num_envs, agent.H
+    obs, ended = env.reset(seeds), np.zeros(N, dtype=bool)
+    length, terminated = np.full(N, args.max_episode_steps), np.zeros(N, dtype=bool)
+    features, actions, successes = [], [], []
+    for t in range(args.max_episode_steps):
+        if training or t % H == 0:
+            features.append(agent.feature(obs))
+        if t % H == 0:
+            chunk = actor.sample(features[-1], 1, generator)  # [N, 1, H*A]
+            if select == "best-of-k":
+                chunk = actor.sample(features[-1], args.K, generator, args.candidate_sigma, args.candidate_noise)
+                best = agent.critic(features[-1], chunk).mean(0).argmax(-1)  # [N]
+                chunk = chunk[torch.arange(N), best][:, None]
+            chunk = chunk[:, 0].unflatten(1, (H, -1)).cpu().numpy()  # [N, H, A]
+        actions.append(chunk[:, t % H])
+        obs, done, success = env.step(agent.denormalise(actions[-1]))
+        successes.append(success)
+        if bar is not None:
+            bar.update(int((~ended).sum()))
+        if training:
+            now = done & ~ended
+            length[now], terminated[now] = t + 1, True
+            ended |= done
+            if ended.all():
+                break
+    if training:
+        features.append(agent.feature(obs))
+    stacked = torch.stack(features, 1).cpu() if training else torch.empty(N, 0)
+    action, success = np.stack(actions, 1), np.stack(successes, 1)  # [N, T, A], [N, T]
+    return [
+        Episode(stacked[i, : length[i] + 1], action[i, : length[i]], success[i, : length[i]], bool(terminated[i]))
+        for i in range(N)
+    ]
+
+
+EVAL_SEED, TRAIN_SEED = 1_000_000_000, 100_000_000  # demonstrations use seeds from 0; the three never meet
+
+
+def evaluate(env: VecEnv, agent: Agent, args: Args, actor: ConsistencyActor, select: str, episodes: int) -> dict[str, float]:
+    """Success over the fixed evaluation episodes (the same initial states and policy noise every time).
+
+    Has its own generators and leaves torch's global one alone, so training doesn't depend on when it is called.
+    """
+    start, results = time.time(), []
+    generator = torch.Generator(args.device).manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        for first in range(0, episodes, env.num_envs):
+            seeds = [EVAL_SEED + first + i for i in range(env.num_envs)]
+            results += rollout(env, agent, args, seeds, generator, actor, select, training=False)
+    return success_metrics([r.success for r in results[:episodes]], args) | {"time/eval_s": time.time() - start}
+
+
+def success_metrics(flags: list[np.ndarray], args: Args) -> dict[str, float]:
+    """Both success rates, Wilson's 95 % interval, and mean steps to success (env steps, over successes)."""
+    once = np.array([f.any() for f in flags])
+    steps = np.array([f.argmax() + 1 for f in flags if f.any()])
+    interval = binomtest(int(once.sum()), len(once)).proportion_ci(method="wilson")
+    fail, success, _, _ = return_bounds(args)
+    return {
+        "eval/success_once": float(once.mean()), "eval/success_once_low": interval.low,
+        "eval/success_once_high": interval.high, "eval/success_at_end": float(np.mean([f[-1] for f in flags])),
+        "eval/episode_len": float(steps.mean()) if len(steps) else float(args.max_episode_steps),
+        "eval/return": float(np.mean([success + fail * f.argmax() if f.any() else fail * len(f) for f in flags])),
+        "eval/num_episodes": float(len(flags)),
+    }  # fmt: skip
+
+
+def film(agent: Agent, args: Args, actor: ConsistencyActor, folder: Path) -> None:
+    """Film the first evaluation episodes to folder/episode-I-{success,failure}.mp4."""
+    import imageio
+
+    args = dataclasses.replace(args, num_envs=1, sim_backend="physx_cpu")
+    env, generator = VecEnv.__new__(VecEnv), torch.Generator(args.device).manual_seed(0)
+    env.num_envs, env.env, frames = 1, make_single_env(args, render=True), []
+    step = env.step
+
+    def step_and_render(action):
+        frames.append(env.env.render()[0].cpu().numpy())
+        return step(action)
+
+    env.step = step_and_render
+    folder.mkdir(exist_ok=True)
+    for i in range(args.video_episodes):
+        frames.clear()
+        episode = rollout(env, agent, args, [EVAL_SEED + i], generator, actor, args.select, training=False)[0]
+        name = f"episode-{i}-{'success' if episode.success.any() else 'failure'}.mp4"
+        imageio.mimsave(folder / name, frames, fps=args.control_freq, macro_block_size=1)
+    env.close()
+
+
+# =====================================================================================================================
+# Logging and checkpoints
+# =====================================================================================================================
+# --- shared: logging ---
+class Logger:
+    """The same rows to metrics.csv (global_step, update_step, name, value), TensorBoard and, if asked, wandb."""
+
+    def __init__(self, folder: Path, args, update_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path, self.wandb = folder / "metrics.csv", None
+        rows = list(csv.reader(self.path.open())) if self.path.exists() else [["global_step", "update_step", "name", "value"]]
+        kept = [rows[0]] + [r for r in rows[1:] if len(r) == 4 and int(r[1]) <= update_step]  # a killed run wrote on
+        with self.path.with_suffix(".tmp").open("w", newline="") as file:
+            csv.writer(file).writerows(kept)
+        os.replace(self.path.with_suffix(".tmp"), self.path)
+        self.file = self.path.open("a", newline="")
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=update_step + 1)
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project="vla-rl", name=folder.name, id=folder.name, resume="allow",
+                                    dir=str(folder), config=dataclasses.asdict(args))  # fmt: skip
+
+    def log(self, values: dict, global_step: int, update_step: int) -> None:
+        values = {name: float(value) for name, value in values.items()}
+        csv.writer(self.file).writerows([global_step, update_step, name, f"{value:.6g}"] for name, value in values.items())
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, update_step)
+        self.board.add_scalar("time/global_step", global_step, update_step)
+        if self.wandb:
+            self.wandb.log(values | {"global_step": global_step, "update_step": update_step})
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Atomic: the file is the old one or the new one, never half of it."""
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def provenance() -> dict:
+    """Git commit, package versions and machine, for config.json and summary.json."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    packages = {name: version(name) for name in ("torch", "mani_skill", "sapien", "numpy", "gymnasium")}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"git_commit": commit, "python": sys.version.split()[0], "packages": packages, "cpus": os.cpu_count(), "gpu": gpu}
+
+
+# --- end shared ---
+
+
+# --- shared: checkpoints ---
+def flatten_state(state, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
+    """Split nested dicts and lists into tensors (by path) and JSON leaves; the inverse is `unflatten_state`."""
+    tensors, leaves = {}, {}
+    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+        path = f"{prefix}/{key}" if prefix else str(key)
+        if isinstance(value, Tensor):
+            tensors[path] = value.detach().cpu().contiguous().clone()
+        elif isinstance(value, (dict, list, tuple)) and len(value):
+            below = flatten_state(value, path)
+            tensors, leaves = tensors | below[0], leaves | below[1]
+        else:
+            leaves[path] = value
+    return tensors, leaves
+
+
+def unflatten_state(flat: dict) -> dict:
+    """Paths back to nested dicts; keys that are numbers become ints (lists come back as int-keyed dicts)."""
+    out: dict = {}
+    for path, value in flat.items():
+        *parents, last = [int(key) if key.isdigit() else key for key in path.split("/")]
+        here = out
+        for key in parents:
+            here = here.setdefault(key, {})
+        here[last] = value
+    return out
+
+
+def save_checkpoint(folder: Path, name: str, weights: dict[str, Tensor], state: dict) -> None:
+    """Write folder/checkpoints/NAME, point `latest` at it, then drop the older ones. Each step is atomic."""
+    root = folder / "checkpoints"
+    temporary, final = root / f".{name}.tmp", root / name
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        tensors, leaves = flatten_state(state)
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / "weights.safetensors")
+        save_file(tensors, temporary / "training.safetensors")
+        (temporary / "training.json").write_text(json.dumps(leaves))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        (root / "latest.tmp").write_text(name)
+        os.replace(root / "latest.tmp", root / "latest")
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk: the last complete checkpoint stays
+        raise
+    for old in root.iterdir():
+        if old.is_dir() and old != final:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    """Weights and training state of the last checkpoint. Raises: UserError if the folder holds no readable one."""
+    try:
+        here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
+        tensors, leaves = load_file(here / "training.safetensors"), json.loads((here / "training.json").read_text())
+        return load_file(here / "weights.safetensors"), unflatten_state(tensors | leaves)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no readable checkpoint ({error})") from error
+
+
+def load_config(cls, folder: Path):
+    """The flags a run was started with. Raises: UserError if `folder` isn't a run of this script."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config["script"] != Path(__file__).name:
+            raise UserError(f"{folder} is a run of {config['script']}, not of {Path(__file__).name}")
+        return cls(**config["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is no run folder of {Path(__file__).name} (config.json: {error})") from error
+
+
+# --- end shared ---
+
+
+# =====================================================================================================================
+# Training
+# =====================================================================================================================
+STAGES = ("sft", "sft-head", "offline", "warmup", "online", "done")
+
+
+class Run:
+    """The state of a run that a checkpoint holds, and the bookkeeping between updates."""
+
+    def __init__(self, args: Args, folder: Path, demos: Demos):
+        self.args, self.folder, self.demos = args, folder, demos
+        torch.manual_seed(args.seed)
+        self.agent = Agent(args, demos).to(args.device)
+        sizes = (self.agent.feature_dim, self.agent.action_dim, args.chunk_len, args.gamma)
+        self.expert, self.policy = ReplayBuffer(*sizes), ReplayBuffer(*sizes)
+        self.generators = {
+            "batch": torch.Generator().manual_seed(args.seed),
+            "update": torch.Generator(args.device).manual_seed(args.seed + 1),
+            "rollout": torch.Generator(args.device).manual_seed(args.seed + 2),
+        }
+        self.count = {"stage": "sft", "stage_update": 0, "update_step": 0, "global_step": 0, "episodes": 0, "due": 0.0}
+        self.evals: list[dict] = []  # one entry per evaluation: stage, global_step and the metrics
+        self.seconds = dict.fromkeys(STAGES[:-1], 0.0)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.average: nn.Module | None = None  # stage 0's averaged weights
+        self.recent: list[tuple[float, int]] = []  # success and length of the last training episodes
+        self.env: VecEnv | None = None
+        self.mark = time.time()
+        for start, length in zip(demos.starts(), demos.lengths):  # rows of `expert` are rows of `demos`
+            action = self.agent.normalise(demos.action[start : start + length])
+            success = np.arange(1, length + 1) == length
+            empty = torch.zeros(length + 1, self.agent.feature_dim)  # embeddings come after stage 0
+            self.add_episode(self.expert, Episode(empty, action, success, True))
+        self.num_demo_rows = self.expert.rows
+
+    def add_episode(self, buffer: ReplayBuffer, episode: Episode) -> None:
+        fail, success, _, _ = return_bounds(self.args)
+        reward = np.where(episode.success, success, fail).astype(np.float32)
+        hold = self.agent.hold_action(episode.action[-1])
+        buffer.add(episode.feature, episode.action, reward, episode.terminated, bool(episode.success.any()), fail, hold)
+
+    def collect(self, bar: tqdm | None = None) -> int:
+        """One training episode per environment into the buffers; successes go to the expert buffer too. Returns steps."""
+        args, n = self.args, self.args.num_envs
+        seeds = [TRAIN_SEED + 1_000_000 * args.seed + self.count["episodes"] + i for i in range(n)]
+        episodes = rollout(self.environment(), self.agent, args, seeds, self.generators["rollout"], self.acting(),
+                           args.select, training=True, bar=bar)  # fmt: skip
+        for episode in episodes:
+            self.add_episode(self.policy, episode)
+            if episode.success.any():
+                self.add_episode(self.expert, episode)
+            self.recent = [*self.recent, (float(episode.success.any()), len(episode.action))][-20:]
+        self.count["episodes"] += n
+        steps = sum(len(e.action) for e in episodes)
+        self.count["global_step"] += steps
+        return steps
+
+    def environment(self) -> VecEnv:
+        self.env = self.env or VecEnv(self.args)
+        return self.env
+
+    def acting(self) -> ConsistencyActor:
+        return self.agent.actor_ema if self.args.actor_ema else self.agent.actor
+
+    def batch(self, stage: str) -> tuple[Batch, Tensor]:
+        """A batch and which of it is expert data: demonstrations only (offline), or half and half (Eqs. 5-9)."""
+        size, g, device = self.args.batch_size, self.generators["batch"], self.args.device
+        if stage == "offline" or not self.policy.num_starts:
+            batch = self.expert.gather(self.expert.draw(size, g), device)
+            return batch, torch.ones(size, dtype=torch.bool, device=device)
+        half = size // 2
+        batch = self.expert.gather(self.expert.draw(half, g), device)
+        batch = batch.cat(self.policy.gather(self.policy.draw(size - half, g), device))
+        return batch, torch.arange(size, device=device) < half
+
+    def update(self, stage: str, cql_alpha: float, train_actor: bool) -> dict[str, Tensor]:
+        """`critic_updates` critic steps on fresh batches and one actor step on the last of them."""
+        a, g, logs = self.agent, self.generators["update"], {}
+        for _ in range(self.args.critic_updates):
+            batch, expert = self.batch(stage)
+            logs |= update_critic(a, self.optimizers["critic"], batch, self.args, cql_alpha, g)
+        if train_actor:
+            logs |= update_actor(a, self.optimizers["actor"], batch, expert, self.args, stage, g)
+        logs["buffer/policy_ratio"] = 1 - expert.float().mean()
+        return logs
+
+    def enter(self, stage: str) -> bool:
+        """True if `stage` is still to be done; sets up its optimizers (ConRFT starts each stage with a fresh Adam)."""
+        if STAGES.index(self.count["stage"]) > STAGES.index(stage):
+            return False
+        if self.count["stage"] != stage or not self.optimizers:
+            self.count |= {"stage": stage, "stage_update": 0}
+        a, lr = self.agent, self.args.reinforce_lr
+        if stage.startswith("sft"):
+            trained = nn.ModuleList([a.backbone, a.actor] if stage == "sft" else [a.actor])
+            self.trained = trained
+            self.optimizers = {"sft": torch.optim.AdamW(trained.parameters(), lr=self.args.sft_lr, weight_decay=1e-4)}
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+            self.average = torch.optim.swa_utils.AveragedModel(trained, multi_avg_fn=average)
+        else:
+            self.optimizers = {"critic": torch.optim.Adam(a.critic.parameters(), lr=lr),
+                               "actor": torch.optim.Adam(a.actor.parameters(), lr=lr)}  # fmt: skip
+            self.average = None
+        self.mark = time.time()
+        return True
+
+    def tick(self, logs: dict, logger: Logger) -> None:
+        """After each update: count it, log now and then, write a checkpoint now and then."""
+        self.count["stage_update"] += 1
+        self.count["update_step"] += 1
+        if self.count["update_step"] % self.args.log_freq == 0:
+            logger.log(logs, self.count["global_step"], self.count["update_step"])
+        # Stage 3 saves between episodes instead: a simulator can't be saved in the middle of one.
+        if self.count["stage_update"] % self.args.checkpoint_freq == 0 and self.count["stage"] != "online":
+            self.save()
+
+    def evaluate(self, logger: Logger, episodes: int, actor: ConsistencyActor) -> float:
+        metrics = evaluate(self.environment(), self.agent, self.args, actor, self.args.select, episodes)
+        logger.log(metrics, self.count["global_step"], self.count["update_step"])
+        self.evals.append({"stage": self.count["stage"], "global_step": self.count["global_step"]} | metrics)
+        low, high = metrics["eval/success_once_low"], metrics["eval/success_once_high"]
+        tqdm.write(f"{self.count['stage']:>8} | env steps {self.count['global_step']:6d} | success {metrics['eval/success_once']:.2f}"
+                   f" [{low:.2f}, {high:.2f}] | steps to success {metrics['eval/episode_len']:.1f}")  # fmt: skip
+        return metrics["eval/success_once"]
+
+    def bar(self, title: str, total: int, done: int = 0) -> tqdm:
+        """Progress of a stage; the title carries the latest evaluation."""
+        latest = f" | success {self.evals[-1]['eval/success_once']:.2f}" if self.evals else ""
+        return tqdm(total=total, initial=done, desc=f"[{STAGES.index(self.count['stage'])}/4] {title}{latest}", mininterval=2)
+
+    def save(self) -> None:
+        self.seconds[self.count["stage"]] = self.seconds.get(self.count["stage"], 0.0) + time.time() - self.mark
+        self.mark = time.time()
+        state = {
+            "count": self.count, "evals": self.evals, "seconds": self.seconds, "recent": self.recent,
+            "generators": {k: g.get_state() for k, g in self.generators.items()},
+            "optimizers": {k: o.state_dict()["state"] for k, o in self.optimizers.items()},
+            "expert": self.expert.state_dict(), "policy": self.policy.state_dict(),
+        }  # fmt: skip
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        save_checkpoint(self.folder, f"update-{self.count['update_step']}", self.agent.state_dict(), state)
+
+    def load(self) -> None:
+        weights, state = load_checkpoint(self.folder)
+        load_weights(self.agent, weights, self.folder)
+        self.evals = [state["evals"][i] for i in range(len(state["evals"]))] if state["evals"] else []
+        self.recent = [tuple(state["recent"][i].values()) for i in range(len(state["recent"]))] if state["recent"] else []
+        self.seconds = state["seconds"]
+        self.count = state["count"]
+        if self.count["stage"] != "done":
+            self.enter(self.count["stage"])
+        self.count = state["count"]
+        for name, optimizer in self.optimizers.items():
+            if name in state["optimizers"] and state["optimizers"][name]:
+                optimizer.load_state_dict({"state": state["optimizers"][name], "param_groups": optimizer.state_dict()["param_groups"]})
+        if self.average is not None:
+            self.average.load_state_dict({k: v for k, v in flatten_state(state["average"])[0].items()})
+        for name, generator in self.generators.items():
+            generator.set_state(state["generators"][name])
+        self.expert.load_state_dict(state["expert"])
+        if state["policy"]["starts"].numel():
+            self.policy.load_state_dict(state["policy"])
+
+
+def load_weights(agent: Agent, weights: dict[str, Tensor], source: Path) -> None:
+    """Strict load. Raises: UserError naming the first misfit (another task, observation mode, chunk or network size)."""
+    own = agent.state_dict()
+    wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [k for k in weights if k not in own]
+    if wrong:
+        have = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "nothing"
+        want = tuple(own[wrong[0]].shape) if wrong[0] in own else "nothing"
+        raise UserError(f"{source} is a checkpoint of another task or network: {wrong[0]} is {have}, expected {want}")
+    agent.load_state_dict(weights)
+
+
+def random_shift(image: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
+    """Shift each image by up to `pad` pixels, edges repeated. Shapes: [B, H, H, 3] uint8 -> same."""
+    B, side = image.shape[:2]
+    shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator)
+    rows, cols = (torch.arange(side) + shift).clamp(0, side - 1).to(image.device)
+    return image[torch.arange(B, device=image.device)[:, None, None], rows[:, :, None], cols[:, None, :]]
+
+
+def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
+    """Stage 0: behaviour cloning of backbone and head ("sft"), then of the head on cached embeddings ("sft-head")."""
+    args, agent = run.args, run.agent
+    optimizer, params = run.optimizers["sft"], run.optimizers["sft"].param_groups[0]["params"]
+    obs = {k: torch.from_numpy(v) for k, v in run.demos.obs.items()}
+    with run.bar("SFT" if stage == "sft" else "SFT, head only", total, run.count["stage_update"]) as bar:
+        while (step := run.count["stage_update"]) < total:
+            rate = min((step + 1) / (0.05 * total), 0.5 * (1 + math.cos(math.pi * step / total)))
+            optimizer.param_groups[0]["lr"] = args.sft_lr * rate
+            t = run.expert.draw(args.sft_batch_size, run.generators["batch"])
+            batch = run.expert.gather(t, args.device)
+            feature = batch.feature
+            if stage == "sft":
+                images = {k: random_shift(v[t], run.generators["batch"]) for k, v in obs.items() if k != "proprio"}
+                feature = agent.feature({"proprio": obs["proprio"][t]} | images)
+            loss = consistency_loss(agent.actor, feature, batch.chunk, run.generators["update"]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            run.average.update_parameters(run.trained)
+            run.tick({"losses/bc": loss, "grad_norm/sft": norm, "lr/sft": args.sft_lr * rate}, logger)
+            bar.update()
+    run.trained.load_state_dict(run.average.module.state_dict())
+    agent.actor_ema.load_state_dict(agent.actor.state_dict())
+    if stage == "sft":
+        with torch.no_grad():  # each observation is embedded once, here
+            rows = torch.arange(run.num_demo_rows).split(256)
+            run.expert.data["feature"][: run.num_demo_rows] = torch.cat([agent.feature({k: v[r] for k, v in obs.items()}).cpu() for r in rows])
+
+
+def train_updates(run: Run, logger: Logger, stage: str, total: int) -> None:
+    """Stages 1 and 2: `total` actor updates with their critic updates, on data that is there."""
+    with run.bar("offline Cal-QL" if stage == "offline" else "warm-up", total, run.count["stage_update"]) as bar:
+        while (step := run.count["stage_update"]) < total:
+            actor = stage == "offline" or (run.args.warmup_train_actor and step >= total // 2)
+            run.tick(run.update(stage, run.args.cql_alpha, actor), logger)
+            bar.update()
+
+
+def train_online(run: Run, logger: Logger) -> None:
+    """Stage 3: an episode per environment, then utd_ratio actor updates per step of it."""
+    args, count = run.args, run.count
+    with run.bar("online VGPD", args.online_steps, count["global_step"] - count["online_start"]) as bar:
+        while count["global_step"] - count["online_start"] < args.online_steps:
+            before, start = count["global_step"], time.time()
+            steps = run.collect(bar)
+            collected = time.time()
+            count["due"] += args.utd_ratio * steps
+            while count["due"] >= 1:
+                count["due"] -= 1
+                run.tick(run.update("online", args.online_cql_alpha, True), logger)
+            success, length = np.mean(run.recent, 0)
+            logger.log({"train/success_once": success, "train/episode_len": length, "buffer/size": run.policy.rows,
+                        "time/rollout_s": collected - start, "time/update_s": time.time() - collected,
+                        "time/env_steps_per_s": steps / (collected - start)}, count["global_step"], count["update_step"])  # fmt: skip
+            bar.set_postfix(train=f"{success:.2f}", length=f"{length:.0f}")
+            done = count["global_step"] - count["online_start"]
+            if done // args.eval_freq > (before - count["online_start"]) // args.eval_freq and done < args.online_steps:
+                value = run.evaluate(logger, args.eval_interim_episodes, run.acting())
+                bar.set_description(f"[4/4] online VGPD | success {value:.2f}")
+                run.save()
+
+
+def calibration(run: Run) -> dict[str, float]:
+    """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
+    with torch.no_grad():
+        batch = run.policy.gather(run.policy.starts[: run.policy.num_starts], run.args.device)
+        q = run.agent.critic(batch.feature, batch.chunk).mean(0)
+    gap = q - batch.mc_return
+    correlation = torch.corrcoef(torch.stack([q, batch.mc_return]))[0, 1]
+    return {"calib/q_minus_return": gap.mean(), "calib/abs_error": gap.abs().mean(), "calib/correlation": correlation}
+
+
+def summarise(run: Run) -> dict:
+    """summary.json: what happened, from the recorded evaluations."""
+    online = [e for e in run.evals if e["stage"] in ("online", "done")]
+    start = run.count.get("online_start", 0)
+    steady = [a["global_step"] - start for a, b in zip(online, online[1:] + online[-1:])
+              if min(a["eval/success_once"], b["eval/success_once"]) >= 0.8]  # fmt: skip
+    handover = online[0]["eval/success_once"]
+    last = run.evals[-1]
+    return {
+        "success_once": last["eval/success_once"], "success_interval": [last["eval/success_once_low"], last["eval/success_once_high"]],
+        "success_at_end": last["eval/success_at_end"], "steps_to_success": last["eval/episode_len"],
+        "demo_steps_to_success": float(run.demos.lengths.mean()),
+        "sft_success_once": run.evals[0]["eval/success_once"],
+        "sft_success_interval": [run.evals[0]["eval/success_once_low"], run.evals[0]["eval/success_once_high"]],
+        "handover_success_once": handover, "largest_drop": max(handover - e["eval/success_once"] for e in online),
+        "online_env_steps": run.count["global_step"] - start, "env_steps": run.count["global_step"],
+        "online_env_steps_at_80": steady[0] if steady else None, "seconds_per_stage": run.seconds,
+        "seconds": sum(run.seconds.values()), "evaluations": run.evals, "demonstrations": run.demos.source,
+    }  # fmt: skip
+
+
+def main(args: Args) -> Path:
+    """Run or resume all stages; returns the run's folder."""
+    # INFRASTRUCTURE: flags, folder, demonstrations, networks
+    resumed = args.resume or args.eval_only
+    if resumed:
+        flags, args = args, load_config(Args, Path(resumed))
+        args.resume, args.eval_only, args.device = flags.resume, flags.eval_only, flags.device
+    validate(args)
+    torch.set_num_threads(args.torch_threads)
+    started = time.time()
+    demos = load_demos(args)
+    name = args.run_name or f"{args.env_id}-force_octo-{args.obs_mode}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(resumed) if resumed else Path(args.runs) / name
+    if not resumed:
+        if (folder / "config.json").exists():
+            raise UserError(f"{folder} exists: choose another --run-name, or go on with it by --resume {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "demonstrations": demos.source}
+        write_json(folder / "config.json", config | {"weights": "random initialisation"} | provenance())
+    run = Run(args, folder, demos)
+    if resumed:
+        run.load()
+    run.seconds.setdefault("demonstrations", time.time() - started)
+    if args.eval_only:
+        metrics = evaluate(run.environment(), run.agent, args, run.acting(), args.select, args.eval_episodes)
+        print(json.dumps(metrics, indent=2))
+        return folder
+    logger = Logger(folder, args, run.count["update_step"])
+
+    # ALGORITHM: stage 0
+    if run.enter("sft"):
+        train_sft(run, logger, "sft", args.sft_updates)
+    if run.enter("sft-head"):
+        train_sft(run, logger, "sft-head", args.sft_head_updates)
+        run.evaluate(logger, args.eval_episodes, run.agent.actor)
+    # ALGORITHM: stage 1
+    if run.enter("offline"):
+        train_updates(run, logger, "offline", args.offline_updates)
+        run.evaluate(logger, args.eval_interim_episodes, run.acting())
+    # ALGORITHM: stage 2
+    if args.warmup and run.enter("warmup"):
+        with run.bar("warm-up rollouts", args.warmup_episodes, run.count["episodes"]) as bar:
+            while run.count["episodes"] < args.warmup_episodes:
+                run.collect()
+                bar.update(args.num_envs)
+        logger.log(calibration(run), run.count["global_step"], run.count["update_step"])
+        train_updates(run, logger, "warmup", args.warmup_updates)
+        logger.log(calibration(run), run.count["global_step"], run.count["update_step"])
+    # ALGORITHM: stage 3
+    if run.enter("online"):
+        if "online_start" not in run.count:
+            run.count["online_start"] = run.count["global_step"]
+            run.evaluate(logger, args.eval_episodes, run.acting())
+            run.save()
+        train_online(run, logger)
+        run.evaluate(logger, args.eval_episodes, run.acting())
+
+    # INFRASTRUCTURE: results
+    run.save()
+    run.count["stage"] = "done"
+    run.save()
+    logger.close()
+    write_json(folder / "summary.json", summarise(run) | {"env_id": args.env_id, "seed": args.seed} | provenance())
+    if args.video_episodes:
+        film(run.agent, args, run.acting(), folder / "videos")
+    run.environment().close()
+    print(f"done: success {run.evals[-1]['eval/success_once']:.2f}, results in {folder}")
+    return folder
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags over the chosen preset."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.preset == "paper":
+        args = tyro.cli(Args, args=argv, description=__doc__, default=dataclasses.replace(Args(), **PAPER))
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full; free some space, then go on with --resume RUN_DIR ({error})", file=sys.stderr)
+        sys.exit(2)
