@@ -26,17 +26,18 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
-import functools
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -64,152 +65,85 @@ from backbones.octo import Octo
 @dataclass
 class Args:
     # --- experiment ---
-    env_id: str = "StackCube-v1"
-    """ManiSkill task"""
-    seed: int = 1
-    """seed of networks, batches, exploration and training episodes"""
-    K: int = 20
-    """K: candidate action chunks per state in VGPD"""
-    preset: Literal["default", "paper"] = "default"
-    """"paper": every choice as the paper (or, where it is silent, ConRFT) has it; explicit flags still win"""
-    runs: str = "runs"
-    """folder for runs"""
-    run_name: str | None = None
-    """name of the run's folder; default: task, observation mode, seed and time"""
-    resume: str | None = None
-    """run folder to go on with; all other flags are taken from its config.json"""
-    eval_only: str | None = None
-    """run folder to evaluate, without training"""
-    track: bool = False
-    """log to Weights & Biases too (works offline)"""
-    device: str = "auto"
-    """"auto", "cpu" or "cuda" """
-    torch_threads: int = 1
-    """CPU threads of torch"""
+    env_id: str = "StackCube-v1"  # ManiSkill task
+    seed: int = 1  # seed of networks, batches, exploration and training episodes
+    K: int = 20  # K: candidate action chunks per state in VGPD
+    preset: Literal["default", "paper"] = "default"  # "paper": every choice as the paper (or, where it is silent, ConRFT) has it; explicit flags still win
+    runs: str = "runs"  # folder for runs
+    run_name: str | None = None  # name of the run's folder; default: task, observation mode, seed and time
+    resume: str | None = None  # run folder to go on with; all other flags are taken from its config.json
+    eval_only: str | None = None  # run folder to evaluate, without training
+    track: bool = False  # log to Weights & Biases too (works offline)
+    device: str = "auto"  # "auto", "cpu" or "cuda"
+    torch_threads: int = 1  # CPU threads of torch
 
     # --- environment ---
-    obs_mode: Literal["rgb", "state"] = "rgb"
-    """"rgb": camera + proprioception; "state": privileged low-dimensional state, the fast path"""
-    control_mode: str = "pd_ee_delta_pos"
-    """ManiSkill controller; the paper uses pd_ee_delta_pose"""
-    control_freq: int = 10
-    """control steps per second (ManiSkill's default is 20, the paper's robot runs at 10)"""
-    max_episode_steps: int | None = None
-    """time limit in control steps; default: per task, see TASKS"""
-    robot_uids: str = "panda"
-    """robot model; panda_wristcam renders several times slower without a GPU"""
-    image_size: int = 96
-    """side of the camera image in pixels, a multiple of 16"""
-    reward: Literal["binary", "conrft"] = "binary"
-    """"binary": 1 on success, else 0; "conrft": +10 on success, else -0.05"""
-    sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"
-    """simulator; physx_cuda steps all environments in one batch on the GPU"""
-    num_envs: int = 1
-    """environments stepped side by side (physx_cpu: one worker process each)"""
+    obs_mode: Literal["rgb", "state"] = "rgb"  # "rgb": camera + proprioception; "state": privileged low-dimensional state, the fast path
+    control_mode: str = "pd_ee_delta_pos"  # ManiSkill controller; the paper uses pd_ee_delta_pose
+    control_freq: int = 10  # control steps per second (ManiSkill's default is 20, the paper's robot runs at 10)
+    max_episode_steps: int | None = None  # time limit in control steps; default: per task, see TASKS
+    robot_uids: str = "panda"  # robot model; panda_wristcam renders several times slower without a GPU
+    image_size: int = 96  # side of the camera image in pixels, a multiple of 16
+    reward: Literal["binary", "conrft"] = "binary"  # "binary": 1 on success, else 0; "conrft": +10 on success, else -0.05
+    sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # simulator; physx_cuda steps all environments in one batch on the GPU
+    num_envs: int = 1  # environments stepped side by side (physx_cpu: one worker process each)
 
     # --- demonstrations ---
-    demo_path: str | None = None
-    """ManiSkill trajectory .h5 (with its .json); default: made by ManiSkill's motion planner and cached"""
-    num_demos: int = 300
-    """demonstrations to make or to use"""
-    demo_dir: str = "demos"
-    """cache for demonstrations"""
+    demo_path: str | None = None  # ManiSkill trajectory .h5 (with its .json); default: made by ManiSkill's motion planner and cached
+    num_demos: int = 300  # demonstrations to make or to use
+    demo_dir: str = "demos"  # cache for demonstrations
 
     # --- model ---
-    backbone: Literal["octo-compact", "octo-small", "octo-base"] = "octo-compact"
-    """size of the Octo backbone"""
-    checkpoint: str | None = None
-    """released Octo weights to start from"""
-    hidden_dim: int = 512
-    """width of actor and critic"""
-    num_layers: int = 3
-    """hidden layers of actor and critic"""
-    num_critics: int = 4
-    """critics in the ensemble; TD targets take the minimum of two random ones"""
-    chunk_len: int = 4
-    """H: actions per decision, executed open loop (1 = the paper's)"""
-    action_range: float = 1.25
-    """the policy's action box as a multiple of the largest demonstrated action, per dimension"""
+    backbone: Literal["octo-compact", "octo-small", "octo-base"] = "octo-compact"  # size of the Octo backbone
+    checkpoint: str | None = None  # released Octo weights to start from
+    hidden_dim: int = 512  # width of actor and critic
+    num_layers: int = 3  # hidden layers of actor and critic
+    num_critics: int = 4  # critics in the ensemble; TD targets take the minimum of two random ones
+    chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
+    action_range: float = 1.25  # the policy's action box as a multiple of the largest demonstrated action, per dimension
 
     # --- stage 0: supervised fine-tuning ---
-    sft_updates: int = 3000
-    """updates of backbone and head"""
-    sft_head_updates: int = 4000
-    """further updates of the head alone, on cached embeddings"""
-    sft_lr: float = 1e-3
-    """peak learning rate, cosine decay after 5 % warm-up"""
-    sft_batch_size: int = 128
-    """transitions per batch"""
+    sft_updates: int = 3000  # updates of backbone and head
+    sft_head_updates: int = 4000  # further updates of the head alone, on cached embeddings
+    sft_lr: float = 1e-3  # peak learning rate, cosine decay after 5 % warm-up
+    sft_batch_size: int = 128  # transitions per batch
 
     # --- stages 1 to 3 ---
-    gamma: float = 0.98
-    """discount per control step"""
-    reinforce_lr: float = 3e-4
-    """learning rate of actor and critic after stage 0 (Adam, constant)"""
-    batch_size: int = 256
-    """transitions per batch; stages 2 and 3: half expert, half policy buffer"""
-    tau: float = 0.005
-    """Polyak step of the target critics"""
-    critic_updates: int = 2
-    """critic updates per actor update"""
-    offline_updates: int = 3000
-    """stage 1: actor updates"""
-    warmup_episodes: int = 40
-    """stage 2: rollouts of the current policy"""
-    warmup_updates: int = 2000
-    """stage 2: actor updates; the first half trains the critic only"""
-    warmup_train_actor: bool = True
-    """stage 2: train the actor by Eqs. (5-7); otherwise the critic only"""
-    warmup: bool = True
-    """--no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")"""
-    online_steps: int = 25_000
-    """stage 3: control steps, summed over environments"""
-    utd_ratio: float = 0.5
-    """stage 3: actor updates per control step"""
-    cql_alpha: float = 0.1
-    """weight of the conservative term in stages 1 and 2"""
-    online_cql_alpha: float = 0.0
-    """the same in stage 3 (0 = the paper's Eq. 8)"""
-    cql_samples: int = 4
-    """sampled actions of each kind in the conservative term (random, pi(s), pi(s'))"""
-    bc_weight: float = 1.0
-    """weight of BC / distillation in stages 1 and 2; stage 3: `distill_weight`"""
-    distill_weight: float = 1.0
-    """stage 3: weight of the distillation loss"""
-    q_weight: float = 0.0
-    """weight of the Q loss in all stages"""
-    q_normalize: bool = True
-    """divide the Q loss by the batch mean of |Q|"""
-    vgpd: bool = True
-    """--no-vgpd replaces distillation by BC on both halves (the paper's ablation)"""
-    temperature: float = 1.0
-    """tau of Eq. (15), in reward units, or in units of the candidates' Q spread with --temperature-adaptive"""
-    temperature_adaptive: bool = True
-    """scale the temperature by the standard deviation of Q over a state's candidates"""
-    expert_filter: Literal["bc", "filter"] = "bc"
-    """expert half: plain BC (Eq. 12), or gated like the policy half (Eq. 14)"""
-    candidate_sigma: float = 0.5
-    """noise level of the second denoising step for candidates (0 = one-step candidates)"""
-    candidate_noise: float = 0.1
-    """Gaussian noise added to candidates, in units of the action box"""
-    actor_ema: float = 0.995
-    """decay of the averaged actor that acts and is evaluated in stages 2 and 3 (0 = off)"""
-    select: Literal["sample", "best-of-k"] = "sample"
-    """action selection: a sample, or the best of K candidates by the critic (not in the paper)"""
+    gamma: float = 0.98  # discount per control step
+    reinforce_lr: float = 3e-4  # learning rate of actor and critic after stage 0 (Adam, constant)
+    batch_size: int = 256  # transitions per batch; stages 2 and 3: half expert, half policy buffer
+    tau: float = 0.005  # Polyak step of the target critics
+    critic_updates: int = 2  # critic updates per actor update
+    offline_updates: int = 3000  # stage 1: actor updates
+    warmup_episodes: int = 40  # stage 2: rollouts of the current policy
+    warmup_updates: int = 2000  # stage 2: actor updates; the first half trains the critic only
+    warmup_train_actor: bool = True  # stage 2: train the actor by Eqs. (5-7); otherwise the critic only
+    warmup: bool = True  # --no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")
+    online_steps: int = 25_000  # stage 3: control steps, summed over environments
+    utd_ratio: float = 0.5  # stage 3: actor updates per control step
+    cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2
+    online_cql_alpha: float = 0.0  # the same in stage 3 (0 = the paper's Eq. 8)
+    cql_samples: int = 4  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
+    bc_weight: float = 1.0  # weight of BC / distillation in stages 1 and 2; stage 3: `distill_weight`
+    distill_weight: float = 1.0  # stage 3: weight of the distillation loss
+    q_weight: float = 0.0  # weight of the Q loss in all stages
+    q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
+    vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
+    temperature: float = 1.0  # tau of Eq. (15), in reward units, or in units of the candidates' Q spread with --temperature-adaptive
+    temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
+    expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12), or gated like the policy half (Eq. 14)
+    candidate_sigma: float = 0.5  # noise level of the second denoising step for candidates (0 = one-step candidates)
+    candidate_noise: float = 0.1  # Gaussian noise added to candidates, in units of the action box
+    actor_ema: float = 0.995  # decay of the averaged actor that acts and is evaluated in stages 2 and 3 (0 = off)
+    select: Literal["sample", "best-of-k"] = "sample"  # action selection: a sample, or the best of K candidates by the critic (not in the paper)
 
     # --- evaluation and logging ---
-    eval_episodes: int = 100
-    """episodes of the last evaluation and of the one at hand-over to stage 3"""
-    eval_interim_episodes: int = 50
-    """episodes of every other evaluation"""
-    eval_freq: int = 2500
-    """control steps between evaluations in stage 3"""
-    video_episodes: int = 4
-    """episodes filmed after training (0 = none)"""
-    log_freq: int = 100
-    """updates between logged rows"""
-    checkpoint_freq: int = 1000
-    """updates between checkpoints (also written at the end of each stage and evaluation)"""
+    eval_episodes: int = 100  # episodes of the last evaluation and of the one at hand-over to stage 3
+    eval_interim_episodes: int = 50  # episodes of every other evaluation
+    eval_freq: int = 2500  # control steps between evaluations in stage 3
+    video_episodes: int = 4  # episodes filmed after training (0 = none)
+    log_freq: int = 100  # updates between logged rows
+    checkpoint_freq: int = 1000  # updates between checkpoints (also written at the end of each stage and evaluation)
 
 
 PAPER = dict(
@@ -299,7 +233,8 @@ class ObsWrapper(gym.Wrapper):
     """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
 
     Proprio is everything of the "agent" and "extra" groups: joint positions and velocities, gripper pose, and what
-    the task adds (PickCube's goal position); in state mode the task adds its privileged state.
+    the task adds (PickCube's goal position); in state mode the task adds its privileged state. `step` returns the
+    success flag in the place of `truncated`: `rollout` keeps the time limit, so that it can also run past a success.
     """
 
     def observation(self, raw: dict) -> dict[str, np.ndarray]:
@@ -312,29 +247,22 @@ class ObsWrapper(gym.Wrapper):
         return obs
 
     def reset(self, **kwargs):
-        raw, info = self.env.reset(**kwargs)
-        return self.observation(raw), info
+        return self.observation(self.env.reset(**kwargs)[0]), {}
 
     def step(self, action):
         raw, _, terminated, _, info = self.env.step(action)
         success = info.get("success", torch.zeros_like(terminated)).bool()
-        return self.observation(raw), 0.0, terminated.cpu().numpy(), success.cpu().numpy(), {}
+        return self.observation(raw), np.zeros(len(success)), terminated.cpu().numpy(), success.cpu().numpy(), {}
 
 
 class SingleEnv(gym.Wrapper):
-    """One element of an `ObsWrapper` batch of one, as a worker process of gymnasium's AsyncVectorEnv needs it.
+    """The only element of an `ObsWrapper` batch, as gymnasium's vector environments want it."""
 
-    The success flag travels in the place of `truncated`: the time limit is kept by `rollout`.
-    """
-
-    def __init__(self, env: gym.Env):
+    def __init__(self, env: ObsWrapper):
         super().__init__(env)
-        obs = {k: v[0] for k, v in env.reset(seed=0)[0].items()}
-        bounds = {"proprio": (-np.inf, np.inf), "primary": (0, 255)}
-        self.observation_space = gym.spaces.Dict(
-            {k: gym.spaces.Box(*bounds[k], shape=v.shape, dtype=v.dtype.type) for k, v in obs.items()}
-        )
-        self.action_space = env.unwrapped.single_action_space
+        first, limits = self.reset(seed=0)[0], {"proprio": (-np.inf, np.inf), "primary": (0, 255)}
+        boxes = {k: gym.spaces.Box(*limits[k], v.shape, v.dtype.type) for k, v in first.items()}
+        self.observation_space, self.action_space = gym.spaces.Dict(boxes), env.unwrapped.single_action_space
 
     def reset(self, **kwargs):
         return {k: v[0] for k, v in self.env.reset(**kwargs)[0].items()}, {}
@@ -343,68 +271,48 @@ class SingleEnv(gym.Wrapper):
         obs, _, terminated, success, _ = self.env.step(action)
         return {k: v[0] for k, v in obs.items()}, 0.0, bool(terminated[0]), bool(success[0]), {}
 
-    def render(self):
+    def render(self) -> np.ndarray:
         return self.env.render()[0].cpu().numpy()
 
 
-def make_single_env(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
-    """One ManiSkill environment (on physx_cuda: a batch of them) in this process.
+def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
+    """A batch of ManiSkill environments in this process (physx_cpu: of one).
 
-    Raises: UserError if the simulator can't start, which nearly always means Vulkan.
+    Raises: UserError if the simulator can't start, which nearly always means Vulkan, or refuses the flags.
     """
     import mani_skill.envs  # noqa: F401  registers the tasks
     from mani_skill.utils import sapien_utils
 
-    task = TASKS.get(args.env_id, Task("do the task", 0.0))
+    torch.set_num_threads(args.torch_threads)  # this may be a fresh worker process
+    task, gpu = TASKS.get(args.env_id, Task("do the task", 0.0)), args.sim_backend == "physx_cuda"
     camera = dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov)
-    cameras = dict(width=args.image_size, height=args.image_size, shader_pack="minimal", base_camera=camera)
     try:
         env = gym.make(
-            args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
-            control_mode=args.control_mode, robot_uids=args.robot_uids, reward_mode="none", render_mode="rgb_array" if render else None,
-            sim_backend=args.sim_backend, render_backend="gpu" if args.sim_backend == "physx_cuda" else "cpu",
-            sim_config=dict(control_freq=args.control_freq), max_episode_steps=1_000_000,
-            sensor_configs=cameras, human_render_camera_configs=dict(width=256, height=256),
+            args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict", reward_mode="none",
+            control_mode=args.control_mode, robot_uids=args.robot_uids, render_mode="rgb_array" if render else None,
+            sim_backend=args.sim_backend, render_backend="gpu" if gpu else "cpu", max_episode_steps=1_000_000,
+            sensor_configs=dict(width=args.image_size, height=args.image_size, shader_pack="minimal", base_camera=camera),
+            human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
         )  # fmt: skip
     except RuntimeError as error:
         raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks Vulkan") from error
     except (KeyError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"{args.env_id} refuses these settings (robot, controller, camera): {error!r}") from error
+        raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
     return ObsWrapper(env)
 
 
-class VecEnv:
-    """num_envs environments behind `reset(seeds)` and `step(actions)`, without auto-reset; the same for all backends."""
+def make_env(args: Args, num_envs: int, render: bool = False):
+    """num_envs environments without auto-reset, the same for every backend.
 
-    def __init__(self, args: Args):
-        self.num_envs = args.num_envs
-        if args.sim_backend == "physx_cuda" or args.num_envs == 1:
-            self.env = make_single_env(args, args.num_envs)
-            space = self.env.unwrapped.single_action_space
-        else:
-            make = functools.partial(_worker_env, args)
-            self.env = gym.vector.AsyncVectorEnv(
-                [make] * args.num_envs, context="spawn", autoreset_mode=gym.vector.AutoresetMode.DISABLED
-            )
-            space = self.env.single_action_space
-        self.action_dim = space.shape[0]
-
-    def reset(self, seeds: list[int]) -> dict[str, np.ndarray]:
-        """Start one episode per environment. seeds: num_envs integers; they alone decide the initial states."""
-        return self.env.reset(seed=list(seeds))[0]
-
-    def step(self, action: np.ndarray):
-        """Shapes: action [num_envs, A] in the controller's box -> obs, terminated [num_envs], success [num_envs]."""
-        obs, _, terminated, success, _ = self.env.step(action)
-        return obs, np.asarray(terminated), np.asarray(success)
-
-    def close(self) -> None:
-        self.env.close()
-
-
-def _worker_env(args: Args) -> SingleEnv:
-    torch.set_num_threads(1)
-    return SingleEnv(make_single_env(args))
+    reset(seed=[num_envs integers]) -> obs, {};  step(action [num_envs, A] in the controller's units) -> obs, unused,
+    terminated [num_envs], success [num_envs], unused. Seeds alone decide the initial states.
+    """
+    if args.sim_backend == "physx_cuda":
+        return make_maniskill(args, num_envs, render)
+    make, mode = [lambda: SingleEnv(make_maniskill(args, 1, render))] * num_envs, gym.vector.AutoresetMode.DISABLED
+    if num_envs == 1:
+        return gym.vector.SyncVectorEnv(make, autoreset_mode=mode)
+    return gym.vector.AsyncVectorEnv(make, context="spawn", autoreset_mode=mode)
 
 
 # --- end shared ---
@@ -416,47 +324,37 @@ def _worker_env(args: Args) -> SingleEnv:
 # --- shared: demonstrations ---
 @dataclass
 class Demos:
-    """Successful demonstrations as this project's environment sees them, cut at the first success.
+    """Successful demonstrations as this project's environment sees them.
 
     obs      {"proprio": [M, P] float32, "primary": [M, H, H, 3] uint8}; an episode of T steps has T + 1 rows
-    action   [M, A] float32 in the controller's box; the row of an episode's last observation is unused
-    lengths  [episodes] T of each
+    action   [M, A] float32 in the controller's units; the row of an episode's last observation is unused
+    lengths  [episodes] T of each, to the end of the recording
+    steps    [episodes] steps to the first success: reinforcement learning episodes end there
     """
 
     obs: dict[str, np.ndarray]
     action: np.ndarray
     lengths: np.ndarray
+    steps: np.ndarray
     source: str
 
     def starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
 
 
-_counter = None  # progress of worker processes, shared by `run_workers`
-
-
-def _init_worker(counter) -> None:
-    global _counter
-    _counter = counter
-    torch.set_num_threads(1)
-
-
-def run_workers(function, jobs: list[tuple], total: int, title: str) -> list:
-    """Run function(*job) for each job in its own process, with one progress bar over `total` counts."""
+def run_workers(function, jobs: list[tuple], title: str) -> list:
+    """function(*job, counter) for each job in its own process; the workers' counters are shown together."""
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("i", 0)
-    with context.Pool(len(jobs), _init_worker, (counter,)) as pool, tqdm(total=total, desc=title, mininterval=1) as bar:
-        pending = pool.starmap_async(function, jobs)
-        while not pending.ready():
-            pending.wait(0.5)
-            bar.update(counter.value - bar.n)
-        result = pending.get()
-        bar.update(counter.value - bar.n)
-    return result
+    with context.Manager() as manager, ProcessPoolExecutor(len(jobs), context) as pool, tqdm(desc=title, unit=" done") as bar:
+        counters = [manager.Value("i", 0) for _ in jobs]
+        futures = [pool.submit(function, *job, counter) for job, counter in zip(jobs, counters)]
+        while wait(futures, timeout=0.5).not_done:
+            bar.update(sum(c.value for c in counters) - bar.n)
+        return [future.result() for future in futures]
 
 
-def plan_demos(args: Args, folder: str, seeds: range, count: int) -> str:
-    """Let ManiSkill's motion planner solve `count` episodes (joint-position control); returns the .h5 written."""
+def plan_demos(args: Args, path: Path, seed: int, count: int, counter) -> None:
+    """Let ManiSkill's motion planner solve `count` episodes from `seed` on; writes them to `path` (joint positions)."""
     from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
     from mani_skill.utils.wrappers.record import RecordEpisode
 
@@ -464,97 +362,48 @@ def plan_demos(args: Args, folder: str, seeds: range, count: int) -> str:
         args.env_id, obs_mode="none", control_mode="pd_joint_pos", robot_uids=args.robot_uids, reward_mode="sparse",
         sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
     )  # fmt: skip
-    env = RecordEpisode(
-        env, folder, save_video=False, trajectory_name=f"part{seeds.start}", record_reward=False, save_on_reset=False,
-        source_type="motionplanning", source_desc="ManiSkill's motion planning solution",
-    )  # fmt: skip
-    path, done = env._h5_file.filename, 0
-    for seed in seeds:
-        if done == count:
-            break
+    env = RecordEpisode(env, str(path.parent), trajectory_name=path.stem, save_video=False, save_on_reset=False)
+    tries = range(seed, seed + 3 * count + 50)
+    for seed in tries:
         try:
             result = MP_SOLUTIONS[args.env_id](env, seed=seed, debug=False, vis=False)
             solved = result != -1 and result[-1]["success"].item()
         except Exception:  # the solutions raise all sorts where no plan exists; the next seed is as good
             solved = False
         env.flush_trajectory(save=solved)
-        done += solved
-        with _counter.get_lock():
-            _counter.value += int(solved)
+        count -= solved
+        counter.value += int(solved)
+        if not count:
+            break
     env.close()
-    if done < count:
-        raise UserError(f"the motion planner solved only {done} of {len(seeds)} episodes of {args.env_id}")
-    return path
+    if count:
+        raise UserError(f"the motion planner fails on {args.env_id}: {count} episodes missing after {len(tries)} tries")
 
 
-def make_demos(args: Args) -> Path:
-    """Plan `num_demos` demonstrations and convert them to the policy's controller, by ManiSkill's own two tools.
-
-    Returns: the converted .h5, from the cache if it was made before.
-    """
-    from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
-    from mani_skill.trajectory.merge_trajectory import merge_trajectories
-
-    if args.env_id not in MP_SOLUTIONS:
-        raise UserError(f"ManiSkill has no motion planner for {args.env_id}: give demonstrations by --demo-path FILE.h5")
-    name = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}"
-    folder = Path(args.demo_dir) / name
-    done = folder / f"trajectory.none.{args.control_mode}.physx_cpu.h5"
-    if done.exists():
-        return done
-    work = folder.with_name(f"{name}.tmp{os.getpid()}")  # renamed when complete: a killed run leaves no half cache
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        workers = min(os.cpu_count() or 1, 8, args.num_demos)
-        planned = folder / "trajectory.h5"
-        if planned.exists():
-            for suffix in (".h5", ".json"):
-                shutil.copy(planned.with_suffix(suffix), work / f"trajectory{suffix}")
-        else:
-            counts = [len(part) for part in np.array_split(np.arange(args.num_demos), workers)]
-            jobs = [(args, str(work), range(i * 100_000, i * 100_000 + 3 * n + 20), n) for i, n in enumerate(counts)]
-            parts = run_workers(plan_demos, jobs, args.num_demos, "planning demonstrations")
-            merge_trajectories(str(work / "trajectory.h5"), parts)
-        convert_demos(work / "trajectory.h5", args.control_mode, args.num_demos, workers)
-        for part in work.glob("part*"):
-            part.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in work.iterdir():
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return done
-
-
-def convert_demos(path: Path, control_mode: str, count: int, workers: int) -> Path:
-    """Replay joint-position demonstrations under another controller with ManiSkill's replay tool."""
-    if control_mode == "pd_joint_pos":
-        target = path.with_name(f"{path.stem}.none.{control_mode}.physx_cpu.h5")
-        for suffix in (".h5", ".json"):
-            shutil.copy(path.with_suffix(suffix), target.with_suffix(suffix))
-        return target
-    log = path.with_name("replay.log")
-    command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path), "-c", control_mode,
-               "-o", "none", "--save-traj", "--num-envs", str(workers), "--count", str(count)]  # fmt: skip
-    with open(log, "wb") as out, tqdm(total=count, desc=f"converting to {control_mode}", mininterval=1) as bar:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        while process.poll() is None:
-            time.sleep(0.5)
-            bar.update(len(set(re.findall(rb"traj_\d+", log.read_bytes()))) - bar.n)
-        bar.update(count - bar.n)
+def convert_demos(path: Path, control_mode: str, counter) -> Path:
+    """Replay joint-position demonstrations under another controller, with ManiSkill's replay tool."""
     target = path.with_name(f"{path.stem}.none.{control_mode}.physx_cpu.h5")
-    if process.returncode or not target.exists():
-        raise UserError(f"ManiSkill can't convert {path} to {control_mode}: {log.read_text(errors='replace')[-300:]}")
+    if not target.exists():
+        command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path), "--save-traj"]
+        command += ["-c", control_mode, "-o", "none", "--num-envs", "1"]
+        tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        seen, output = set(), b""
+        while piece := tool.stdout.read1():
+            output = output[-300:] + piece
+            for _ in set(re.findall(rb"Replaying (traj_\d+)", output)) - seen:
+                counter.value += 1
+            seen |= set(re.findall(rb"Replaying (traj_\d+)", output))
+        if tool.wait() or not target.exists():
+            target.unlink(missing_ok=True)
+            raise UserError(f"ManiSkill can't convert {path} to {control_mode}: {output[-300:].decode(errors='replace')}")
     return target
 
 
 def check_demos(args: Args, path: Path) -> dict:
-    """Read a trajectory's .json and check that it fits the flags. Raises: UserError with the way out."""
+    """Read a trajectory's .json and check it against the flags. Raises: UserError with the way out."""
     try:
         meta = json.loads(path.with_suffix(".json").read_text())
-        info = meta["env_info"]
-        kwargs, found = info["env_kwargs"], info["env_id"]
+        kwargs, env_id = meta["env_info"]["env_kwargs"], meta["env_info"]["env_id"]
         with h5py.File(path, "r") as file:
             missing = [e["episode_id"] for e in meta["episodes"] if f"traj_{e['episode_id']}/actions" not in file]
     except FileNotFoundError as error:
@@ -562,78 +411,96 @@ def check_demos(args: Args, path: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no complete ManiSkill trajectory file ({error}); make or copy it again") from error
     if missing:
-        raise UserError(f"{path} is truncated: episodes {missing[:5]} are listed but not stored; make or copy it again")
+        raise UserError(f"{path} is truncated: {len(missing)} of the listed episodes are not stored; make or copy it again")
     freq = (kwargs.get("sim_config") or {}).get("control_freq", 20)
-    for flag, have, want in (
-        ("env-id", found, args.env_id),
-        ("control-freq", freq, args.control_freq),
-        ("robot-uids", kwargs.get("robot_uids") or args.robot_uids, args.robot_uids),
-    ):
+    for flag, have, want in (("env-id", env_id, args.env_id), ("control-freq", freq, args.control_freq),
+                             ("robot-uids", kwargs.get("robot_uids") or args.robot_uids, args.robot_uids)):  # fmt: skip
         if have != want:
             raise UserError(f"{path} was recorded with --{flag} {have}, not {want}")
-    if len(meta["episodes"]) < args.num_demos:
-        raise UserError(f"{path} holds {len(meta['episodes'])} episodes; --num-demos asks for {args.num_demos}")
     return meta
 
 
-def observe_demos(args: Args, path: str, episodes: list[dict], part: str) -> str:
-    """Replay demonstrations through the policy's own environment and write what it observes to the .npz `part`."""
-    env = make_single_env(args)
-    rows, actions, lengths = [], [], []
+def observe_demos(args: Args, path: Path, episodes: list[dict], count: int, counter) -> dict[str, np.ndarray]:
+    """Replay `count` demonstrations in the policy's own environment: what it observes, and when it succeeds."""
+    env, rows, actions, lengths, steps = make_maniskill(args), [], [], [], []
     with h5py.File(path, "r") as file:
         for episode in episodes:
             action = file[f"traj_{episode['episode_id']}"]["actions"][:].astype(np.float32)
-            seed = episode["reset_kwargs"].get("seed", episode["episode_seed"])
-            obs = [env.reset(seed=seed)[0]]
-            for t, a in enumerate(action):
+            obs, flags = [env.reset(seed=episode["reset_kwargs"].get("seed", episode["episode_seed"]))[0]], []
+            for a in action:
                 step_obs, _, _, success, _ = env.step(a)
                 obs.append(step_obs)
-                if success[0]:  # cut here: the reinforcement learning episode ends at the first success
-                    rows += obs
-                    actions += [action[: t + 1], np.zeros((1, action.shape[1]), np.float32)]
-                    lengths.append(t + 1)
-                    break
-            with _counter.get_lock():
-                _counter.value += 1
+                flags.append(success[0])
+            if any(flags):
+                rows, lengths, steps = rows + obs, [*lengths, len(action)], [*steps, int(np.argmax(flags)) + 1]
+                actions += [action, np.zeros((1, action.shape[1]), np.float32)]
+            counter.value += 1
+            if len(lengths) == count:
+                break
     env.close()
-    if not lengths:
-        raise UserError(f"none of the demonstrations in {path} succeeds when replayed: wrong simulator version or settings?")
+    if len(lengths) < count:
+        raise UserError(f"only {len(lengths)} of {count} demonstrations of {path} succeed when replayed: other settings?")
     obs = {f"obs_{k}": np.concatenate([row[k] for row in rows]) for k in rows[0]}
-    np.savez(part, action=np.concatenate(actions), lengths=np.array(lengths), **obs)
-    return part
+    return obs | {"action": np.concatenate(actions), "lengths": np.array(lengths), "steps": np.array(steps)}
+
+
+def demo_part(args: Args, path: Path, part: int, parts: int, counter) -> dict[str, np.ndarray]:
+    """One worker's share of the demonstrations: made (if `path` is a folder) or read from a file, then observed."""
+    torch.set_num_threads(1)
+    count = len(np.array_split(np.arange(args.num_demos), parts)[part])
+    if path.is_dir():
+        planned = path / f"part{part}.h5"
+        if not planned.with_suffix(".done").exists():  # spares, because the replay tool loses one in a hundred
+            plan_demos(args, planned, 100_000 * part, count + 3 + count // 20, counter)
+            planned.with_suffix(".done").touch()
+        path = planned if args.control_mode == "pd_joint_pos" else convert_demos(planned, args.control_mode, counter)
+        episodes = check_demos(args, path)["episodes"]
+    else:
+        episodes = np.array_split(np.array(check_demos(args, path)["episodes"][: args.num_demos]), parts)[part]
+    return observe_demos(args, path, episodes, count, counter)
 
 
 def load_demos(args: Args) -> Demos:
-    """Demonstrations from `--demo-path` or the planner, replayed once in the policy's environment and cached."""
-    path = Path(args.demo_path) if args.demo_path else make_demos(args)
-    meta = check_demos(args, path)
-    controller = meta["env_info"]["env_kwargs"].get("control_mode", "pd_joint_delta_pos")
-    if controller != args.control_mode:
-        if controller != "pd_joint_pos":
-            raise UserError(f"{path} has actions for {controller}; only pd_joint_pos can be converted to {args.control_mode}")
-        target = path.with_name(f"{path.stem}.none.{args.control_mode}.physx_cpu.h5")
-        path = target if target.exists() else convert_demos(path, args.control_mode, len(meta["episodes"]), 1)
-        meta = check_demos(args, path)
-    episodes = meta["episodes"][: args.num_demos]
-    view = [args.obs_mode, args.num_demos, args.robot_uids, args.control_freq, path.stat().st_size, path.stat().st_mtime_ns]
+    """`num_demos` demonstrations from `--demo-path`, or made by ManiSkill's planner; observed once and cached.
+
+    Raises: UserError if the file doesn't fit the flags, or the task has no planner.
+    """
+    from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
+
+    source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}"
+    view = [args.obs_mode, args.control_mode, args.num_demos]
     view += [args.image_size, TASKS.get(args.env_id)] if args.obs_mode == "rgb" else []
-    cache = path.with_name(f"{path.stem}.{args.obs_mode}-{hashlib.sha1(repr(view).encode()).hexdigest()[:10]}.npz")
+    if args.demo_path:
+        path = Path(args.demo_path)
+        meta = check_demos(args, path)
+        if len(meta["episodes"]) < args.num_demos:
+            raise UserError(f"{path} holds {len(meta['episodes'])} episodes; --num-demos asks for {args.num_demos}")
+        recorded = meta["env_info"]["env_kwargs"].get("control_mode")
+        if recorded not in (args.control_mode, "pd_joint_pos"):
+            raise UserError(f"{path} has actions for {recorded}; only pd_joint_pos can be converted to {args.control_mode}")
+        source, view = str(path), [*view, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+        if recorded != args.control_mode:
+            path = convert_demos(path, args.control_mode, multiprocessing.Value("i", 0))
+    elif args.env_id in MP_SOLUTIONS:
+        path = Path(args.demo_dir) / source
+        path.mkdir(parents=True, exist_ok=True)
+    else:
+        raise UserError(f"ManiSkill has no motion planner for {args.env_id}: give demonstrations by --demo-path FILE.h5")
+    cache = Path(args.demo_dir) / f"{args.env_id}-{hashlib.sha1(repr((source, view)).encode()).hexdigest()[:12]}.npz"
     if not cache.exists():
-        workers = min(os.cpu_count() or 1, 8, len(episodes))
-        split = [list(part) for part in np.array_split(np.array(episodes, dtype=object), workers)]
-        temporary = [str(cache.with_suffix(f".tmp{os.getpid()}-{i}.npz")) for i in range(workers)]
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        workers = min(os.cpu_count() or 1, 8, args.num_demos)
+        jobs = [(args, path, part, workers) for part in range(workers)]
+        parts = run_workers(demo_part, jobs, "demonstrations")
+        temporary = cache.with_suffix(f".tmp{os.getpid()}.npz")  # renamed when complete: a killed run leaves no half cache
         try:
-            jobs = [(args, str(path), part, file) for part, file in zip(split, temporary)]
-            run_workers(observe_demos, jobs, len(episodes), f"observing demonstrations ({args.obs_mode})")
-            parts = [np.load(file) for file in temporary]
-            np.savez(temporary[0] + ".npz", **{k: np.concatenate([part[k] for part in parts]) for k in parts[0].files})
-            os.replace(temporary[0] + ".npz", cache)
+            np.savez(temporary, **{k: np.concatenate([part[k] for part in parts]) for k in parts[0]})
+            os.replace(temporary, cache)
         finally:
-            for file in (*temporary, temporary[0] + ".npz"):
-                Path(file).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     data = np.load(cache)
     obs = {k.removeprefix("obs_"): data[k] for k in data.files if k.startswith("obs_")}
-    return Demos(obs, data["action"], data["lengths"], str(path))
+    return Demos(obs, data["action"], data["lengths"], data["steps"], source)
 
 
 # --- end shared ---
@@ -695,32 +562,30 @@ class ReplayBuffer:
             reward_failure: float, hold: np.ndarray) -> None:  # fmt: skip
         """Append one episode of T steps.
 
-        Shapes: feature [T+1, F], action [T, A] normalised, reward [T], hold [A] the action that keeps still.
-        After a termination chunks are filled up with `hold`; chunks that a time limit cuts short are left out.
+        Shapes: feature [L+1, F], action [L, A] normalised, L >= T (actions recorded past the end of the episode fill
+        up its last chunks), reward [T], hold [A] the action that keeps still and fills up after those.
+        Chunks that a time limit cuts short are left out.
         """
-        T, H, g = len(action), self.chunk_len, self.gamma
+        T, L, H, g = len(reward), len(action), self.chunk_len, self.gamma
         steps = np.minimum(H, T - np.arange(T))  # n of each row
-        padded = np.concatenate([reward, np.zeros(H, np.float32)])
-        discounts = (g ** np.arange(H)).astype(np.float32)
-        chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H)[:T] @ discounts
+        padded = np.concatenate([reward, np.zeros(H - 1, np.float32)])
+        chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H) @ (g ** np.arange(H)).astype(np.float32)
         ends = terminated & (np.arange(T) + steps == T)
-        row = np.arange(T + 1) + self.rows
+        row, fill = np.arange(L + 1) + self.rows, np.zeros(L + 1 - T, np.float32)
         new = dict(
-            feature=feature, action=np.concatenate([action, hold[None]]), reward=np.append(chunk_reward, 0),
-            bootstrap=np.append(np.where(ends, 0.0, g**steps), 0), success=np.full(T + 1, success),
-            mc_return=np.append(mc_returns(reward, terminated, g, reward_failure), 0),
-            next=np.append(row[:T] + steps, row[-1]), last=np.full(T + 1, row[-1]),
+            feature=feature, action=np.concatenate([action, hold[None]]), reward=np.append(chunk_reward, fill),
+            bootstrap=np.append(np.where(ends, 0.0, g**steps), fill), success=np.full(L + 1, success),
+            mc_return=np.append(mc_returns(reward, terminated, g, reward_failure), fill),
+            next=np.append(row[:T] + steps, row[T:]), last=np.full(L + 1, row[-1]),
         )  # fmt: skip
         starts = row[:T] if terminated else row[: max(T - H + 1, 0)]
-        end = self.rows + T + 1
+        end = self.rows + L + 1
         if end > len(self.data["reward"]):  # grow by doubling
             size = max(end, 2 * len(self.data["reward"]), 1024)
             self.data = {k: torch.cat([v, v.new_zeros(size - len(v), *v.shape[1:])]) for k, v in self.data.items()}
-        if self.num_starts + len(starts) > len(self.starts):
-            self.starts = torch.cat([self.starts, self.starts.new_zeros(max(len(starts), len(self.starts), 1024))])
         for key, value in new.items():
             self.data[key][self.rows : end] = torch.as_tensor(value)
-        self.starts[self.num_starts : self.num_starts + len(starts)] = torch.as_tensor(starts)
+        self.starts = torch.cat([self.starts[: self.num_starts], torch.as_tensor(starts)])
         self.rows, self.num_starts = end, self.num_starts + len(starts)
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
@@ -875,6 +740,15 @@ class Agent(nn.Module):
         images = {k: v[:, None] for k, v in obs.items() if k != "proprio"}  # a window of one step
         language = self.backbone.encode_text([self.instruction])
         return torch.cat([self.backbone(images, language, lowdim=proprio[:, None]), proprio], -1)
+
+    def act(self, feature: Tensor, actor: ConsistencyActor, args: Args, generator) -> np.ndarray:
+        """One chunk per state: [N, F] -> [N, H, A] normalised; a sample, or the best of K candidates by the critic."""
+        if args.select == "sample":
+            chunk = actor.sample(feature, 1, generator)[:, 0]
+        else:
+            chunk = actor.sample(feature, args.K, generator, args.candidate_sigma, args.candidate_noise)  # [N, K, H*A]
+            chunk = chunk[torch.arange(len(chunk)), self.critic(feature, chunk).mean(0).argmax(-1)]
+        return chunk.unflatten(1, (self.H, -1)).cpu().numpy()
 
     def normalise(self, action: np.ndarray) -> np.ndarray:
         """Controller units [.., A] to the policy's box [-1, 1]."""
@@ -1049,7 +923,10 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
 # =====================================================================================================================
 @dataclass
 class Episode:
-    """feature [T+1, F] (empty if not asked for), action [T, A] normalised, success at each step [T], terminated at T."""
+    """feature [T+1, F] (empty if not asked for), action [T, A] normalised, success [T] at each step, terminated at T.
+
+    Demonstrations may have more features and actions than the T steps of `success`: what was recorded after it.
+    """
 
     feature: Tensor
     action: np.ndarray
@@ -1058,77 +935,62 @@ class Episode:
 
 
 @torch.no_grad()
-def rollout(env: VecEnv, agent: Agent, args: Args, seeds: list[int], generator, actor: ConsistencyActor, select: str,
-            training: bool, bar: tqdm | None = None) -> list[Episode]:  # fmt: skip
-    """One episode per environment, in step; the policy is asked once per chunk.
+def rollout(env, agent: Agent, args: Args, seeds: list[int], generator, actor: ConsistencyActor, training: bool,
+            bar: tqdm | None = None, frames: list | None = None) -> list[Episode]:  # fmt: skip
+    """One episode per environment, side by side; the policy is asked once per chunk.
 
-    seeds: num_envs integers. training=True ends an episode at success or failure and keeps features; otherwise
-    episodes run to the time limit, so that success at the end can be told from success on the way.
+    training=True ends an episode at success or failure and keeps features; otherwise episodes run to the time limit,
+    so that success at the end can be told from success on the way. `frames` collects the first environment's video.
     """
-    N, H = env.num_envs, agent.H
-    obs, ended = env.reset(seeds), np.zeros(N, dtype=bool)
-    length, terminated = np.full(N, args.max_episode_steps), np.zeros(N, dtype=bool)
-    features, actions, successes = [], [], []
+    N, H = len(seeds), agent.H
+    obs, ended = env.reset(seed=list(seeds))[0], np.zeros(N, dtype=bool)
+    length, features, actions, successes = np.full(N, args.max_episode_steps), [], [], []
     for t in range(args.max_episode_steps):
         if training or t % H == 0:
             features.append(agent.feature(obs))
         if t % H == 0:
-            chunk = actor.sample(features[-1], 1, generator)  # [N, 1, H*A]
-            if select == "best-of-k":
-                chunk = actor.sample(features[-1], args.K, generator, args.candidate_sigma, args.candidate_noise)
-                best = agent.critic(features[-1], chunk).mean(0).argmax(-1)  # [N]
-                chunk = chunk[torch.arange(N), best][:, None]
-            chunk = chunk[:, 0].unflatten(1, (H, -1)).cpu().numpy()  # [N, H, A]
+            chunk = agent.act(features[-1], actor, args, generator)  # [N, H, A]
         actions.append(chunk[:, t % H])
-        obs, done, success = env.step(agent.denormalise(actions[-1]))
-        successes.append(success)
+        obs, _, done, success, _ = env.step(agent.denormalise(actions[-1]))
+        successes.append(np.asarray(success))
         if bar is not None:
             bar.update(int((~ended).sum()))
+        if frames is not None:
+            frames.append(env.call("render")[0])
         if training:
-            now = done & ~ended
-            length[now], terminated[now] = t + 1, True
+            length[done & ~ended] = t + 1
             ended |= done
             if ended.all():
                 break
-    if training:
-        features.append(agent.feature(obs))
-    stacked = torch.stack(features, 1).cpu() if training else torch.empty(N, 0)
+    stacked = torch.stack([*features, agent.feature(obs)], 1).cpu() if training else torch.empty(N, 0)
     action, success = np.stack(actions, 1), np.stack(successes, 1)  # [N, T, A], [N, T]
-    return [
-        Episode(stacked[i, : length[i] + 1], action[i, : length[i]], success[i, : length[i]], bool(terminated[i]))
-        for i in range(N)
-    ]
+    return [Episode(stacked[i, : n + 1], action[i, :n], success[i, :n], bool(ended[i])) for i, n in enumerate(length)]
 
 
 EVAL_SEED, TRAIN_SEED = 1_000_000_000, 100_000_000  # demonstrations use seeds from 0; the three never meet
 
 
-def evaluate(env: VecEnv, agent: Agent, args: Args, actor: ConsistencyActor, select: str, episodes: int) -> dict[str, float]:
-    """Success over the fixed evaluation episodes (the same initial states and policy noise every time).
+def evaluate(env, agent: Agent, args: Args, actor: ConsistencyActor, episodes: int) -> dict[str, float]:
+    """Success over the fixed evaluation episodes: the same initial states and policy noise every time.
 
-    Has its own generators and leaves torch's global one alone, so training doesn't depend on when it is called.
+    Uses an environment and a generator of its own and leaves torch's global one alone, so training doesn't depend on
+    when it is called. Returns: both success rates, Wilson's 95 % interval, mean env steps to success (over successes).
     """
-    start, results = time.time(), []
+    start, flags = time.time(), []
     generator = torch.Generator(args.device).manual_seed(0)
     with torch.random.fork_rng(devices=[]):
-        for first in range(0, episodes, env.num_envs):
-            seeds = [EVAL_SEED + first + i for i in range(env.num_envs)]
-            results += rollout(env, agent, args, seeds, generator, actor, select, training=False)
-    return success_metrics([r.success for r in results[:episodes]], args) | {"time/eval_s": time.time() - start}
-
-
-def success_metrics(flags: list[np.ndarray], args: Args) -> dict[str, float]:
-    """Both success rates, Wilson's 95 % interval, and mean steps to success (env steps, over successes)."""
-    once = np.array([f.any() for f in flags])
-    steps = np.array([f.argmax() + 1 for f in flags if f.any()])
-    interval = binomtest(int(once.sum()), len(once)).proportion_ci(method="wilson")
+        for first in range(EVAL_SEED, EVAL_SEED + episodes, args.num_envs):
+            seeds = range(first, first + args.num_envs)
+            flags += [e.success for e in rollout(env, agent, args, seeds, generator, actor, training=False)]
+    flags = np.stack(flags[:episodes])  # [episodes, time limit]
+    once, first = flags.any(1), flags.argmax(1)
+    interval = binomtest(int(once.sum()), episodes).proportion_ci(method="wilson")
     fail, success, _, _ = return_bounds(args)
     return {
-        "eval/success_once": float(once.mean()), "eval/success_once_low": interval.low,
-        "eval/success_once_high": interval.high, "eval/success_at_end": float(np.mean([f[-1] for f in flags])),
-        "eval/episode_len": float(steps.mean()) if len(steps) else float(args.max_episode_steps),
-        "eval/return": float(np.mean([success + fail * f.argmax() if f.any() else fail * len(f) for f in flags])),
-        "eval/num_episodes": float(len(flags)),
+        "eval/success_once": once.mean(), "eval/success_once_low": interval.low, "eval/success_once_high": interval.high,
+        "eval/success_at_end": flags[:, -1].mean(), "eval/num_episodes": episodes, "time/eval_s": time.time() - start,
+        "eval/episode_len": first[once].mean() + 1 if once.any() else args.max_episode_steps,
+        "eval/return": np.where(once, success + fail * first, fail * args.max_episode_steps).mean(),
     }  # fmt: skip
 
 
@@ -1136,20 +998,10 @@ def film(agent: Agent, args: Args, actor: ConsistencyActor, folder: Path) -> Non
     """Film the first evaluation episodes to folder/episode-I-{success,failure}.mp4."""
     import imageio
 
-    args = dataclasses.replace(args, num_envs=1, sim_backend="physx_cpu")
-    env, generator = VecEnv.__new__(VecEnv), torch.Generator(args.device).manual_seed(0)
-    env.num_envs, env.env, frames = 1, make_single_env(args, render=True), []
-    step = env.step
-
-    def step_and_render(action):
-        frames.append(env.env.render()[0].cpu().numpy())
-        return step(action)
-
-    env.step = step_and_render
+    env, generator = make_env(args, 1, render=True), torch.Generator(args.device).manual_seed(0)
     folder.mkdir(exist_ok=True)
     for i in range(args.video_episodes):
-        frames.clear()
-        episode = rollout(env, agent, args, [EVAL_SEED + i], generator, actor, args.select, training=False)[0]
+        episode = rollout(env, agent, args, [EVAL_SEED + i], generator, actor, training=False, frames=(frames := []))[0]
         name = f"episode-{i}-{'success' if episode.success.any() else 'failure'}.mp4"
         imageio.mimsave(folder / name, frames, fps=args.control_freq, macro_block_size=1)
     env.close()
@@ -1218,51 +1070,21 @@ def provenance() -> dict:
 
 
 # --- shared: checkpoints ---
-def flatten_state(state, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
-    """Split nested dicts and lists into tensors (by path) and JSON leaves; the inverse is `unflatten_state`."""
-    tensors, leaves = {}, {}
-    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-        path = f"{prefix}/{key}" if prefix else str(key)
-        if isinstance(value, Tensor):
-            tensors[path] = value.detach().cpu().contiguous().clone()
-        elif isinstance(value, (dict, list, tuple)) and len(value):
-            below = flatten_state(value, path)
-            tensors, leaves = tensors | below[0], leaves | below[1]
-        else:
-            leaves[path] = value
-    return tensors, leaves
-
-
-def unflatten_state(flat: dict) -> dict:
-    """Paths back to nested dicts; keys that are numbers become ints (lists come back as int-keyed dicts)."""
-    out: dict = {}
-    for path, value in flat.items():
-        *parents, last = [int(key) if key.isdigit() else key for key in path.split("/")]
-        here = out
-        for key in parents:
-            here = here.setdefault(key, {})
-        here[last] = value
-    return out
-
-
 def save_checkpoint(folder: Path, name: str, weights: dict[str, Tensor], state: dict) -> None:
-    """Write folder/checkpoints/NAME, point `latest` at it, then drop the older ones. Each step is atomic."""
+    """Write folder/checkpoints/NAME, point `latest` at it, then drop the older ones; each step is atomic."""
     root = folder / "checkpoints"
     temporary, final = root / f".{name}.tmp", root / name
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        tensors, leaves = flatten_state(state)
         save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / "weights.safetensors")
-        save_file(tensors, temporary / "training.safetensors")
-        (temporary / "training.json").write_text(json.dumps(leaves))
+        torch.save(state, temporary / "training.pt")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         (root / "latest.tmp").write_text(name)
         os.replace(root / "latest.tmp", root / "latest")
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk: the last complete checkpoint stays
-        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk the last complete checkpoint stays
     for old in root.iterdir():
         if old.is_dir() and old != final:
             shutil.rmtree(old, ignore_errors=True)
@@ -1272,9 +1094,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """Weights and training state of the last checkpoint. Raises: UserError if the folder holds no readable one."""
     try:
         here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
-        tensors, leaves = load_file(here / "training.safetensors"), json.loads((here / "training.json").read_text())
-        return load_file(here / "weights.safetensors"), unflatten_state(tensors | leaves)
-    except (OSError, ValueError, SafetensorError) as error:
+        return load_file(here / "weights.safetensors"), torch.load(here / "training.pt", weights_only=True)
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         raise UserError(f"{folder} holds no readable checkpoint ({error})") from error
 
 
@@ -1318,13 +1139,12 @@ class Run:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.average: nn.Module | None = None  # stage 0's averaged weights
         self.recent: list[tuple[float, int]] = []  # success and length of the last training episodes
-        self.env: VecEnv | None = None
+        self.env = None
         self.mark = time.time()
-        for start, length in zip(demos.starts(), demos.lengths):  # rows of `expert` are rows of `demos`
+        for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):  # rows of `expert` = rows of `demos`
             action = self.agent.normalise(demos.action[start : start + length])
-            success = np.arange(1, length + 1) == length
             empty = torch.zeros(length + 1, self.agent.feature_dim)  # embeddings come after stage 0
-            self.add_episode(self.expert, Episode(empty, action, success, True))
+            self.add_episode(self.expert, Episode(empty, action, np.arange(1, steps + 1) == steps, True))
         self.num_demo_rows = self.expert.rows
 
     def add_episode(self, buffer: ReplayBuffer, episode: Episode) -> None:
@@ -1338,7 +1158,7 @@ class Run:
         args, n = self.args, self.args.num_envs
         seeds = [TRAIN_SEED + 1_000_000 * args.seed + self.count["episodes"] + i for i in range(n)]
         episodes = rollout(self.environment(), self.agent, args, seeds, self.generators["rollout"], self.acting(),
-                           args.select, training=True, bar=bar)  # fmt: skip
+                           training=True, bar=bar)  # fmt: skip
         for episode in episodes:
             self.add_episode(self.policy, episode)
             if episode.success.any():
@@ -1349,8 +1169,8 @@ class Run:
         self.count["global_step"] += steps
         return steps
 
-    def environment(self) -> VecEnv:
-        self.env = self.env or VecEnv(self.args)
+    def environment(self):
+        self.env = self.env or make_env(self.args, self.args.num_envs)
         return self.env
 
     def acting(self) -> ConsistencyActor:
@@ -1409,7 +1229,7 @@ class Run:
             self.save()
 
     def evaluate(self, logger: Logger, episodes: int, actor: ConsistencyActor) -> float:
-        metrics = evaluate(self.environment(), self.agent, self.args, actor, self.args.select, episodes)
+        metrics = evaluate(self.environment(), self.agent, self.args, actor, episodes)
         logger.log(metrics, self.count["global_step"], self.count["update_step"])
         self.evals.append({"stage": self.count["stage"], "global_step": self.count["global_step"]} | metrics)
         low, high = metrics["eval/success_once_low"], metrics["eval/success_once_high"]
@@ -1428,33 +1248,25 @@ class Run:
         state = {
             "count": self.count, "evals": self.evals, "seconds": self.seconds, "recent": self.recent,
             "generators": {k: g.get_state() for k, g in self.generators.items()},
-            "optimizers": {k: o.state_dict()["state"] for k, o in self.optimizers.items()},
+            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
             "expert": self.expert.state_dict(), "policy": self.policy.state_dict(),
+            "average": self.average and self.average.state_dict(),
         }  # fmt: skip
-        if self.average is not None:
-            state["average"] = self.average.state_dict()
         save_checkpoint(self.folder, f"update-{self.count['update_step']}", self.agent.state_dict(), state)
 
     def load(self) -> None:
         weights, state = load_checkpoint(self.folder)
         load_weights(self.agent, weights, self.folder)
-        self.evals = [state["evals"][i] for i in range(len(state["evals"]))] if state["evals"] else []
-        self.recent = [tuple(state["recent"][i].values()) for i in range(len(state["recent"]))] if state["recent"] else []
-        self.seconds = state["seconds"]
-        self.count = state["count"]
-        if self.count["stage"] != "done":
-            self.enter(self.count["stage"])
-        self.count = state["count"]
+        self.enter(state["count"]["stage"])
+        self.count, self.evals, self.seconds, self.recent = (state[k] for k in ("count", "evals", "seconds", "recent"))
         for name, optimizer in self.optimizers.items():
-            if name in state["optimizers"] and state["optimizers"][name]:
-                optimizer.load_state_dict({"state": state["optimizers"][name], "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict(state["optimizers"][name])
         if self.average is not None:
-            self.average.load_state_dict({k: v for k, v in flatten_state(state["average"])[0].items()})
+            self.average.load_state_dict(state["average"])
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name])
         self.expert.load_state_dict(state["expert"])
-        if state["policy"]["starts"].numel():
-            self.policy.load_state_dict(state["policy"])
+        self.policy.load_state_dict(state["policy"])
 
 
 def load_weights(agent: Agent, weights: dict[str, Tensor], source: Path) -> None:
@@ -1481,11 +1293,12 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
     args, agent = run.args, run.agent
     optimizer, params = run.optimizers["sft"], run.optimizers["sft"].param_groups[0]["params"]
     obs = {k: torch.from_numpy(v) for k, v in run.demos.obs.items()}
+    rows = torch.from_numpy(np.delete(np.arange(run.num_demo_rows), run.demos.starts() + run.demos.lengths))  # to the end
     with run.bar("SFT" if stage == "sft" else "SFT, head only", total, run.count["stage_update"]) as bar:
         while (step := run.count["stage_update"]) < total:
             rate = min((step + 1) / (0.05 * total), 0.5 * (1 + math.cos(math.pi * step / total)))
             optimizer.param_groups[0]["lr"] = args.sft_lr * rate
-            t = run.expert.draw(args.sft_batch_size, run.generators["batch"])
+            t = rows[torch.randint(len(rows), (args.sft_batch_size,), generator=run.generators["batch"])]
             batch = run.expert.gather(t, args.device)
             feature = batch.feature
             if stage == "sft":
@@ -1561,7 +1374,7 @@ def summarise(run: Run) -> dict:
     return {
         "success_once": last["eval/success_once"], "success_interval": [last["eval/success_once_low"], last["eval/success_once_high"]],
         "success_at_end": last["eval/success_at_end"], "steps_to_success": last["eval/episode_len"],
-        "demo_steps_to_success": float(run.demos.lengths.mean()),
+        "demo_steps_to_success": float(run.demos.steps.mean()),
         "sft_success_once": run.evals[0]["eval/success_once"],
         "sft_success_interval": [run.evals[0]["eval/success_once_low"], run.evals[0]["eval/success_once_high"]],
         "handover_success_once": handover, "largest_drop": max(handover - e["eval/success_once"] for e in online),
@@ -1595,7 +1408,7 @@ def main(args: Args) -> Path:
         run.load()
     run.seconds.setdefault("demonstrations", time.time() - started)
     if args.eval_only:
-        metrics = evaluate(run.environment(), run.agent, args, run.acting(), args.select, args.eval_episodes)
+        metrics = evaluate(run.environment(), run.agent, args, run.acting(), args.eval_episodes)
         print(json.dumps(metrics, indent=2))
         return folder
     logger = Logger(folder, args, run.count["update_step"])
