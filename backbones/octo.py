@@ -366,10 +366,12 @@ class DiffusionHead(nn.Module):
         self.fc1 = nn.ModuleList(_linear(hidden, 4 * hidden) for _ in range(num_blocks))
         self.fc2 = nn.ModuleList(_linear(4 * hidden, hidden) for _ in range(num_blocks))
         self.output = _linear(hidden, flat, xavier=True)
-        # Cosine schedule as Octo writes it: s is added to the step's fraction and divided by 1 + s.
-        s, t = 0.008, torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-        signal = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
-        betas = (1 - signal[1:] / signal[:-1]).clamp(0, 0.999).float()  # [num_steps]
+        # Cosine schedule as Octo writes it, s added to the fraction and divided by 1 + s, and in float32 as there: the
+        # last steps divide by sqrt(1 - beta), about 0.03, so a rounding more or less shows in the samples.
+        s, t = 0.008, torch.arange(num_steps + 1) / num_steps
+        signal = torch.cos((t + s) / (1 + s) * math.pi * 0.5) ** 2
+        signal = signal / signal[0]
+        betas = (1 - signal[1:] / signal[:-1]).clamp(0, 0.999)  # [num_steps]
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alpha_bars", torch.cumprod(1 - betas, 0), persistent=False)
 
