@@ -145,8 +145,9 @@ class SmallStem16(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with tanh-GELU.
 
-    Shapes: x [B, S, d], bias [1 or B, 1, S, S] added to the attention scores -> [B, last, d], the block's output for
-    the last `last` tokens of the sequence (all of them by default). Tokens before those serve as keys and values only.
+    Tokens x [B, S, d] look at `prefix` [1 or B, P, d] (tokens in front of x that are computed elsewhere) and at
+    themselves, with bias [1 or B, 1, S, P + S] added to the scores. Returns [B, last, d], the block's output for the
+    last `last` tokens of x, all by default; the others serve as keys and values only.
     """
 
     def __init__(self, dim: int, heads: int, mlp_dim: int):
@@ -158,14 +159,21 @@ class Block(nn.Module):
         for fc in (self.fc1, self.fc2):
             nn.init.normal_(fc.bias, std=1e-6)
 
-    def forward(self, x: Tensor, bias: Tensor | None, last: int | None = None) -> Tensor:
-        last = x.shape[1] if last is None else last
-        split = (*x.shape[:1], -1, self.heads, x.shape[2] // self.heads)
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, S, d] to [B, heads, S, d/heads]
+
+    def forward(self, x: Tensor, bias: Tensor | None, prefix: Tensor | None = None, last: int | None = None) -> Tensor:
         h = self.norm1(x)  # [B, S, d]
-        q = self.q(h[:, -last:]).view(split).transpose(1, 2)  # [B, heads, last, d/heads]
-        k, v = self.k(h).view(split).transpose(1, 2), self.v(h).view(split).transpose(1, 2)  # [B, heads, S, d/heads]
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[..., -last:, :])
-        x = x[:, -last:] + self.out(a.transpose(1, 2).flatten(2))  # [B, last, d]
+        k, v = self.k(h), self.v(h)
+        if prefix is not None:
+            p = self.norm1(prefix)
+            k = torch.cat([self.k(p).expand(len(x), -1, -1), k], 1)  # [B, P + S, d]
+            v = torch.cat([self.v(p).expand(len(x), -1, -1), v], 1)
+        if last is not None:
+            x, h, bias = x[:, -last:], h[:, -last:], bias[..., -last:, :]
+        q, k, v = self.split(self.q(h)), self.split(k), self.split(v)  # [B, heads, last or P + S, d/heads]
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, heads, last, d/heads]
+        x = x + self.out(a.transpose(1, 2).flatten(2))  # [B, last, d]
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
 
@@ -257,7 +265,8 @@ class Octo(nn.Module):
         return self.text(ids.to(self.norm.weight.device))
 
     def _tokenize(self, images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask):
-        """All inputs to one sequence: tokens [B, S, d], attention bias [1 or B, 1, S, S], {group: tokens per step}."""
+        """All inputs to tokens: of the instruction [1 or B, T, d] or None, of all steps [B, S - T, d], then the
+        attention bias [1 or B, 1, S, S] of both in this order, and {group: tokens per step}."""
         config, d = self.config, self.config.token_dim
         some = lowdim if lowdim is not None else next(iter(images.values()))
         (B, W), device = some.shape[:2], some.device
@@ -280,28 +289,26 @@ class Octo(nn.Module):
                 raise ValueError(f"lowdim must be {(B, W, config.lowdim_dim)}, got {shape}")
             x = self.lowdim_projection(lowdim).view(B, W, config.lowdim_tokens, d)
             groups["lowdim"] = (OBSERVATION, x + self.positions["lowdim"][:, :W], real_step)
-        prefix, told = torch.empty(B, 0, d, device=device), present[:, 0]
+        prefix, T, told = None, 0, present[:, 0]
         if language is not None:
-            prefix = self.language_projection(language) + self.positions["language"]  # [B or 1, T, d]
-            prefix = prefix.expand(B, -1, -1)
-            told = told if language_mask is None else language_mask.bool()  # [B]
+            prefix = self.language_projection(language) + self.positions["language"]  # [1 or B, T, d]
+            T, told = prefix.shape[1], told if language_mask is None else language_mask.bool()  # [B]
             if config.repeat_task_tokens:  # the same tokens in every step, without an embedding of the step
-                groups["language again"] = (OBSERVATION, prefix[:, None].expand(-1, W, -1, -1), told[:, None] & present)
+                groups["language again"] = (OBSERVATION, prefix[:, None].expand(B, W, -1, -1), told[:, None] & present)
         groups["readout"] = (READOUT, self.positions["readout"][:, :W].expand(B, -1, -1, -1), present)
 
         counts = {name: x.shape[2] for name, (_, x, _) in groups.items()}
         steps = torch.cat([x for _, x, _ in groups.values()], 2)  # [B, W, n of all groups, d]
-        tokens = torch.cat([prefix, steps.flatten(1, 2)], 1)  # [B, S, d]
         kinds = tuple((kind, x.shape[2]) for kind, x, _ in groups.values())
-        allowed = attention_pattern(prefix.shape[1], kinds, W, device)[None, None]  # [1, 1, S, S]
+        allowed = attention_pattern(T, kinds, W, device)[None, None]  # [1, 1, S, S]
         if not (timestep_pad_mask is None and image_pad_masks is None and language_mask is None):
             keys = torch.cat([valid[:, :, None].expand(-1, -1, x.shape[2]) for _, x, valid in groups.values()], 2)
-            keys = torch.cat([told[:, None].expand(-1, prefix.shape[1]), keys.flatten(1)], 1)  # [B, S]
+            keys = torch.cat([told[:, None].expand(-1, T), keys.flatten(1)], 1)  # [B, S]
             allowed = allowed & keys[:, None, None]  # [B, 1, S, S]
         # The most negative float rather than -inf: a language row that may look at nothing then becomes a uniform
         # average, as in the original, instead of NaN.
         bias = torch.zeros(allowed.shape, device=device).masked_fill(~allowed, torch.finfo(torch.float32).min)
-        return tokens, bias, counts
+        return prefix, steps.flatten(1, 2), bias, counts
 
     def forward(
         self,
@@ -324,19 +331,27 @@ class Octo(nn.Module):
         Returns: [B, token_dim], the mean over the readout tokens.
         Raises: ValueError when an image or `lowdim` has the wrong shape or the window is longer than max_horizon.
         """
-        x, bias, _ = self._tokenize(images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
+        inputs = (images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
+        prefix, x, bias, _ = self._tokenize(*inputs)
+        # Language tokens look at nothing but each other: one instruction for a whole batch is computed once.
+        if prefix is not None and len(prefix) == len(x):
+            x, prefix = torch.cat([prefix, x], 1), None
+        bias = bias[..., -x.shape[1] :, :]
         for block in self.blocks[:-1]:
-            x = block(x, bias)  # [B, S, d]
-        x = self.blocks[-1](x, bias, last=self.config.readout_tokens)  # nothing reads the other rows any more
+            x, prefix = block(x, bias, prefix), None if prefix is None else block(prefix, None)
+        x = self.blocks[-1](x, bias, prefix, last=self.config.readout_tokens)  # nothing reads the other rows any more
         return self.norm(x).mean(1)  # [B, d]
 
     def trunk(self, images, language=None, lowdim=None, timestep_pad_mask=None, image_pad_masks=None,
               language_mask=None) -> dict[str, Tensor]:  # fmt: skip
         """Every output token, by group: "language" [B, T, d], all others [B, W, n, d]. Arguments as in `forward`."""
-        x, bias, counts = self._tokenize(images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
+        inputs = (images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
+        prefix, x, bias, counts = self._tokenize(*inputs)
+        T = 0 if prefix is None else prefix.shape[1]
+        if prefix is not None:
+            x = torch.cat([prefix.expand(len(x), -1, -1), x], 1)  # [B, S, d]
         for block in self.blocks:
             x = block(x, bias)
-        T = 0 if language is None else language.shape[1]
         x = self.norm(x)
         steps = x[:, T:].unflatten(1, (-1, sum(counts.values())))  # [B, W, n of all groups, d]
         outputs = dict(zip(counts, steps.split(list(counts.values()), 2), strict=True))

@@ -140,9 +140,12 @@ def test_sampling_matches_the_original_given_its_noise(monkeypatch):
 def test_every_released_parameter_has_its_place(preset):
     layout = json.loads((FIXTURES / "octo_layout.json").read_text())[preset]
     with torch.device("meta"):
-        ours = list(flax_layout(Octo(PRESETS[preset]), DiffusionHead(PRESETS[preset].token_dim)))
+        model, head = Octo(PRESETS[preset]), DiffusionHead(PRESETS[preset].token_dim)
+    ours = list(flax_layout(model, head))
     assert len(ours) == len(layout) == 366
     assert {path: list(shape) for path, shape, *_ in ours} == layout
+    modules = [module for root in (model, head) for module in root.modules() if hasattr(module, "eps")]
+    assert {module.eps for module in modules} == {1e-6}  # flax's, not PyTorch's 1e-5
     released = {"octo-small": 136_670_604, "octo-base": 202_458_636}[preset]
     assert sum(parameter.numel() for _, _, parameter, _ in ours) == released
 
@@ -362,6 +365,11 @@ def test_embedding_is_the_readout_of_the_whole_trunk(change):
     # One instruction for all samples is the same as one each, and an all-true mask the same as none.
     each = model(images, language.expand(3, -1, -1), lowdim, torch.ones(3, config.window, dtype=torch.bool))
     torch.testing.assert_close(embedding, each, atol=2e-6, rtol=0)
+    told = torch.tensor([True, False, True])
+    one, each = (model(images, x, lowdim, language_mask=told) for x in (language, language.expand(3, -1, -1)))
+    torch.testing.assert_close(one, each, atol=2e-6, rtol=0)
+    torch.testing.assert_close(one[::2], embedding[::2], atol=2e-6, rtol=0)
+    assert (one[1] - embedding[1]).abs().max() > 1e-5
 
 
 def test_every_parameter_gets_a_gradient():
