@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from backbones.octo_weights import LoadedOcto
 
 LANGUAGE, OBSERVATION, READOUT = 0, 1, 2  # token kinds, ordered: a token may look at its own kind and at lower ones
+# Added to a score, hides the key. Finite, so that a row which may look at nothing becomes a uniform average as in the
+# original, instead of NaN; and not the most negative float, which overflows where a GPU kernel rescales scores.
+HIDDEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ class HashText(nn.Module):
         ids = torch.tensor([self.ids(text) for text in instructions], device=self.position.device)  # [N, max_words]
         x = F.pad(self.embedding(ids), (0, 0, self.tokens, 0)) + self.position  # [N, tokens + max_words, dim]
         valid = F.pad(ids > 0, (self.tokens, 0), value=True)
-        bias = torch.zeros(valid.shape, device=ids.device).masked_fill(~valid, torch.finfo(x.dtype).min)
+        bias = torch.zeros(valid.shape, device=ids.device).masked_fill(~valid, HIDDEN)
         return self.norm(self.block(x, bias[:, None, None])[:, : self.tokens])
 
 
@@ -291,6 +294,9 @@ class Octo(nn.Module):
             groups["lowdim"] = (OBSERVATION, x + self.positions["lowdim"][:, :W], real_step)
         prefix, T, told = None, 0, present[:, 0]
         if language is not None:
+            if language.shape[1:] != (config.language_tokens, config.language_dim):
+                wanted = ("B or 1", config.language_tokens, config.language_dim)
+                raise ValueError(f"language must be {wanted}, got {tuple(language.shape)}")
             prefix = self.language_projection(language) + self.positions["language"]  # [1 or B, T, d]
             T, told = prefix.shape[1], told if language_mask is None else language_mask.bool()  # [B]
             if config.repeat_task_tokens:  # the same tokens in every step, without an embedding of the step
@@ -305,9 +311,7 @@ class Octo(nn.Module):
             keys = torch.cat([valid[:, :, None].expand(-1, -1, x.shape[2]) for _, x, valid in groups.values()], 2)
             keys = torch.cat([told[:, None].expand(-1, T), keys.flatten(1)], 1)  # [B, S]
             allowed = allowed & keys[:, None, None]  # [B, 1, S, S]
-        # The most negative float rather than -inf: a language row that may look at nothing then becomes a uniform
-        # average, as in the original, instead of NaN.
-        bias = torch.zeros(allowed.shape, device=device).masked_fill(~allowed, torch.finfo(torch.float32).min)
+        bias = torch.zeros(allowed.shape, device=device).masked_fill(~allowed, HIDDEN)
         return prefix, steps.flatten(1, 2), bias, counts
 
     def forward(
@@ -329,7 +333,7 @@ class Octo(nn.Module):
             image_pad_masks    {camera: [B, W] bool}, True = this image exists; cameras left out exist
             language_mask      [B] bool, True = this sample has an instruction; None: all have
         Returns: [B, token_dim], the mean over the readout tokens.
-        Raises: ValueError when an image or `lowdim` has the wrong shape or the window is longer than max_horizon.
+        Raises: ValueError for an input of the wrong shape, or a window longer than max_horizon.
         """
         inputs = (images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
         prefix, x, bias, _ = self._tokenize(*inputs)
@@ -435,7 +439,7 @@ def load_octo(source: str | Path, config: OctoConfig | None = None) -> LoadedOct
 
     `source` is a folder or "hf://owner/name[@revision]", e.g. "hf://rail-berkeley/octo-small-1.5". It holds either the
     original repository's files (config.json, dataset_statistics.json, <step>/default/checkpoint; the last step is
-    taken) or what `save_octo` wrote. A spiece.model in it is used as the tokenizer.
+    taken) or what `octo_weights.save_octo` wrote. A spiece.model in it is used as the tokenizer.
 
     `config` None: octo-small or octo-base, whichever fits, with the checkpoint's window. A config of yours may drop
     cameras, whose weights are then ignored, and may add low-dimensional tokens, which start random.

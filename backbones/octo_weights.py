@@ -86,7 +86,9 @@ def flax_layout(model: Octo, head: DiffusionHead) -> Iterator[tuple[str, tuple[i
             ours, shape = (f"{prefix}.{leaf}" if bare else prefix), tuple(parameter.shape)
             if "lowdim" in ours:
                 continue
-            path = next(re.sub(rule, name, ours) for rule, name in FLAX_NAMES.items() if re.fullmatch(rule, ours))
+            names = (re.sub(rule, name, ours) for rule, name in FLAX_NAMES.items() if re.fullmatch(rule, ours))
+            if (path := next(names, None)) is None:
+                raise OctoError(f"{ours} isn't part of the released models; base the config on octo-small or octo-base")
             transposed = leaf == "weight" and isinstance(module, (nn.Linear, nn.Conv2d))
             if transposed:  # [out, in, h, w] here, [h, w, in, out] there
                 leaf, shape = "kernel", (*shape[2:], shape[1], shape[0])
@@ -104,7 +106,10 @@ def read_flax(file: Path) -> dict[str, np.ndarray]:
 
     Raises: OctoError when the file is cut short, isn't msgpack, or holds anything but float32 arrays.
     """
-    import msgpack  # only needed for released weights
+    try:
+        import msgpack
+    except ImportError:
+        raise OctoError("released Octo weights need `pip install msgpack`") from None
 
     def array(code: int, data: bytes) -> np.ndarray:
         shape, dtype, raw = msgpack.unpackb(data)
@@ -200,24 +205,25 @@ def _load_released(folder: Path, config: OctoConfig | None) -> LoadedOcto:
         raise OctoError(f"{folder} is Octo 1.0, whose attention differs; only Octo 1.5 is supported")
     if kind != "DiffusionActionHead" or kwargs.get("use_map"):
         raise OctoError(f"{folder} has the action head {kind}; only DiffusionActionHead on mean readouts is supported")
-    leaves = read_flax(file)
+    leaves, kept = read_flax(file), None
     if config is None:
         dim = leaves.get("octo_transformer/task_language_pos_embedding", np.empty(0)).shape[-1]
-        config = next((c for c in PRESETS.values() if c.text == "t5-base" and c.token_dim == dim), None)
+        config = next((c for c in PRESETS.values() if c.text != "hash" and c.token_dim == dim), None)
         if config is None:
             raise OctoError(f"{file} has token width {dim}, neither octo-small nor octo-base; pass its config")
         config = dataclasses.replace(config, window=described.get("window_size", config.window))
+    else:
+        kept = {name for name, _ in config.image_sizes}
     model = Octo(config)
     ours = {"hidden_dim": "hidden", "diffusion_steps": "num_steps"}
     known = ("action_horizon", "action_dim", "num_blocks", "time_dim", "max_action", *ours)
     sizes = {ours.get(key, key): kwargs[key] for key in known if key in kwargs}
-    head = DiffusionHead(config.token_dim, **sizes)
+    head = DiffusionHead(config.token_dim, **{"action_horizon": 1, **sizes})  # the original's default, not ours
 
     layout = list(flax_layout(model, head))
     missing = [path for path, *_ in layout if path not in leaves]
-    camera = re.compile(r"octo_transformer/(?:observation_tokenizers|obs)_([a-z0-9]+)(?:/|_pos_embedding|_projection)")
-    kept = {"task", *(name for name, _ in config.image_sizes)}
-    dropped = {path for path in leaves if (hit := camera.match(path)) and hit[1] not in kept}
+    camera = re.compile(r"octo_transformer/(?:observation_tokenizers|obs)_(\w+?)(?:/|_pos_embedding|_projection)")
+    dropped = {path for path in leaves if kept is not None and (hit := camera.match(path)) and hit[1] not in kept}
     unused = list(leaves.keys() - {path for path, *_ in layout} - dropped)
     if missing or unused:
         raise OctoError(f"{file} doesn't fit: missing {_one_line(missing)}, unused {_one_line(unused)}")

@@ -54,7 +54,7 @@ class T5Encoder(nn.Module):
         far = 8 + (torch.log(offset.abs().clamp(min=1) / 8) / math.log(128 / 8) * 8).long().clamp(max=7)
         bucket = torch.where(offset.abs() < 8, offset.abs(), far) + 16 * (offset > 0)
         bias = self.distance(bucket).permute(2, 0, 1)[None]  # [1, heads, T, T]
-        bias = bias.masked_fill((ids == 0)[:, None, None], torch.finfo(bias.dtype).min)  # [N, heads, T, T]
+        bias = bias.masked_fill((ids == 0)[:, None, None], -1e30)  # [N, heads, T, T]
         x = self.embedding(ids)  # [N, T, dim]
         for block in self.blocks:
             x = block(x, bias)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,6 @@ from backbones.octo import PRESETS, DiffusionHead, HashText, Octo, OctoError, at
 from backbones.octo_weights import flax_layout, read_flax, save_octo
 
 torch.set_num_threads(1)
-msgpack = pytest.importorskip("msgpack", reason="released checkpoints are read with msgpack")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "octo_tiny"
@@ -265,9 +265,10 @@ def test_wrong_folders_are_refused(copy, tmp_path):
     refuse("http://example.org/octo", "no folder")
     refuse(folder, "token width 32, neither octo-small nor octo-base", config=None)
     config = json.loads((folder / "config.json").read_text())
-    del config["model"]["use_correct_attention"]
-    (folder / "config.json").write_text(json.dumps(config))
-    refuse(folder, "Octo 1.0")
+    for key in ("use_correct_attention", "repeat_task_tokens"):  # both absent in 1.0
+        changed = {"model": {name: value for name, value in config["model"].items() if name != key}}
+        (folder / "config.json").write_text(json.dumps(changed))
+        refuse(folder, "Octo 1.0")
     (folder / "config.json").write_text("{}")
     refuse(folder, "doesn't describe an Octo model")
     (folder / "config.json").unlink()
@@ -278,6 +279,42 @@ def test_wrong_folders_are_refused(copy, tmp_path):
     refuse(folder, "newer orbax")
     shutil.rmtree(folder / "7")
     refuse(folder, "no weights at")
+
+
+def test_only_a_config_drops_cameras(copy, monkeypatch):
+    folder, tree = copy
+    loaded = load_octo(folder, TINY_CONFIG)
+    monkeypatch.setitem(PRESETS, "octo-tiny", dataclasses.replace(TINY_CONFIG, window=1))
+    found = load_octo(folder)
+    assert found.model.config == TINY_CONFIG  # the checkpoint's window, 2
+    assert torch.equal(found.model.blocks[1].q.weight, loaded.model.blocks[1].q.weight)
+    tree["octo_transformer"]["obs_side_projection"] = {"bias": np.zeros(32, np.float32)}
+    (folder / "7/default/checkpoint").write_bytes(pack(tree))
+    refuse(folder, r"missing 0 \(\), unused 1 \(octo_transformer/obs_side_projection/bias\)", config=None)
+    load_octo(folder, TINY_CONFIG)
+    hashed = dataclasses.replace(TINY_CONFIG, text="hash")
+    refuse(folder, "octo.text isn't part of the released models", config=hashed)
+
+
+def test_head_sizes_come_from_the_config(copy):
+    folder, _ = copy
+    assert load_octo(folder, TINY_CONFIG).head.sizes == dict(
+        embedding_dim=32,
+        action_horizon=4,
+        action_dim=7,
+        hidden=24,
+        num_blocks=3,
+        time_dim=32,
+        num_steps=20,
+        max_action=5.0,
+    )
+    config = json.loads((folder / "config.json").read_text())
+    del config["model"]["heads"]["action"]["kwargs"]["action_horizon"]
+    (folder / "config.json").write_text(json.dumps(config))
+    refuse(folder, r"Dense_0/kernel has shape \(92, 24\), this model needs \(71, 24\)")
+    config["model"]["heads"]["action"]["name"] = "L1ActionHead"
+    (folder / "config.json").write_text(json.dumps(config))
+    refuse(folder, "has the action head L1ActionHead")
 
 
 def test_hub(monkeypatch):
@@ -437,6 +474,8 @@ def test_wrong_inputs_are_named():
         model({"primary": images["primary"][:, :, ::2, ::2]}, None, lowdim)
     with pytest.raises(ValueError, match=r"lowdim must be \(3, 1, 5\), got None"):
         model(images)
+    with pytest.raises(ValueError, match=r"language must be \('B or 1', 4, 64\), got \(1, 1, 64\)"):
+        model(images, torch.zeros(1, 1, 64), lowdim)
     with pytest.raises(ValueError, match="window must be at most max_horizon = 1, got 2"):
         model({"primary": images["primary"].repeat(1, 2, 1, 1, 1)}, None, lowdim.repeat(1, 2, 1))
 
