@@ -19,12 +19,23 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.t5 import T5_SIZES, T5Encoder, t5_token_ids
+
+if TYPE_CHECKING:
+    from backbones.octo_weights import LoadedOcto
+
 LANGUAGE, OBSERVATION, READOUT = 0, 1, 2  # token kinds, ordered: a token may look at its own kind and at lower ones
+# Added to a score, hides the key. Finite, so that a row which may look at nothing becomes a uniform average as in the
+# original, instead of NaN; and not the most negative float, which overflows where a GPU kernel rescales scores.
+HIDDEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class OctoConfig:
     repeat_task_tokens   repeat the instruction among the observation tokens of every step (true in 1.5)
     window           W, the number of observation steps the model is used with (any W <= max_horizon works)
     max_horizon      steps for which there are position embeddings
-    lowdim_dim       width of a low-dimensional observation vector (robot state, privileged state); 0 = none, as released
+    lowdim_dim       width of a low-dimensional observation vector (robot or privileged state); 0 = none, as released
     lowdim_tokens    number of tokens made from that vector by one linear layer (ours)
     readout_tokens   readout tokens per step; the embedding is their mean
     """
@@ -84,6 +95,10 @@ PRESETS = {
 }  # fmt: skip
 
 
+class OctoError(ValueError):
+    """Weights or tokenizer that can't be had or don't fit; the message is one line and says what to do."""
+
+
 def _lecun_(weight: Tensor) -> None:
     """Flax's default kernel initialiser: truncated normal with variance 1 / fan-in."""
     std = 1.0 / math.sqrt(weight[0].numel())
@@ -115,7 +130,7 @@ class SmallStem16(nn.Module):
     def __init__(self, channels: int, features: tuple[int, ...], out: int):
         super().__init__()
         widths = (channels, *features)
-        self.convs = nn.ModuleList(StdConv(a, b, 3, stride=2, padding=1) for a, b in zip(widths, features))
+        self.convs = nn.ModuleList(StdConv(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(nn.GroupNorm(32, c, eps=1e-6) for c in features)
         self.out = nn.Conv2d(features[-1], out, 1)
         for conv in (*self.convs, self.out):
@@ -123,17 +138,19 @@ class SmallStem16(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = image.permute(0, 3, 1, 2).float() / 127.5 - 1.0  # [N, C, H, H], memory stays channels-last
-        for conv, norm in zip(self.convs, self.norms):
-            x = F.relu(norm(conv(x)))  # side halves: [N, c, H/2, H/2] ... [N, c, H/16, H/16]
+        # Copied to channels-first memory: group norm's backward is a third slower on CPU with channels last.
+        x = image.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0  # [N, C, H, H]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x)), inplace=True)  # side halves: [N, c, H/2, H/2] ... [N, c, H/16, H/16]
         return self.out(x).flatten(2).transpose(1, 2)  # [N, (H/16)^2, stem_out]
 
 
 class Block(nn.Module):
     """Pre-norm transformer block with tanh-GELU.
 
-    Shapes: x [B, S, d], bias [1 or B, 1, S, S] added to the attention scores -> [B, last, d], the block's output for
-    the last `last` tokens of the sequence (all of them by default). Tokens before those serve as keys and values only.
+    Tokens x [B, S, d] look at `prefix` [1 or B, P, d] (tokens in front of x that are computed elsewhere) and at
+    themselves, with bias [1 or B, 1, S, P + S] added to the scores. Returns [B, last, d], the block's output for the
+    last `last` tokens of x, all by default; the others serve as keys and values only.
     """
 
     def __init__(self, dim: int, heads: int, mlp_dim: int):
@@ -145,14 +162,21 @@ class Block(nn.Module):
         for fc in (self.fc1, self.fc2):
             nn.init.normal_(fc.bias, std=1e-6)
 
-    def forward(self, x: Tensor, bias: Tensor | None, last: int | None = None) -> Tensor:
-        last = x.shape[1] if last is None else last
-        split = (*x.shape[:1], -1, self.heads, x.shape[2] // self.heads)
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, S, d] to [B, heads, S, d/heads]
+
+    def forward(self, x: Tensor, bias: Tensor | None, prefix: Tensor | None = None, last: int | None = None) -> Tensor:
         h = self.norm1(x)  # [B, S, d]
-        q = self.q(h[:, -last:]).view(split).transpose(1, 2)  # [B, heads, last, d/heads]
-        k, v = self.k(h).view(split).transpose(1, 2), self.v(h).view(split).transpose(1, 2)  # [B, heads, S, d/heads]
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[..., -last:, :])
-        x = x[:, -last:] + self.out(a.transpose(1, 2).flatten(2))  # [B, last, d]
+        k, v = self.k(h), self.v(h)
+        if prefix is not None:
+            p = self.norm1(prefix)
+            k = torch.cat([self.k(p).expand(len(x), -1, -1), k], 1)  # [B, P + S, d]
+            v = torch.cat([self.v(p).expand(len(x), -1, -1), v], 1)
+        if last is not None:
+            x, h, bias = x[:, -last:], h[:, -last:], bias[..., -last:, :]
+        q, k, v = self.split(self.q(h)), self.split(k), self.split(v)  # [B, heads, last or P + S, d/heads]
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, heads, last, d/heads]
+        x = x + self.out(a.transpose(1, 2).flatten(2))  # [B, last, d]
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
 
@@ -182,19 +206,21 @@ class HashText(nn.Module):
         ids = torch.tensor([self.ids(text) for text in instructions], device=self.position.device)  # [N, max_words]
         x = F.pad(self.embedding(ids), (0, 0, self.tokens, 0)) + self.position  # [N, tokens + max_words, dim]
         valid = F.pad(ids > 0, (self.tokens, 0), value=True)
-        bias = torch.zeros(valid.shape, device=ids.device).masked_fill(~valid, torch.finfo(x.dtype).min)
+        bias = torch.zeros(valid.shape, device=ids.device).masked_fill(~valid, HIDDEN)
         return self.norm(self.block(x, bias[:, None, None])[:, : self.tokens])
 
 
 @functools.lru_cache(maxsize=16)
-def attention_pattern(kinds: tuple[int, ...], steps: tuple[int, ...], counts: tuple[int, ...], device) -> Tensor:
+def attention_pattern(language: int, groups: tuple[tuple[int, int], ...], window: int, device) -> Tensor:
     """Which token may look at which: [S, S] bool, rows look at columns.
 
-    Octo's rules, group by group, come down to one line: look at the same or earlier steps (language has step -1),
-    and at your own or a lower kind.
+    `language` tokens, then in each of `window` steps the `groups`, (kind, number of tokens) each. Octo's rules, group
+    by group, come down to one line: look at the same or earlier steps (language has step -1), and at your own or a
+    lower kind.
     """
-    repeats = torch.tensor(counts)
-    kind, step = (torch.tensor(x).repeat_interleave(repeats) for x in (kinds, steps))
+    kinds = [kind for kind, count in groups for _ in range(count)]
+    kind = torch.tensor([LANGUAGE] * language + kinds * window)
+    step = torch.tensor([-1] * language + [t for t in range(window) for _ in kinds])
     return ((kind[None] <= kind[:, None]) & (step[None] <= step[:, None])).to(device)
 
 
@@ -219,63 +245,74 @@ class Octo(nn.Module):
         if config.language_tokens:
             self.positions["language"] = nn.Parameter(0.02 * torch.randn(1, config.language_tokens, d))
             self.language_projection = _linear(config.language_dim, d)
-            self.text = HashText(config.language_tokens, config.language_dim)
+            if config.text == "hash":
+                self.text = HashText(config.language_tokens, config.language_dim)
+            else:
+                self.text = T5Encoder(config.language_dim, **T5_SIZES[config.text])
+        self.tokenizer_file: Path | None = None  # T5's spiece.model; None: fetched from the hub when first needed
         self.blocks = nn.ModuleList(Block(d, config.num_heads, config.mlp_dim) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(d, eps=1e-6)
 
     def encode_text(self, instructions: list[str]) -> Tensor:
-        """Encode N instructions, once per task rather than per step: [N, language_tokens, language_dim]."""
-        return self.text(instructions)
+        """Encode N instructions, once per task rather than per step: [N, language_tokens, language_dim].
+
+        Raises: ValueError when the released models' tokenizer can't be had: the package or the file.
+        """
+        if self.config.text == "hash":
+            return self.text(instructions)
+        if self.tokenizer_file is None:
+            from backbones.octo_weights import from_hub
+
+            self.tokenizer_file = from_hub("google-t5/t5-base", None, ["spiece.model"]) / "spiece.model"
+        ids = t5_token_ids(instructions, self.config.language_tokens, self.tokenizer_file)
+        return self.text(ids.to(self.norm.weight.device))
 
     def _tokenize(self, images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask):
-        """All inputs to one sequence: tokens [B, S, d], attention bias [1 or B, 1, S, S], layout of the sequence."""
+        """All inputs to tokens: of the instruction [1 or B, T, d] or None, of all steps [B, S - T, d], then the
+        attention bias [1 or B, 1, S, S] of both in this order, and {group: tokens per step}."""
         config, d = self.config, self.config.token_dim
         some = lowdim if lowdim is not None else next(iter(images.values()))
         (B, W), device = some.shape[:2], some.device
         if W > config.max_horizon:
             raise ValueError(f"window must be at most max_horizon = {config.max_horizon}, got {W} steps")
-        valid_step = None if timestep_pad_mask is None else timestep_pad_mask.bool()  # [B, W]
-        steps_of: list[tuple[str, int, Tensor, Tensor | None]] = []  # name, kind, [B, W, n, d], valid keys [B, W]
+        present = torch.ones(B, W, dtype=torch.bool, device=device)
+        real_step = present if timestep_pad_mask is None else timestep_pad_mask.bool()  # [B, W]
+        groups: dict[str, tuple[int, Tensor, Tensor]] = {}  # name: kind, tokens [B, W, n, d], may be looked at [B, W]
         for camera, side in config.image_sizes:
             image = images[camera]
             if image.shape != (B, W, side, side, 3):
                 raise ValueError(f"image {camera!r} must be {(B, W, side, side, 3)}, got {tuple(image.shape)}")
             image = F.pad(image.flatten(0, 1), (0, config.image_channels - 3))  # [B*W, H, H, C], goal pixels are 0
-            x = self.image_projections[camera](self.stems[camera](image))  # [B*W, n, d]
-            valid = valid_step
-            if image_pad_masks is not None and camera in image_pad_masks:
-                shown = image_pad_masks[camera].bool()  # [B, W]
-                valid = shown if valid is None else valid & shown
-            steps_of.append((camera, OBSERVATION, x.unflatten(0, (B, W)) + self.positions[camera][:, :W], valid))
+            x = self.image_projections[camera](self.stems[camera](image)).unflatten(0, (B, W))  # [B, W, n, d]
+            shown = (image_pad_masks or {}).get(camera, present).bool()
+            groups[camera] = (OBSERVATION, x + self.positions[camera][:, :W], real_step & shown)
         if config.lowdim_dim:
+            if lowdim is None or lowdim.shape != (B, W, config.lowdim_dim):
+                shape = None if lowdim is None else tuple(lowdim.shape)
+                raise ValueError(f"lowdim must be {(B, W, config.lowdim_dim)}, got {shape}")
             x = self.lowdim_projection(lowdim).view(B, W, config.lowdim_tokens, d)
-            steps_of.append(("lowdim", OBSERVATION, x + self.positions["lowdim"][:, :W], valid_step))
-        parts, layout, valids = [], [], []  # one entry per (step, group); valids are [B, 1] or None for all-valid
+            groups["lowdim"] = (OBSERVATION, x + self.positions["lowdim"][:, :W], real_step)
+        prefix, T, told = None, 0, present[:, 0]
         if language is not None:
-            x = self.language_projection(language) + self.positions["language"]  # [B or 1, T, d]
-            x = x.expand(B, -1, -1)
-            parts, layout, valids = [x], [("language", LANGUAGE, -1, x.shape[1])], [language_mask]
-            if config.repeat_task_tokens:  # the projected tokens again, with no embedding of the step
-                valid = None if language_mask is None else language_mask[:, None].expand(B, W)
-                steps_of.append(("language again", OBSERVATION, x[:, None].expand(B, W, *x.shape[1:]), valid))
-        readout = self.positions["readout"][:, :W].expand(B, -1, -1, -1)
-        steps_of.append(("readout", READOUT, readout, None))
-        for step in range(W):
-            for name, kind, x, valid in steps_of:
-                parts.append(x[:, step])
-                layout.append((name, kind, step, x.shape[2]))
-                valids.append(None if valid is None else valid[:, step])
-        _, kinds, steps, counts = zip(*layout)
-        allowed = attention_pattern(kinds, steps, counts, device)[None, None]  # [1, 1, S, S]
-        if any(valid is not None for valid in valids):
-            everyone = torch.ones(B, dtype=torch.bool, device=device)
-            keys = torch.stack([everyone if valid is None else valid.bool() for valid in valids], 1)  # [B, groups]
-            keys = keys.repeat_interleave(torch.tensor(counts, device=device), dim=1)  # [B, S]
-            allowed = allowed & keys[:, None, None]
-        # The most negative float rather than -inf: a language row without any valid key then becomes a uniform
-        # average, as in the original, instead of NaN.
-        bias = torch.zeros(allowed.shape, device=device).masked_fill(~allowed, torch.finfo(torch.float32).min)
-        return torch.cat(parts, 1), bias, layout
+            if language.shape[1:] != (config.language_tokens, config.language_dim):
+                wanted = ("B or 1", config.language_tokens, config.language_dim)
+                raise ValueError(f"language must be {wanted}, got {tuple(language.shape)}")
+            prefix = self.language_projection(language) + self.positions["language"]  # [1 or B, T, d]
+            T, told = prefix.shape[1], told if language_mask is None else language_mask.bool()  # [B]
+            if config.repeat_task_tokens:  # the same tokens in every step, without an embedding of the step
+                groups["language again"] = (OBSERVATION, prefix[:, None].expand(B, W, -1, -1), told[:, None] & present)
+        groups["readout"] = (READOUT, self.positions["readout"][:, :W].expand(B, -1, -1, -1), present)
+
+        counts = {name: x.shape[2] for name, (_, x, _) in groups.items()}
+        steps = torch.cat([x for _, x, _ in groups.values()], 2)  # [B, W, n of all groups, d]
+        kinds = tuple((kind, x.shape[2]) for kind, x, _ in groups.values())
+        allowed = attention_pattern(T, kinds, W, device)[None, None]  # [1, 1, S, S]
+        if not (timestep_pad_mask is None and image_pad_masks is None and language_mask is None):
+            keys = torch.cat([valid[:, :, None].expand(-1, -1, x.shape[2]) for _, x, valid in groups.values()], 2)
+            keys = torch.cat([told[:, None].expand(-1, T), keys.flatten(1)], 1)  # [B, S]
+            allowed = allowed & keys[:, None, None]  # [B, 1, S, S]
+        bias = torch.zeros(allowed.shape, device=device).masked_fill(~allowed, HIDDEN)
+        return prefix, steps.flatten(1, 2), bias, counts
 
     def forward(
         self,
@@ -296,24 +333,33 @@ class Octo(nn.Module):
             image_pad_masks    {camera: [B, W] bool}, True = this image exists; cameras left out exist
             language_mask      [B] bool, True = this sample has an instruction; None: all have
         Returns: [B, token_dim], the mean over the readout tokens.
-        Raises: ValueError when an image has the wrong shape or the window is longer than max_horizon.
+        Raises: ValueError for an input of the wrong shape, or a window longer than max_horizon.
         """
-        x, bias, _ = self._tokenize(images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
+        inputs = (images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
+        prefix, x, bias, _ = self._tokenize(*inputs)
+        # Language tokens look at nothing but each other: one instruction for a whole batch is computed once.
+        if prefix is not None and len(prefix) == len(x):
+            x, prefix = torch.cat([prefix, x], 1), None
+        bias = bias[..., -x.shape[1] :, :]
         for block in self.blocks[:-1]:
-            x = block(x, bias)  # [B, S, d]
-        x = self.blocks[-1](x, bias, last=self.config.readout_tokens)  # nothing reads the other rows any more
+            x, prefix = block(x, bias, prefix), None if prefix is None else block(prefix, None)
+        x = self.blocks[-1](x, bias, prefix, last=self.config.readout_tokens)  # nothing reads the other rows any more
         return self.norm(x).mean(1)  # [B, d]
 
     def trunk(self, images, language=None, lowdim=None, timestep_pad_mask=None, image_pad_masks=None,
               language_mask=None) -> dict[str, Tensor]:  # fmt: skip
         """Every output token, by group: "language" [B, T, d], all others [B, W, n, d]. Arguments as in `forward`."""
-        x, bias, layout = self._tokenize(images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
+        inputs = (images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
+        prefix, x, bias, counts = self._tokenize(*inputs)
+        T = 0 if prefix is None else prefix.shape[1]
+        if prefix is not None:
+            x = torch.cat([prefix.expand(len(x), -1, -1), x], 1)  # [B, S, d]
         for block in self.blocks:
             x = block(x, bias)
-        groups: dict[str, list[Tensor]] = {}
-        for (name, _, _, count), part in zip(layout, self.norm(x).split([g[3] for g in layout], 1)):
-            groups.setdefault(name, []).append(part)
-        return {name: parts[0] if name == "language" else torch.stack(parts, 1) for name, parts in groups.items()}
+        x = self.norm(x)
+        steps = x[:, T:].unflatten(1, (-1, sum(counts.values())))  # [B, W, n of all groups, d]
+        outputs = dict(zip(counts, steps.split(list(counts.values()), 2), strict=True))
+        return outputs if language is None else {"language": x[:, :T], **outputs}
 
 
 class DiffusionHead(nn.Module):
@@ -326,6 +372,10 @@ class DiffusionHead(nn.Module):
     def __init__(self, embedding_dim: int, action_horizon: int = 4, action_dim: int = 7, hidden: int = 256,
                  num_blocks: int = 3, time_dim: int = 32, num_steps: int = 20, max_action: float = 5.0):  # fmt: skip
         super().__init__()
+        self.sizes = dict(
+            embedding_dim=embedding_dim, action_horizon=action_horizon, action_dim=action_dim, hidden=hidden,
+            num_blocks=num_blocks, time_dim=time_dim, num_steps=num_steps, max_action=max_action,
+        )  # fmt: skip
         self.action_horizon, self.action_dim, self.max_action = action_horizon, action_dim, max_action
         self.num_steps, flat = num_steps, action_horizon * action_dim
         self.fourier = nn.Parameter(0.2 * torch.randn(time_dim // 2, 1))
@@ -335,10 +385,12 @@ class DiffusionHead(nn.Module):
         self.fc1 = nn.ModuleList(_linear(hidden, 4 * hidden) for _ in range(num_blocks))
         self.fc2 = nn.ModuleList(_linear(4 * hidden, hidden) for _ in range(num_blocks))
         self.output = _linear(hidden, flat, xavier=True)
-        # Cosine schedule as Octo writes it: s is added to the step's fraction and divided by 1 + s.
-        s, t = 0.008, torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-        signal = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
-        betas = (1 - signal[1:] / signal[:-1]).clamp(0, 0.999).float()  # [num_steps]
+        # Cosine schedule as Octo writes it, s added to the fraction and divided by 1 + s, and in float32 as there: the
+        # last steps divide by sqrt(1 - beta), about 0.03, so a rounding more or less shows in the samples.
+        s, t = 0.008, torch.arange(num_steps + 1) / num_steps
+        signal = torch.cos((t + s) / (1 + s) * math.pi * 0.5) ** 2
+        signal = signal / signal[0]
+        betas = (1 - signal[1:] / signal[:-1]).clamp(0, 0.999)  # [num_steps]
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alpha_bars", torch.cumprod(1 - betas, 0), persistent=False)
 
@@ -347,7 +399,7 @@ class DiffusionHead(nn.Module):
         angle = 2 * math.pi * step.float() @ self.fourier.T  # the step's integer index, not its fraction: [..., 16]
         time = self.time2(F.silu(self.time1(torch.cat([angle.cos(), angle.sin()], -1))))  # [..., 32]
         x = self.input(torch.cat([time, embedding, noisy], -1))  # [..., hidden]
-        for norm, fc1, fc2 in zip(self.norms, self.fc1, self.fc2):
+        for norm, fc1, fc2 in zip(self.norms, self.fc1, self.fc2, strict=True):
             x = x + fc2(F.silu(fc1(norm(x))))
         return self.output(F.silu(x))
 
@@ -380,3 +432,26 @@ class DiffusionHead(nn.Module):
                 x = x + beta.sqrt() * torch.randn(shape, generator=generator, device=x.device)
             x = x.clamp(-self.max_action, self.max_action)
         return x.unflatten(-1, (self.action_horizon, self.action_dim))
+
+
+def load_octo(source: str | Path, config: OctoConfig | None = None) -> LoadedOcto:
+    """Load Octo 1.5 weights, strictly: every name is used, every shape agrees.
+
+    `source` is a folder or "hf://owner/name[@revision]", e.g. "hf://rail-berkeley/octo-small-1.5". It holds either the
+    original repository's files (config.json, dataset_statistics.json, <step>/default/checkpoint; the last step is
+    taken) or what `octo_weights.save_octo` wrote. A spiece.model in it is used as the tokenizer.
+
+    `config` None: octo-small or octo-base, whichever fits, with the checkpoint's window. A config of yours may drop
+    cameras, whose weights are then ignored, and may add low-dimensional tokens, which start random.
+
+    Raises: OctoError, one line, for a source that can't be reached or isn't Octo 1.5, and for any misfit.
+    """
+    from backbones.octo_weights import load
+
+    return load(source, config)
+
+
+if __name__ == "__main__":
+    from backbones.octo_weights import main
+
+    main()
