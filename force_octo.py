@@ -438,8 +438,8 @@ def observe_demos(args: Args, path: Path, episodes: list[dict], count: int, coun
             if len(lengths) == count:
                 break
     env.close()
-    if len(lengths) < count:
-        raise UserError(f"only {len(lengths)} of {count} demonstrations of {path} succeed when replayed: other settings?")
+    if not lengths:
+        raise UserError(f"no demonstration of {path} succeeds when replayed: recorded with other settings?")
     obs = {f"obs_{k}": np.concatenate([row[k] for row in rows]) for k in rows[0]}
     return obs | {"action": np.concatenate(actions), "lengths": np.array(lengths), "steps": np.array(steps)}
 
@@ -450,13 +450,13 @@ def demo_part(args: Args, path: Path, part: int, parts: int, counter) -> dict[st
     count = len(np.array_split(np.arange(args.num_demos), parts)[part])
     if path.is_dir():
         planned = path / f"part{part}.h5"
-        if not planned.with_suffix(".done").exists():  # spares, because the replay tool loses one in a hundred
-            plan_demos(args, planned, 100_000 * part, count + 3 + count // 20, counter)
+        if not planned.with_suffix(".done").exists():  # spares, because a few fail when replayed
+            plan_demos(args, planned, 100_000 * part, count + 3 + count // 10, counter)
             planned.with_suffix(".done").touch()
         path = planned if args.control_mode == "pd_joint_pos" else convert_demos(planned, args.control_mode, counter)
         episodes = check_demos(args, path)["episodes"]
     else:
-        episodes = np.array_split(np.array(check_demos(args, path)["episodes"][: args.num_demos]), parts)[part]
+        episodes = np.array_split(np.array(check_demos(args, path)["episodes"]), parts)[part]
     return observe_demos(args, path, episodes, count, counter)
 
 
@@ -500,6 +500,8 @@ def load_demos(args: Args) -> Demos:
             temporary.unlink(missing_ok=True)
     data = np.load(cache)
     obs = {k.removeprefix("obs_"): data[k] for k in data.files if k.startswith("obs_")}
+    if len(data["steps"]) < args.num_demos:
+        print(f"using {len(data['steps'])} of {args.num_demos} demonstrations: the others of {source} fail when replayed")
     return Demos(obs, data["action"], data["lengths"], data["steps"], source)
 
 
