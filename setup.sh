@@ -44,11 +44,11 @@ EOF
   vulkan_works || echo mesa-vulkan-drivers
 }
 
-vulkan_works() {  # is there a Vulkan device with the extension that SAPIEN needs? lavapipe has it since Mesa 24.3
+vulkan_works() {  # has a Vulkan device what SAPIEN needs? Mesa 25's lavapipe has, Debian 12's Mesa 22.3 has not
   "$python" - 2>/dev/null <<'EOF'
 import ctypes, sys
 try:
-    sys.exit(not ctypes.CDLL("libGLX_nvidia.so.0"))  # NVIDIA's driver has it, and SAPIEN finds it by itself
+    sys.exit(not ctypes.CDLL("libGLX_nvidia.so.0"))  # NVIDIA's driver has it; SAPIEN finds it unaided
 except OSError:
     vk = ctypes.CDLL("libvulkan.so.1")
 instance, count = ctypes.c_void_p(), ctypes.c_uint32()
@@ -62,7 +62,7 @@ for device in map(ctypes.c_void_p, devices):
     vk.vkEnumerateDeviceExtensionProperties(device, None, ctypes.byref(count), None)
     extensions = ctypes.create_string_buffer(260 * count.value)  # VkExtensionProperties: 256 characters, one integer
     vk.vkEnumerateDeviceExtensionProperties(device, None, ctypes.byref(count), extensions)
-    if b"VK_KHR_external_semaphore_fd\0" in extensions.raw:
+    if b"VK_EXT_descriptor_indexing\0" in extensions.raw:
         sys.exit(0)
 sys.exit(1)
 EOF
@@ -88,7 +88,7 @@ add_backports() {  # Debian 12: the backports suite, at the address that serves 
   echo "deb ${key:+[$key] }$site bookworm-backports main" >"$list"
   apt update && apt-cache policy | grep -q "$policy" && return
   rm "$list"
-  fail "$site has no bookworm-backports" "install Mesa >= 24.3 (mesa-vulkan-drivers) from another source"
+  fail "$site has no bookworm-backports" "install mesa-vulkan-drivers 25 from another source"
 }
 
 if ! find_python; then
@@ -96,7 +96,7 @@ if ! find_python; then
   for package in python3.11-venv python3.12-venv; do
     if apt-cache show $package &>/dev/null; then apt install -y --no-install-recommends $package && break; fi
   done
-  find_python || fail "missing: Python 3.11 or 3.12 with venv" "install one, then: PYTHON=/path/to/python3.11 bash setup.sh"
+  find_python || fail "missing: Python 3.11 or 3.12 with venv" "install one; PYTHON=/path/to/python3.11 bash setup.sh"
 fi
 
 missing=$(missing_packages | xargs)
@@ -110,7 +110,7 @@ if [ -n "$missing" ]; then
   apt install -y --no-install-recommends "${suite[@]}" $missing || fail "missing: $missing" "see apt-get's error above"
   missing=$(missing_packages | xargs)
   [ "$missing" != mesa-vulkan-drivers ] ||
-    fail "Mesa >= 24.3, which this system does not offer" "use Ubuntu 24.04, Debian 12 or a GPU driver with Vulkan"
+    fail "missing: a Vulkan driver with descriptor indexing (Mesa 25 is known to work)" "upgrade mesa-vulkan-drivers"
   [ -z "$missing" ] || fail "still missing: $missing" "see apt-get's output above"
 fi
 [ "$mode" = all ] || { echo "ready: system packages"; exit; }
