@@ -11,8 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 fail() { said=1; echo "not ready: $1 - $2"; exit 1; }
 trap 'code=$?; [ $code = 0 ] || [ -n "${said:-}" ] || echo "not ready: setup.sh broke off - see the error above"' EXIT
-mode=${1:-all}
-case $mode in all | --system) ;; *) fail "unknown option $mode" "bash setup.sh [--system]" ;; esac
+[[ ${1:-} =~ ^(--system)?$ ]] || fail "unknown option $1" "bash setup.sh [--system]"
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "this is $(uname -sm)" "SAPIEN's wheels need Linux on x86_64"
 
 # --- probes: what this machine has -----------------------------------------------------------------------------------
@@ -113,7 +112,7 @@ if [ -n "$missing" ]; then
     fail "missing: a Vulkan driver with descriptor indexing (Mesa 25 is known to work)" "upgrade mesa-vulkan-drivers"
   [ -z "$missing" ] || fail "still missing: $missing" "see apt-get's output above"
 fi
-[ "$mode" = all ] || { echo "ready: system packages"; exit; }
+[ -z "${1:-}" ] || { echo "ready: system packages"; exit; }
 
 # --- Python packages -------------------------------------------------------------------------------------------------
 
@@ -122,8 +121,7 @@ hash=$(sha256sum <requirements.txt)
 if [ "$hash" != "$(cat $stamp 2>/dev/null)" ]; then
   [ "$python" = .venv/bin/python ] || "$python" -m venv --clear .venv || fail "cannot make .venv" "see the error above"
   .venv/bin/python -m pip --version &>/dev/null || .venv/bin/python -m ensurepip  # an earlier run was interrupted
-  .venv/bin/python -m pip install -r requirements.txt ||
-    fail "pip could not install requirements.txt" "see pip's error above"
+  .venv/bin/python -m pip install -r requirements.txt || fail "the packages of requirements.txt" "see pip's error above"
   echo "$hash" >$stamp
 fi
 
@@ -145,10 +143,8 @@ print(f"\nready: Python {platform.python_version()}, torch {torch.__version__}, 
 EOF
 if ! grep '^ready: ' "$log"; then
   tail -n 20 "$log"
-  fix="see the error above (all of it: $log)"
-  if command -v nvidia-smi >/dev/null; then
-    fix="NVIDIA's Vulkan driver must be visible (containers: NVIDIA_DRIVER_CAPABILITIES=all); $fix"
-  fi
+  fix="see the error above, all of it in $log"
+  [ -z "$(command -v nvidia-smi)" ] || fix+="; in a container, NVIDIA_DRIVER_CAPABILITIES=all shows it the Vulkan driver"
   fail "a camera frame could not be rendered: $(tail -n 1 "$log")" "$fix"
 fi
 rm "$log"
