@@ -17,10 +17,8 @@ trap 'code=$?; [ $code = 0 ] || [ -n "${said:-}" ] || echo "not ready: setup.sh 
 # --- probes: what this machine has -----------------------------------------------------------------------------------
 
 find_python() {  # sets $python to the environment's interpreter, or else to one that can make the environment
-  local name
-  for name in .venv/bin/python ${PYTHON:-python3.11 python3.12 python3}; do
-    python=$(command -v "$name") && "$python" -c 'import sys, venv, ensurepip
-sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && return
+  for python in .venv/bin/python ${PYTHON:-python3.11 python3.12 python3}; do
+    "$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && return
   done
   return 1
 }
@@ -118,7 +116,8 @@ fi
 
 stamp=.venv/requirements.sha256  # written after a complete installation
 hash=$(sha256sum <requirements.txt)
-if [ "$hash" != "$(cat $stamp 2>/dev/null)" ]; then
+if [ "$python" != .venv/bin/python ] || [ "$hash" != "$(cat $stamp 2>/dev/null)" ]; then
+  mkdir -p .venv && [ -w .venv ] || fail "cannot write $PWD/.venv" "run bash setup.sh as its owner, or remove it"
   [ "$python" = .venv/bin/python ] || "$python" -m venv --clear .venv || fail "cannot make .venv" "see the error above"
   .venv/bin/python -m pip --version &>/dev/null || .venv/bin/python -m ensurepip  # an earlier run was interrupted
   .venv/bin/python -m pip install -r requirements.txt || fail "the packages of requirements.txt" "see pip's error above"
