@@ -96,14 +96,14 @@ class Args:
     # --- model ---
     backbone: Literal["octo-compact", "octo-small", "octo-base"] = "octo-compact"  # size of the Octo backbone
     checkpoint: str | None = None  # released Octo weights to start from
-    hidden_dim: int = 512  # width of actor and critic
+    hidden_dim: int = 256  # width of actor and critic
     num_layers: int = 3  # hidden layers of actor and critic
-    num_critics: int = 4  # critics in the ensemble; TD targets take the minimum of two random ones
+    num_critics: int = 2  # critics in the ensemble; TD targets take the minimum of two random ones
     chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
     action_range: float = 1.25  # the policy's action box as a multiple of the largest demonstrated action, per dimension
 
     # --- stage 0: supervised fine-tuning ---
-    sft_updates: int = 3000  # updates of backbone and head
+    sft_updates: int = 1000  # updates of backbone and head
     sft_head_updates: int = 4000  # further updates of the head alone, on cached embeddings
     sft_lr: float = 1e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 128  # transitions per batch
@@ -123,7 +123,7 @@ class Args:
     utd_ratio: float = 0.5  # stage 3: actor updates per control step
     cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2
     online_cql_alpha: float = 0.0  # the same in stage 3 (0 = the paper's Eq. 8)
-    cql_samples: int = 4  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
+    cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
     bc_weight: float = 1.0  # weight of BC / distillation in stages 1 and 2; stage 3: `distill_weight`
     distill_weight: float = 1.0  # stage 3: weight of the distillation loss
     q_weight: float = 0.0  # weight of the Q loss in all stages
@@ -232,15 +232,17 @@ def validate(args: Args) -> None:
 class ObsWrapper(gym.Wrapper):
     """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
 
-    Proprio is everything of the "agent" and "extra" groups: joint positions and velocities, gripper pose, and what
-    the task adds (PickCube's goal position); in state mode the task adds its privileged state. `step` returns the
-    success flag in the place of `truncated`: `rollout` keeps the time limit, so that it can also run past a success.
+    Proprio is joint positions, gripper pose, and what the task adds (PickCube's goal position); in state mode the task
+    adds its privileged state. Joint velocities are left out: a policy that sees them learns to go on with what it is
+    doing, and stops for good once it has slowed down (docs/force.md). The reward is the success flag. Episodes never
+    end here: `rollout` looks at info["ended"] and keeps the time limit, so that it can also run past a success.
     """
 
     def observation(self, raw: dict) -> dict[str, np.ndarray]:
         from mani_skill.utils import common
 
-        flat = common.flatten_state_dict({k: raw[k] for k in ("agent", "extra") if raw.get(k)}, use_torch=True)
+        agent = {k: v for k, v in raw["agent"].items() if k != "qvel"}
+        flat = common.flatten_state_dict({k: v for k, v in (("agent", agent), ("extra", raw["extra"])) if v}, use_torch=True)
         obs = {"proprio": flat.float().cpu().numpy()}
         if "sensor_data" in raw:
             obs["primary"] = next(iter(raw["sensor_data"].values()))["rgb"].cpu().numpy()
@@ -251,8 +253,9 @@ class ObsWrapper(gym.Wrapper):
 
     def step(self, action):
         raw, _, terminated, _, info = self.env.step(action)
-        success = info.get("success", torch.zeros_like(terminated)).bool()
-        return self.observation(raw), np.zeros(len(success)), terminated.cpu().numpy(), success.cpu().numpy(), {}
+        success = info.get("success", torch.zeros_like(terminated)).bool().cpu().numpy()
+        never = np.zeros_like(success)
+        return self.observation(raw), success, never, never, {"ended": terminated.cpu().numpy()}
 
 
 class SingleEnv(gym.Wrapper):
@@ -268,8 +271,8 @@ class SingleEnv(gym.Wrapper):
         return {k: v[0] for k, v in self.env.reset(**kwargs)[0].items()}, {}
 
     def step(self, action):
-        obs, _, terminated, success, _ = self.env.step(action)
-        return {k: v[0] for k, v in obs.items()}, 0.0, bool(terminated[0]), bool(success[0]), {}
+        obs, success, _, _, info = self.env.step(action)
+        return {k: v[0] for k, v in obs.items()}, float(success[0]), False, False, {"ended": info["ended"][0]}
 
     def render(self) -> np.ndarray:
         return self.env.render()[0].cpu().numpy()
@@ -304,8 +307,8 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
 def make_env(args: Args, num_envs: int, render: bool = False):
     """num_envs environments without auto-reset, the same for every backend.
 
-    reset(seed=[num_envs integers]) -> obs, {};  step(action [num_envs, A] in the controller's units) -> obs, unused,
-    terminated [num_envs], success [num_envs], unused. Seeds alone decide the initial states.
+    reset(seed=[num_envs integers]) -> obs, {};  step(action [num_envs, A] in the controller's units) -> obs, success
+    [num_envs], unused, unused, {"ended": terminated by success or failure [num_envs]}. Seeds decide the initial states.
     """
     if args.sim_backend == "physx_cuda":
         return make_maniskill(args, num_envs, render)
@@ -428,7 +431,7 @@ def observe_demos(args: Args, path: Path, episodes: list[dict], count: int, coun
             action = file[f"traj_{episode['episode_id']}"]["actions"][:].astype(np.float32)
             obs, flags = [env.reset(seed=episode["reset_kwargs"].get("seed", episode["episode_seed"]))[0]], []
             for a in action:
-                step_obs, _, _, success, _ = env.step(a)
+                step_obs, success, _, _, _ = env.step(a)
                 obs.append(step_obs)
                 flags.append(success[0])
             if any(flags):
@@ -953,15 +956,15 @@ def rollout(env, agent: Agent, args: Args, seeds: list[int], generator, actor: C
         if t % H == 0:
             chunk = agent.act(features[-1], actor, args, generator)  # [N, H, A]
         actions.append(chunk[:, t % H])
-        obs, _, done, success, _ = env.step(agent.denormalise(actions[-1]))
-        successes.append(np.asarray(success))
+        obs, success, _, _, info = env.step(agent.denormalise(actions[-1]))
+        successes.append(success > 0)
         if bar is not None:
             bar.update(int((~ended).sum()))
         if frames is not None:
             frames.append(env.call("render")[0])
         if training:
-            length[done & ~ended] = t + 1
-            ended |= done
+            length[info["ended"] & ~ended] = t + 1
+            ended |= info["ended"]
             if ended.all():
                 break
     stacked = torch.stack([*features, agent.feature(obs)], 1).cpu() if training else torch.empty(N, 0)
