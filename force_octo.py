@@ -963,8 +963,9 @@ def rollout(env, agent: Agent, args: Args, seeds: list[int], generator, actor: C
         if frames is not None:
             frames.append(env.call("render")[0])
         if training:
-            length[info["ended"] & ~ended] = t + 1
-            ended |= info["ended"]
+            now = np.asarray(info["ended"], dtype=bool)
+            length[now & ~ended] = t + 1
+            ended |= now
             if ended.all():
                 break
     stacked = torch.stack([*features, agent.feature(obs)], 1).cpu() if training else torch.empty(N, 0)
@@ -991,12 +992,13 @@ def evaluate(env, agent: Agent, args: Args, actor: ConsistencyActor, episodes: i
     once, first = flags.any(1), flags.argmax(1)
     interval = binomtest(int(once.sum()), episodes).proportion_ci(method="wilson")
     fail, success, _, _ = return_bounds(args)
-    return {
+    metrics = {
         "eval/success_once": once.mean(), "eval/success_once_low": interval.low, "eval/success_once_high": interval.high,
         "eval/success_at_end": flags[:, -1].mean(), "eval/num_episodes": episodes, "time/eval_s": time.time() - start,
         "eval/episode_len": first[once].mean() + 1 if once.any() else args.max_episode_steps,
         "eval/return": np.where(once, success + fail * first, fail * args.max_episode_steps).mean(),
     }  # fmt: skip
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def film(agent: Agent, args: Args, actor: ConsistencyActor, folder: Path) -> None:
