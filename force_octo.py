@@ -90,14 +90,14 @@ class Args:
 
     # --- demonstrations ---
     demo_path: str | None = None  # ManiSkill trajectory .h5 (with its .json); default: made by ManiSkill's motion planner and cached
-    num_demos: int = 300  # demonstrations to make or to use
+    num_demos: int = 100  # demonstrations to make or to use
     demo_dir: str = "demos"  # cache for demonstrations
 
     # --- model ---
     backbone: Literal["octo-compact", "octo-small", "octo-base"] = "octo-compact"  # size of the Octo backbone
     checkpoint: str | None = None  # released Octo weights to start from
     hidden_dim: int = 256  # width of actor and critic
-    num_layers: int = 3  # hidden layers of actor and critic
+    num_layers: int = 2  # hidden layers of actor and critic
     num_critics: int = 2  # critics in the ensemble; TD targets take the minimum of two random ones
     chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
     action_range: float = 1.25  # the policy's action box as a multiple of the largest demonstrated action, per dimension
@@ -111,12 +111,13 @@ class Args:
     # --- stages 1 to 3 ---
     gamma: float = 0.98  # discount per control step
     reinforce_lr: float = 3e-4  # learning rate of actor and critic after stage 0 (Adam, constant)
-    batch_size: int = 256  # transitions per batch; stages 2 and 3: half expert, half policy buffer
-    tau: float = 0.005  # Polyak step of the target critics
+    batch_size: int = 128  # transitions per batch; stages 2 and 3: half expert, half policy buffer
+    return_mix: float = 0.5  # share of the Monte-Carlo return in the critic's target (0 = the paper's TD)
+    tau: float = 0.01  # Polyak step of the target critics
     critic_updates: int = 2  # critic updates per actor update
-    offline_updates: int = 3000  # stage 1: actor updates
-    warmup_episodes: int = 40  # stage 2: rollouts of the current policy
-    warmup_updates: int = 2000  # stage 2: actor updates; the first half trains the critic only
+    offline_updates: int = 1000  # stage 1: actor updates
+    warmup_episodes: int = 30  # stage 2: rollouts of the current policy
+    warmup_updates: int = 1000  # stage 2: actor updates; the first half trains the critic only
     warmup_train_actor: bool = True  # stage 2: train the actor by Eqs. (5-7); otherwise the critic only
     warmup: bool = True  # --no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")
     online_steps: int = 25_000  # stage 3: control steps, summed over environments
@@ -132,8 +133,9 @@ class Args:
     temperature: float = 1.0  # tau of Eq. (15), in reward units, or in units of the candidates' Q spread with --temperature-adaptive
     temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
     expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12), or gated like the policy half (Eq. 14)
-    candidate_sigma: float = 0.5  # noise level of the second denoising step for candidates (0 = one-step candidates)
-    candidate_noise: float = 0.1  # Gaussian noise added to candidates, in units of the action box
+    candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
+    candidate_noise: float = 0.02  # Gaussian noise added to candidates, in units of the action box
+    explore_noise: float = 0.02  # Gaussian push on the chunks of training episodes, in units of the action box
     actor_ema: float = 0.995  # decay of the averaged actor that acts and is evaluated in stages 2 and 3 (0 = off)
     select: Literal["sample", "best-of-k"] = "sample"  # action selection: a sample, or the best of K candidates by the critic (not in the paper)
 
@@ -147,9 +149,9 @@ class Args:
 
 
 PAPER = dict(
-    control_mode="pd_ee_delta_pose", reward="conrft", gamma=0.99, chunk_len=1, hidden_dim=256, num_layers=2, num_critics=2,
+    control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99, chunk_len=1, hidden_dim=256, num_layers=2, num_critics=2,
     sft_lr=3e-4, q_weight=1.0, q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False,
-    candidate_sigma=0.0, candidate_noise=0.0, actor_ema=0.0, cql_samples=10, offline_updates=20_000,
+    candidate_sigma=0.0, candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, cql_samples=10, offline_updates=20_000,
     warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50,
 )  # fmt: skip
 
@@ -194,7 +196,7 @@ def validate(args: Args) -> None:
         K=1, torch_threads=1, control_freq=1, image_size=16, num_envs=1, num_demos=1, hidden_dim=1, num_layers=1,
         num_critics=1, chunk_len=1, sft_updates=0, sft_head_updates=0, sft_batch_size=1, batch_size=2, critic_updates=1,
         offline_updates=0, warmup_episodes=0, warmup_updates=0, online_steps=0, utd_ratio=0, cql_alpha=0, cql_samples=1,
-        online_cql_alpha=0, bc_weight=0, distill_weight=0, q_weight=0, candidate_sigma=0, candidate_noise=0,
+        online_cql_alpha=0, return_mix=0, bc_weight=0, distill_weight=0, q_weight=0, candidate_sigma=0, candidate_noise=0, explore_noise=0,
         eval_episodes=1, eval_interim_episodes=1, eval_freq=1, video_episodes=0, log_freq=1, checkpoint_freq=1,
     )  # fmt: skip
     for name, low in at_least.items():
@@ -471,7 +473,7 @@ def load_demos(args: Args) -> Demos:
     from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
 
     source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}"
-    view = [args.obs_mode, args.control_mode, args.num_demos]
+    view = ["layout 2", args.obs_mode, args.control_mode, args.num_demos]
     view += [args.image_size, TASKS.get(args.env_id)] if args.obs_mode == "rgb" else []
     if args.demo_path:
         path = Path(args.demo_path)
@@ -746,14 +748,22 @@ class Agent(nn.Module):
         language = self.backbone.encode_text([self.instruction])
         return torch.cat([self.backbone(images, language, lowdim=proprio[:, None]), proprio], -1)
 
-    def act(self, feature: Tensor, actor: ConsistencyActor, args: Args, generator) -> np.ndarray:
-        """One chunk per state: [N, F] -> [N, H, A] normalised; a sample, or the best of K candidates by the critic."""
+    def act(self, feature: Tensor, actor: ConsistencyActor, args: Args, generator, explore: float = 0.0) -> np.ndarray:
+        """One chunk per state: [N, F] -> [N, H, A] normalised; a sample, or the best of K candidates by the critic.
+
+        `explore` is the size of a Gaussian push that is the same for all steps of a chunk: the arm moves off its path
+        and not merely shakes, so that the critic sees what other actions are worth.
+        """
         if args.select == "sample":
             chunk = actor.sample(feature, 1, generator)[:, 0]
         else:
             chunk = actor.sample(feature, args.K, generator, args.candidate_sigma, args.candidate_noise)  # [N, K, H*A]
             chunk = chunk[torch.arange(len(chunk)), self.critic(feature, chunk).mean(0).argmax(-1)]
-        return chunk.unflatten(1, (self.H, -1)).cpu().numpy()
+        chunk = chunk.unflatten(1, (self.H, -1))
+        if explore:
+            push = torch.randn(len(chunk), 1, self.action_dim, generator=generator, device=chunk.device)
+            chunk = (chunk + explore * push).clamp(-1, 1)
+        return chunk.cpu().numpy()
 
     def normalise(self, action: np.ndarray) -> np.ndarray:
         """Controller units [.., A] to the policy's box [-1, 1]."""
@@ -774,13 +784,16 @@ class Agent(nn.Module):
 # =====================================================================================================================
 # Losses: pure functions
 # =====================================================================================================================
-def td_target(reward: Tensor, bootstrap: Tensor, next_q: Tensor, low: float, high: float) -> Tensor:
+def td_target(batch: Batch, next_q: Tensor, return_mix: float, low: float, high: float) -> Tensor:
     """y = sum gamma^i r_i + gamma^n * min_k Q'_k(s', a'), a' ~ pi(.|s'), kept within the returns that exist.
 
-    Shapes: reward [B], bootstrap [B] (gamma^n, 0 after a termination), next_q [critics in the minimum, B] -> [B].
-    Source: B Qbar of Eq. (1) and Eq. (8), for chunks as in Q-chunking (arXiv:2507.07969).
+    return_mix > 0 moves that share of the target to the Monte-Carlo return, which carries a failure back through the
+    episode at once, where bootstrapping takes thousands of updates.
+    Shapes: next_q [critics in the minimum, B] -> [B].
+    Source: B Qbar of Eq. (1) and Eq. (8), for chunks as in Q-chunking (arXiv:2507.07969); return_mix: ours.
     """
-    return (reward + bootstrap * next_q.min(0).values).clamp(low, high)
+    target = batch.reward + batch.bootstrap * next_q.min(0).values
+    return torch.lerp(target, batch.mc_return, return_mix).clamp(low, high)
 
 
 def calql_loss(q_data: Tensor, q_sampled: Tensor, mc_return: Tensor) -> tuple[Tensor, Tensor]:
@@ -855,7 +868,7 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
         two = torch.randperm(args.num_critics, generator=generator)[:2]
         next_q = agent.target_critic(batch.next_feature, next_chunks[:, 0])[two]
         _, _, low, high = return_bounds(args)
-        target = td_target(batch.reward, batch.bootstrap, next_q, low, high)
+        target = td_target(batch, next_q, args.return_mix, low, high)
     q_data = agent.critic(batch.feature, batch.chunk)  # [E, B]
     loss_td = (q_data - target).square().mean()
     logs = {"losses/td": loss_td, "values/q_data": q_data.mean(), "values/td_target": target.mean(),
@@ -954,7 +967,7 @@ def rollout(env, agent: Agent, args: Args, seeds: list[int], generator, actor: C
         if training or t % H == 0:
             features.append(agent.feature(obs))
         if t % H == 0:
-            chunk = agent.act(features[-1], actor, args, generator)  # [N, H, A]
+            chunk = agent.act(features[-1], actor, args, generator, args.explore_noise if training else 0.0)  # [N, H, A]
         actions.append(chunk[:, t % H])
         obs, success, _, _, info = env.step(agent.denormalise(actions[-1]))
         successes.append(success > 0)
