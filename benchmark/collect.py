@@ -4,13 +4,14 @@
 
 Every number comes from a run's own files. Runs of the committed CSV that aren't in the runs folder (another machine's)
 are kept. Runs of one row that differ in code, settings or versions, come from uncommitted code, or don't fit the row's
-command are refused; `--allow-mixed` takes them and says so in the column `notes`, which the report prints.
+command are refused; `--allow-mixed` takes them, and the report says so below the table.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -30,12 +31,15 @@ COLUMNS = (
     "row", "method", "env_id", "obs_mode", "seed", "success_once", "low", "high", "success_at_end", "episodes",
     "steps_to_success", "demo_steps_to_success", "sft_success_once", "sft_low", "sft_high", "sft_episodes",
     "handover_success_once", "largest_drop", "online_env_steps", "env_steps", "online_env_steps_at_80", "seconds",
-    "git_commit", "torch", "mani_skill", "device", "demonstrations", "settings", "command", "notes",
+    "git_commit", "code", "torch", "mani_skill", "device", "demonstrations", "settings", "command", "notes",
 )  # fmt: skip
-EVALUATION = ("success_once", "low", "high", "episodes", "episode_len")  # columns of SUITE-curves.csv
+EVALUATION = {
+    "success_once": "eval/success_once", "low": "eval/success_once_low", "high": "eval/success_once_high",
+    "episodes": "eval/num_episodes", "episode_len": "eval/episode_len",
+}  # columns of SUITE-curves.csv and what they are in a run  # fmt: skip
 CURVE_KEYS = ("row", "method", "env_id", "obs_mode", "seed", "stage", "online_env_step", "update_step")
 DIAGNOSTICS = re.compile(r"calib/.*|vgpd/(zeta|candidate_std|ess)|values/q_std")
-KEEP = 60  # values of a diagnostic per run
+KEEP = 40  # values of a diagnostic per run
 SAME = ("code", "settings", "torch", "mani_skill", "device", "demonstrations")  # within a row, over its seeds
 
 
@@ -46,11 +50,13 @@ def number(value) -> str:
 
 @cache
 def code_of(commit: str, script: str) -> str:
-    """Git's hashes of the script and the backbones at `commit`: two commits with the same code have the same."""
+    """Hash of the script and the backbones at `commit`: commits that differ elsewhere have the same."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet"]
     names = [f"{commit.removesuffix('-dirty')}:{name}" for name in (script, "backbones")]
     found = [subprocess.run([*git, name], capture_output=True, text=True) for name in names]
-    return "+".join(f.stdout.strip() for f in found) if not any(f.returncode for f in found) else commit
+    if any(f.returncode for f in found):
+        return commit
+    return hashlib.sha1("".join(f.stdout for f in found).encode()).hexdigest()[:12]
 
 
 def derive(evaluations: list[dict]) -> dict:
@@ -63,8 +69,8 @@ def derive(evaluations: list[dict]) -> dict:
     sft = next((i for i, e in enumerate(evaluations) if e["stage"].startswith("sft")), None)
     online = [e for e in evaluations if e["stage"] in ("online", "done")]
     rate, last = [e["eval/success_once"] for e in online], evaluations[-1]
-    steady = [e["global_step"] - online[0]["global_step"] for e, now, then in zip(online, rate, rate[1:] + rate[-1:])
-              if min(now, then) >= 0.8]  # fmt: skip
+    lowest_two = map(min, rate, rate[1:] + rate[-1:])
+    steady = [e["global_step"] for e, low in zip(online, lowest_two, strict=True) if low >= 0.8]
     return {
         "success_once": last["eval/success_once"], "low": wilson[-1].low, "high": wilson[-1].high,
         "success_at_end": last["eval/success_at_end"], "episodes": last["eval/num_episodes"],
@@ -73,7 +79,7 @@ def derive(evaluations: list[dict]) -> dict:
         "sft_low": None if sft is None else wilson[sft].low, "sft_high": None if sft is None else wilson[sft].high,
         "sft_episodes": None if sft is None else evaluations[sft]["eval/num_episodes"],
         "handover_success_once": rate[0] if rate else None, "largest_drop": rate[0] - min(rate) if rate else None,
-        "online_env_steps_at_80": steady[0] if steady else None,
+        "online_env_steps_at_80": steady[0] - online[0]["global_step"] if steady else None,
     }  # fmt: skip
 
 
@@ -84,7 +90,8 @@ def successes(evaluation: dict) -> int:
 def settings_of(args: dict, script: str) -> str:
     """Flags that differ from the script's defaults, as "name=value ...", without bookkeeping and machine paths."""
     defaults = dataclasses.asdict(load_script(ROOT / script).Args())
-    differing = {n: v for n, v in args.items() if v != defaults.get(n) and n not in ("env_id", "obs_mode", *BOOKKEEPING)}
+    left_out = ("env_id", "obs_mode", *BOOKKEEPING)
+    differing = {name: v for name, v in args.items() if v != defaults.get(name) and name not in left_out}
     for name in ("demo_path", "checkpoint"):
         if "://" not in (value := differing.get(name) or ""):
             differing |= {name: Path(value).name} if value else {}
@@ -94,8 +101,9 @@ def settings_of(args: dict, script: str) -> str:
 def read_run(row: Row, folder: Path) -> dict[str, str]:
     """A finished run as a line of SUITE.csv."""
     config, summary = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary"))
+    args = config["args"]
     derived, notes, script = derive(summary["evaluations"]), [], row.command.split()[1]
-    wrong = [k for k in derived if summary.get(k) is not None and number(summary[k]) != number(derived[k])]
+    wrong = [k for k in derived if k in summary and number(summary[k]) != number(derived[k])]
     if wrong:
         notes.append(f"summary.json disagrees with its evaluations: {', '.join(wrong)}")
     if difference := misfit(row, config):
@@ -106,13 +114,13 @@ def read_run(row: Row, folder: Path) -> dict[str, str]:
     if code_of(start, script) != code_of(end, script):
         notes.append(f"the code changed while it ran: {start[:8]} to {end[:8]}")
     line = derived | {
-        "row": row.name, "method": row.method, "env_id": config["args"]["env_id"],
-        "obs_mode": config["args"].get("obs_mode", "rgb"), "seed": config["args"]["seed"],
-        "demo_steps_to_success": summary.get("demo_steps_to_success"), "online_env_steps": summary.get("online_env_steps"),
-        "env_steps": summary.get("env_steps"), "seconds": summary.get("seconds"), "git_commit": start,
-        "torch": config["packages"]["torch"], "mani_skill": config["packages"]["mani_skill"],
-        "device": config["gpu"] if config["args"].get("device") == "cuda" else "cpu",
-        "demonstrations": Path(config["demonstrations"]).name, "settings": settings_of(config["args"], script),
+        name: summary.get(name) for name in ("demo_steps_to_success", "online_env_steps", "env_steps", "seconds")
+    }
+    line |= {
+        "row": row.name, "method": row.method, "env_id": args["env_id"], "obs_mode": args["obs_mode"],
+        "seed": args["seed"], "git_commit": start, "code": code_of(start, script), "torch": config["packages"]["torch"],
+        "mani_skill": config["packages"]["mani_skill"], "device": config["gpu"] if args["device"] == "cuda" else "cpu",
+        "demonstrations": Path(config["demonstrations"]).name, "settings": settings_of(args, script),
         "command": row.command, "notes": "; ".join(notes),
     }  # fmt: skip
     return {name: number(line[name]) for name in COLUMNS}
@@ -124,9 +132,8 @@ def read_curves(line: dict[str, str], folder: Path) -> list[dict[str, str]]:
     start = next((e["global_step"] for e in evaluations if e["stage"] in ("online", "done")), 0)
     key, lines = {name: line[name] for name in CURVE_KEYS[:5]}, []
     for e in evaluations:
-        values = ["eval/success_once", "eval/success_once_low", "eval/success_once_high", "eval/num_episodes", "eval/episode_len"]
-        values = {name: number(e[value]) for name, value in zip(EVALUATION, values)}
-        lines.append(key | {"stage": e["stage"], "online_env_step": number(e["global_step"] - start)} | values)
+        place = {"stage": e["stage"], "online_env_step": number(e["global_step"] - start)}
+        lines.append(key | place | {column: number(e[name]) for column, name in EVALUATION.items()})
     series: dict[str, list[tuple[int, int, str]]] = {}
     for global_step, update_step, name, value in list(csv.reader((folder / "metrics.csv").open()))[1:]:
         if DIAGNOSTICS.fullmatch(name):
@@ -142,11 +149,10 @@ def read_curves(line: dict[str, str], folder: Path) -> list[dict[str, str]]:
     return lines
 
 
-def mixed(lines: list[dict[str, str]]) -> list[str]:
-    """What differs between the runs of one row."""
-    values = [line | {"code": code_of(line["git_commit"], line["command"].split()[1])} for line in lines]
-    names = [name for name in SAME if len({value[name] for value in values}) > 1]
-    return [f"{name}: {' | '.join(sorted({v['git_commit' if name == 'code' else name] for v in values}))}" for name in names]
+def mixed(lines: list[dict[str, str]]) -> str:
+    """What differs between the runs of one row; empty if nothing does."""
+    values = {name: sorted({line[name] for line in lines}) for name in SAME}
+    return "; ".join(f"{name}: {' | '.join(found)}" for name, found in values.items() if len(found) > 1)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -158,7 +164,7 @@ def write_csv(path: Path, columns: list[str], lines: list[dict[str, str]]) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
     os.replace(temporary, path)
@@ -176,7 +182,7 @@ def main(
         suite: name of the suite.
         runs: folder of the run folders, from the repository's root.
         results: where the CSVs go.
-        allow_mixed: take runs that differ in code, settings or versions, and note it.
+        allow_mixed: take them all the same; the report says so.
     """
     rows = {row.name: row for row in suite_of(suite).rows}
     path, curves_path = results / f"{suite}.csv", results / f"{suite}-curves.csv"
@@ -202,17 +208,14 @@ def main(
     for name in rows:
         group = [line for line in lines if line["row"] == name]
         problems += [f"{'-'.join((name, line['seed']))}: {line['notes']}" for line in group if line["notes"]]
-        if differing := mixed(group):
-            problems.append(f"{name}: its runs differ in {'; '.join(differing)}")
-            for line in group:
-                line["notes"] = "; ".join(filter(None, [line["notes"], f"runs differ in {'; '.join(differing)}"]))
+        problems += [f"{name}: its runs differ in {differing}"] if (differing := mixed(group)) else []
     for problem in problems:
         print(f"{'note' if allow_mixed else 'error'}: {problem}", file=sys.stderr)
     if problems and not allow_mixed:
-        print("nothing written; --allow-mixed takes these runs and notes it in the table", file=sys.stderr)
+        print("nothing written; --allow-mixed takes these runs, and the report says so", file=sys.stderr)
         return 1
     curves = [line for run in order for line in found[run][1]]
-    names = {name for line in curves for name in line} - {*CURVE_KEYS, *EVALUATION}
+    names = {name for line in curves for name, value in line.items() if value} - {*CURVE_KEYS, *EVALUATION}
     write_csv(path, list(COLUMNS), lines)
     write_csv(curves_path, [*CURVE_KEYS, *EVALUATION, *sorted(names)], curves)
     print(f"{path.name}: {len(lines)} runs; {curves_path.name}: {len(curves)} lines")

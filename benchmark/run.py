@@ -77,15 +77,16 @@ class Job:
                 return
             if config.exists() and "--resume" in command:
                 if difference := misfit(self.row, json.loads(config.read_text())):
-                    self.error = f"{self.folder} was started with other flags ({difference}); move it away to start afresh"
+                    self.error = f"started with other flags ({difference}); move {self.folder} away to start afresh"
                     return
-            elif config.exists():  # killed before its first checkpoint: kept aside, because scripts never write over a run
+            elif config.exists():  # killed before its first checkpoint; scripts don't write over a run
                 self.folder.rename(self.folder.with_name(f"{self.name}.unfinished-{time.time_ns()}"))
             print(f"$ {shlex.join(command)}", file=log, flush=True)
             self.started = time.time()
             self.process = subprocess.Popen(
-                [sys.executable, *command[1:]], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+                [sys.executable, *command[1:]], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
 
     def finished(self) -> bool:
@@ -105,7 +106,7 @@ class Job:
 
 
 def stop(jobs: list[Job], patience: float = 10.0) -> None:
-    """End the jobs' process groups: SIGTERM, and after `patience` seconds SIGKILL. Checkpoints are written atomically."""
+    """End the jobs' process groups: SIGTERM, then SIGKILL after `patience` seconds. Checkpoints are atomic."""
     running = [job.process for job in jobs if job.process and job.process.poll() is None]
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in running:
@@ -132,8 +133,8 @@ def run_all(jobs: list[Job], parallel: int, status_seconds: float = 60.0, poll_s
                     waiting.remove(job)
                     running.append(job)
                     busy.add(job.row.env_id)
-                    job.start()
                     print(f"{job.name}: {shlex.join(job.command())}", flush=True)
+                    job.start()
             if time.time() - shown > status_seconds:
                 shown = time.time()
                 print(f"-- {total - len(waiting) - len(running)} of {total} runs ended")
@@ -168,8 +169,8 @@ def main(
     chosen = suite_of(suite)
     rows = select(chosen.rows, only)
     if not rows or jobs < 1:
-        print(f"error: --jobs must be at least 1, and --only must match one of: {', '.join(r.name for r in chosen.rows)}",
-              file=sys.stderr)  # fmt: skip
+        names = ", ".join(row.name for row in chosen.rows)
+        print(f"error: --jobs must be at least 1, and --only must match one of: {names}", file=sys.stderr)
         return 2
     # Seed by seed: the first pass over all tasks comes early.
     everything = [Job(row, seed, runs) for seed in seeds or chosen.seeds for row in rows]

@@ -7,7 +7,7 @@ A row's name is the name of its run folders (NAME-SEED); rows of the same name i
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import re
 import shlex
 import sys
@@ -106,11 +106,8 @@ SUITES = {
 @cache
 def load_script(path: Path):
     """The script as a module, for its Args and parse_args."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(ROOT))
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(path.parent))
+    return importlib.import_module(path.stem)
 
 
 # Flags that say which run it is and where things lie, not how it learns.
