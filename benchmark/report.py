@@ -305,13 +305,13 @@ def plot_diagnostics(curves: Lines, path: Path) -> bool:
 
 
 def save(figure, path: Path) -> None:
-    """As a PNG of 64 colours without version or date: small, and the same bytes for the same numbers."""
+    """As a PNG of 256 colours without version or date: small, and the same bytes for the same numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     figure.canvas.draw()
     image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
     plt.close(figure)
-    image.quantize(64, dither=Image.Dither.NONE).save(temporary, format="png", optimize=True)
+    image.quantize(256, dither=Image.Dither.NONE).save(temporary, format="png", optimize=True)
     os.replace(temporary, path)
 
 
