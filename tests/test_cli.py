@@ -1,0 +1,370 @@
+"""The command line: help, bad input, run folders that can't be used, full disks, and the commands in the documents."""
+
+import concurrent.futures
+import dataclasses
+import importlib
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, as_flags, tiny_args
+
+import force_octo as script
+from force_octo import UserError
+
+SHORT = dict(
+    sft_updates=2, sft_head_updates=1, offline_updates=2, warmup_updates=2, warmup_episodes=1, online_steps=10,
+    eval_episodes=1,
+)  # fmt: skip
+
+
+def one_error(result, message: str) -> None:
+    code, _, errors = result
+    assert code == 2, errors
+    assert re.fullmatch(r"error: [^\n]+\n", errors), errors
+    assert re.search(message, errors), errors
+
+
+def snapshot(folder: Path) -> dict:
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
+
+
+# --- flags ---
+
+
+def test_help_names_and_explains_every_flag(command):
+    code, text, _ = command("--help")
+    assert code == 0 and "FORCE" in text
+    fields = {f.name: f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(script.Args)}
+    source = SCRIPT.read_text()
+    for name, flag in fields.items():
+        assert re.search(rf"{flag}\b|--no-{flag[2:]}\b", text), flag
+        explained = re.search(rf"^    {name}: [^\n]+  # (.+)$", source, re.M)
+        assert explained, f"{name} has no comment, so no help"
+        assert explained[1].split()[0] in text
+
+
+BAD = {
+    "--env-id Nope-v1": "--env-id Nope-v1 is no ManiSkill task",
+    "--env-id RollBall-v1": "no motion planner for RollBall-v1.*--demo-path",
+    "--demo-path nowhere.h5": "nowhere.*doesn't exist",
+    "--K 0": "--K must be at least 1",
+    "--online-steps -1": "--online-steps must be at least 0",
+    "--offline-updates -5": "--offline-updates must",
+    "--sft-updates -5": "--sft-updates must",
+    "--warmup-updates -5": "--warmup-updates must",
+    "--warmup-episodes -1": "--warmup-episodes must",
+    "--utd-ratio -0.5": "--utd-ratio must",
+    "--num-demos 0": "--num-demos must",
+    "--eval-episodes 0": "--eval-episodes must",
+    "--num-envs 0": "--num-envs must",
+    "--chunk-len 0": "--chunk-len must",
+    "--gamma 1.0": "--gamma must",
+    "--gamma nan": "--gamma must",
+    "--temperature 0.0": "--temperature must",
+    "--image-size 50": "--image-size must",
+    "--seed -1": "--seed must",
+    "--warmup-episodes 0": "--warmup-episodes|--no-warmup",
+    "--select best-of-k --K 1": "--K of at least 2",
+    "--chunk-len 8 --max-episode-steps 4": "--max-episode-steps 4",
+    "--device cuda": "--device cpu",
+    "--sim-backend physx_cuda": "--sim-backend physx_cpu",
+    "--checkpoint nowhere": "--checkpoint|nowhere",
+    "--resume nowhere": "nowhere is no run folder",
+    "--eval-only nowhere": "nowhere is no run folder",
+    "--resume one --eval-only two": "--resume.*--eval-only|--eval-only.*--resume",
+}
+
+
+@pytest.fixture
+def no_work(monkeypatch, tmp_path):
+    """Flags that should have been refused don't start hours of work."""
+
+    def refuse(*_):
+        raise AssertionError("accepted: it began to make demonstrations")
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", refuse)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_flags(flags, command, no_work, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    one_error(command(*flags.split()), BAD[flags])
+    assert not list(tmp_path.iterdir())  # neither a run folder nor a cache
+
+
+@pytest.mark.parametrize("flags", ["--K two", "--preset other", "--no-such-flag 1", "--device other"])
+def test_flags_that_cannot_be_parsed(flags, command, no_work, tmp_path):
+    code, _, errors = command(*flags.split())
+    assert code == 2 and flags.split()[0] in errors and "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_presets_and_explicit_flags():
+    paper = script.parse_args(["--preset", "paper"])
+    assert {name: getattr(paper, name) for name in script.PAPER} == script.PAPER
+    assert script.parse_args(["--preset", "paper", "--chunk-len", "3"]).chunk_len == 3
+    default = script.parse_args([])
+    assert default == script.Args()
+    assert [name for name in script.PAPER if getattr(default, name) != script.PAPER[name]]
+    assert script.parse_args(["--no-vgpd", "--no-warmup"]) == script.Args(vgpd=False, warmup=False)
+    args = script.Args(K=3, vgpd=False, run_name="x", utd_ratio=0.25)
+    assert script.parse_args(as_flags(args)) == args
+
+
+@pytest.mark.parametrize("flags, code", [("--help", 0), ("--env-id Nope-v1", 2)])
+def test_as_a_program(flags, code, tmp_path):
+    command = [sys.executable, str(SCRIPT), *flags.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    if code:
+        one_error((code, "", done.stderr), "Nope-v1")
+    assert not list(tmp_path.iterdir())
+
+
+# --- simulator ---
+
+
+@pytest.fixture
+def no_vulkan(monkeypatch):
+    def make(*args, **kwargs):
+        raise RuntimeError("vk::createInstanceUnique: ErrorIncompatibleDriver")
+
+    monkeypatch.setattr(gym, "make", make)
+
+
+def test_no_vulkan_with_demonstrations_at_hand(place, no_vulkan, command, tmp_path):
+    args = tiny_args(place, runs=str(tmp_path / "runs"))
+    one_error(command(*as_flags(args)), r"simulator can't start .*ErrorIncompatibleDriver.*setup\.sh")
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_no_vulkan_while_making_demonstrations(no_vulkan, monkeypatch, tmp_path):
+    counter = SimpleNamespace(value=0)
+    monkeypatch.setattr(script, "run_workers", lambda f, jobs, title: [f(*job, counter) for job in jobs])
+    with pytest.raises(UserError, match=r"simulator can't start .*setup\.sh"):
+        script.load_demos(tiny_args(tmp_path))
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+# --- run folders ---
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    return script.main(tiny_args(place, run_name="finished", **SHORT))
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run to damage."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def latest(run: Path) -> Path:
+    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+
+
+def change_config(run: Path, change) -> None:
+    config = json.loads((run / "config.json").read_text())
+    change(config)
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def cut(path: Path, size: int | None = None) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2 if size is None else size])
+
+
+DAMAGE = {
+    "no config": (lambda r: (r / "config.json").unlink(), "no run folder"),
+    "half a config": (lambda r: cut(r / "config.json"), "no run folder"),
+    "config of something else": (lambda r: (r / "config.json").write_text("[1]"), "no run folder"),
+    "another script": (lambda r: change_config(r, lambda c: c.update(script="bc.py")), r"bc\.py"),
+    "unknown flag": (lambda r: change_config(r, lambda c: c["args"].update(speed=9)), "no run folder.*speed"),
+    "no checkpoint": (lambda r: shutil.rmtree(r / "checkpoints"), "no readable checkpoint"),
+    "no latest": (lambda r: (r / "checkpoints/latest").unlink(), "no readable checkpoint"),
+    "latest points nowhere": (lambda r: (r / "checkpoints/latest").write_text("x"), "no readable checkpoint"),
+    "half the weights": (lambda r: cut(latest(r) / "weights.safetensors"), "no readable checkpoint"),
+    "no weights": (lambda r: cut(latest(r) / "weights.safetensors", 0), "no readable checkpoint"),
+    "half the state": (lambda r: cut(latest(r) / "training.pt"), "no readable checkpoint"),
+    "no state": (lambda r: cut(latest(r) / "training.pt", 0), "no readable checkpoint"),
+    "foreign state": (lambda r: (latest(r) / "training.pt").write_text("hello"), "no readable checkpoint"),
+    "another width": (lambda r: change_config(r, lambda c: c["args"].update(hidden_dim=8)), "another task or network"),
+    "another chunk": (lambda r: change_config(r, lambda c: c["args"].update(chunk_len=2)), "another task or network"),
+    "another depth": (lambda r: change_config(r, lambda c: c["args"].update(num_layers=1)), "another task or network"),
+    "a bad flag": (lambda r: change_config(r, lambda c: c["args"].update(K=0)), "--K must be"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_run_folders(case, run, command):
+    damage, message = DAMAGE[case]
+    damage(run)
+    before = snapshot(run)
+    for flag in ("--resume", "--eval-only"):
+        one_error(command(flag, run), message)
+        assert snapshot(run) == before  # as it was found
+
+
+def test_a_checkpoint_of_another_task(run, demos, monkeypatch):
+    wider = torch.cat([torch.as_tensor(demos.obs["proprio"]), torch.zeros(len(demos.action), 3)], 1).numpy()
+    monkeypatch.setattr(script, "load_demos", lambda args: dataclasses.replace(demos, obs={"proprio": wider}))
+    before = snapshot(run)
+    for flag in ("resume", "eval_only"):
+        with pytest.raises(UserError, match="checkpoint of another task or network"):
+            script.main(script.Args(device="cpu", **{flag: str(run)}))
+    assert snapshot(run) == before
+
+
+def test_a_name_is_not_taken_twice(place, finished, command):
+    before = snapshot(finished)
+    flags = as_flags(tiny_args(place, run_name="finished", **SHORT))
+    one_error(command(*flags), "finished exists: .*--run-name.*--resume")
+    assert snapshot(finished) == before
+
+
+def test_a_finished_run_stays_as_it_is(run, command):
+    rows, summary = (run / "metrics.csv").read_text(), json.loads((run / "summary.json").read_text())
+    code, _, errors = command("--resume", run)
+    assert code == 0, errors
+    assert (run / "metrics.csv").read_text() == rows
+    again = json.loads((run / "summary.json").read_text())
+    assert again.keys() == summary.keys()
+    assert all(again[k] == summary[k] for k in summary if "seconds" not in k)
+
+
+# --- full disks and kills ---
+
+
+class Killed(BaseException):
+    pass
+
+
+def saved(folder: Path, value: float, name: str = "a") -> None:
+    script.save_checkpoint(folder, name, {"w": torch.full((50_000,), value)}, {"x": torch.full((99_000,), value)})
+
+
+def loaded(folder: Path) -> float:
+    weights, state = script.load_checkpoint(folder)
+    assert weights["w"].unique().tolist() == state["x"].unique().tolist()  # of the same moment
+    return weights["w"][0].item()
+
+
+@pytest.mark.parametrize("name", ["a", "b"], ids=["same name", "new name"])
+@pytest.mark.parametrize("limit", [100, 100_000, 300_000])  # bytes; the last is room for the weights alone
+def test_a_disk_that_fills_up_spares_the_last_checkpoint(tmp_path, name, limit):
+    """Writes really fail here: files may not grow past a limit."""
+    saved(tmp_path, 1.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError):  # the kind that ends the program with one line, not a library's own
+            saved(tmp_path, 2.0, name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert loaded(tmp_path) == 1.0
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["a", "latest"]  # and nothing half-written
+    saved(tmp_path, 3.0, name)
+    assert loaded(tmp_path) == 3.0
+
+
+@pytest.mark.parametrize("name", ["a", "b"], ids=["same name", "new name"])
+@pytest.mark.parametrize("step", range(8))
+def test_a_kill_at_any_step_of_saving_leaves_a_whole_checkpoint(tmp_path, name, step, monkeypatch):
+    saved(tmp_path, 1.0)
+    count, replaced = [0], [(os, "replace"), (shutil, "rmtree"), (Path, "write_text"), (torch, "save"), (Path, "mkdir")]
+
+    def dying(function):
+        def call(*args, **kwargs):
+            count[0] += 1
+            if count[0] > step:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, function in replaced:
+            patch.setattr(owner, function, dying(getattr(owner, function)))
+        try:
+            saved(tmp_path, 2.0, name)
+        except Killed:
+            pass
+    assert loaded(tmp_path) in (1.0, 2.0)
+    saved(tmp_path, 3.0, name)
+    assert loaded(tmp_path) == 3.0
+    assert len([p for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()]) == 1
+
+
+def test_a_full_disk_ends_a_run_that_can_go_on(place, command, monkeypatch):
+    args = tiny_args(place, run_name="full", **SHORT)
+    folder, calls, replace = Path(args.runs) / "full", [0], os.replace
+
+    def full(source, target):
+        calls[0] += "checkpoints" in str(target)
+        if calls[0] > 4:
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        code, _, errors = command(*as_flags(args))
+    assert code == 2 and errors.splitlines()[-1].startswith("error: the disk is full") and "--resume" in errors
+    assert "Traceback" not in errors
+    script.load_checkpoint(folder)
+    assert command("--resume", folder)[0] == 0
+    assert json.loads((folder / "summary.json").read_text())["online_env_steps"] >= 10
+
+
+# --- documents ---
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(script, flags) of each command in a text that runs one of our scripts."""
+    found = []
+    text = re.sub(r"\\\n\s*", " ", text)
+    for line in text.splitlines():
+        for part in re.split(r"&&|;", line.split(" #")[0]):
+            if match := re.search(r"python\d?\s+(\w+\.py)\b(.*)", part):
+                before, *others = match[2].split(" | ")
+                for flags in (before, *[o for o in others if o.lstrip().startswith("--")]):
+                    flags = re.sub(r"\$\{?\w+\}?", "1", flags.rstrip("`. "))
+                    found.append((match[1], [f for f in shlex.split(flags) if f != "&"]))
+    return found
+
+
+def documents() -> list:
+    cases = []
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]:
+        if path.exists():
+            text = path.read_text()
+            blocks = re.findall(r"```[^\n]*\n(.*?)```", text, re.S) + re.findall(r"`([^`\n]+)`", text)
+            cases += [(path.name, *c) for block in blocks for c in commands(block)]
+    for path in sorted(ROOT.glob("*.py")):
+        cases += [(path.name, *c) for c in commands(importlib.import_module(path.stem).__doc__ or "")]
+    return cases
+
+
+def test_commands_are_found():
+    text = "bash setup.sh && .venv/bin/python a.py --K 2 \\\n  --x 'b c' # why\n"
+    text += "python -m pytest\npython b.py --r R | --e R\n"
+    assert commands(text) == [("a.py", ["--K", "2", "--x", "b c"]), ("b.py", ["--r", "R"]), ("b.py", ["--e", "R"])]
+    assert len([c for c in documents() if c[0] == "force_octo.py"]) >= 4
+
+
+@pytest.mark.parametrize("where, name, flags", documents(), ids=lambda x: x if isinstance(x, str) else " ".join(x)[:40])
+def test_documented_commands_parse(where, name, flags):
+    assert (ROOT / name).exists(), f"{where} names {name}"
+    importlib.import_module(Path(name).stem).parse_args(flags)

@@ -1,0 +1,391 @@
+"""Environments, demonstrations, rollouts and evaluation: real ManiSkill on the CPU, and stubs where numbers matter."""
+
+import dataclasses
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_args
+
+import force_octo as script
+from force_octo import UserError
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """Demonstration workers run in this process."""
+
+    def run(function, jobs, title):
+        return [function(*job, SimpleNamespace(value=0)) for job in jobs]
+
+    monkeypatch.setattr(script, "run_workers", run)
+
+
+@pytest.fixture
+def copy(planned, tmp_path):
+    """A copy of ManiSkill's .h5 and .json to damage, and flags to read it with."""
+    shutil.copy(planned, tmp_path / "traj.h5")
+    shutil.copy(planned.with_suffix(".json"), tmp_path / "traj.json")
+    args = tiny_args(tmp_path, demo_path=str(tmp_path / "traj.h5"), control_mode="pd_joint_pos", num_demos=2)
+    script.validate(args)
+    return args
+
+
+def change_json(args, change) -> None:
+    path = script.Path(args.demo_path).with_suffix(".json")
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+
+
+# --- demonstrations ---
+
+
+def test_contents(demos):
+    assert len(demos.lengths) == len(demos.steps) == 4
+    rows = sum(demos.lengths + 1)
+    assert demos.obs.keys() == {"proprio"} and len(demos.obs["proprio"]) == len(demos.action) == rows
+    assert demos.action.dtype == demos.obs["proprio"].dtype == np.float32
+    assert (0 < demos.steps).all() and (demos.steps <= demos.lengths).all()
+    assert demos.starts().tolist() == [0, *np.cumsum(demos.lengths + 1)[:-1]]
+    for start, length in zip(demos.starts(), demos.lengths, strict=True):
+        assert not demos.action[start + length].any() and demos.action[start : start + length].any(1).mean() > 0.5
+    assert len(np.unique(demos.obs["proprio"][demos.starts()], axis=0)) == 4  # four different beginnings
+
+
+def first_recording(planned) -> tuple[int, np.ndarray]:
+    """Seed and actions of the first converted demonstration."""
+    converted = planned.with_name("part0.none.pd_ee_delta_pos.physx_cpu.h5")
+    episode = json.loads(converted.with_suffix(".json").read_text())["episodes"][0]
+    with h5py.File(converted, "r") as file:
+        return episode["episode_seed"], file[f"traj_{episode['episode_id']}/actions"][:]
+
+
+def replay(env, seed: int, actions) -> tuple[np.ndarray, list[bool]]:
+    rows, flags = [env.reset(seed=[seed])[0]["proprio"][0]], []
+    for a in actions:
+        obs, success, _, _, _ = env.step(a[None])
+        rows.append(obs["proprio"][0].copy())
+        flags.append(bool(success[0]))
+    return np.stack(rows), flags
+
+
+def test_replay_gives_the_same_observations_and_succeeds_at_the_cut(place, demos, planned):
+    seed, actions = first_recording(planned)
+    length, steps = demos.lengths[0], demos.steps[0]
+    assert np.array_equal(demos.action[:length], actions)
+    env = script.make_env(tiny_args(place), 1)
+    rows, flags = replay(env, seed, actions)
+    env.close()
+    assert np.array_equal(rows, demos.obs["proprio"][: length + 1])
+    assert flags.index(True) + 1 == steps
+
+
+def test_an_environment_goes_on_after_success(place, demos, planned):
+    """Evaluation runs to the time limit, so that success at the end is told from success on the way."""
+    seed, actions = first_recording(planned)
+    env = script.make_env(tiny_args(place), 1)
+    env.reset(seed=[seed])
+    found = [env.step(a[None]) for a in [*actions, *actions[-1:].repeat(3, 0)]]
+    env.close()
+    flags, ended = [bool(step[1][0]) for step in found], [bool(step[4]["ended"][0]) for step in found]
+    assert flags.index(True) + 1 == demos.steps[0] and ended.index(True) + 1 == demos.steps[0]
+    assert len(found) == len(actions) + 3
+
+
+def test_an_episode_does_not_depend_on_the_ones_before(place, planned):
+    """PhysX keeps contacts from one episode to the next unless the scene is made anew."""
+    seed, actions = first_recording(planned)
+    env = script.make_env(tiny_args(place), 1)
+    rows, _ = replay(env, seed, actions)
+    again, _ = replay(env, seed, actions)
+    replay(env, seed + 1, actions)
+    after_another, _ = replay(env, seed, actions)
+    env.close()
+    assert np.array_equal(again, rows) and np.array_equal(after_another, rows)
+
+
+def test_a_cache_is_used_again_and_only_for_the_same_flags(place, demos, monkeypatch):
+    asked = []
+
+    def workers(function, jobs, title):
+        asked.append(len(jobs))
+        raise InterruptedError
+
+    monkeypatch.setattr(script, "run_workers", workers)
+    again = script.load_demos(tiny_args(place, seed=7, K=3, hidden_dim=99))
+    assert np.array_equal(again.action, demos.action) and not asked
+    for change in ({"control_mode": "pd_ee_delta_pose"}, {"num_demos": 3}, {"control_freq": 20}, {"obs_mode": "rgb"}):
+        with pytest.raises(InterruptedError):
+            script.load_demos(tiny_args(place, **change))
+
+
+def test_demo_path_reads_maniskill_files(copy, inline, tmp_path):
+    demos = script.load_demos(copy)
+    assert len(demos.lengths) == 2 and (demos.steps <= demos.lengths).all() and demos.source == copy.demo_path
+    assert demos.action.shape[1] == 8  # seven joints and the gripper
+    with h5py.File(copy.demo_path, "r") as file:
+        assert np.array_equal(demos.action[: demos.lengths[0]], file["traj_0/actions"][:])
+    assert [p.suffix for p in (tmp_path / "demos").iterdir()] == [".npz"]
+
+
+def test_a_full_disk_leaves_no_half_cache(copy, inline, monkeypatch, tmp_path):
+    def savez(path, **arrays):
+        script.Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", savez)
+    with pytest.raises(OSError, match="No space left"):
+        script.load_demos(copy)
+    assert not list((tmp_path / "demos").iterdir())
+
+
+def damage_truncated(args):
+    path = script.Path(args.demo_path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_episode(args):
+    with h5py.File(args.demo_path, "a") as file:
+        del file["traj_1"]
+
+
+def damage_foreign(args):
+    with h5py.File(args.demo_path, "w") as file:
+        file["observations"] = np.zeros(3)
+
+
+BAD_FILES = {
+    "missing": (lambda a: script.Path(a.demo_path).unlink(), "no demonstrations|no complete"),
+    "no json": (lambda a: script.Path(a.demo_path).with_suffix(".json").unlink(), r"traj\.json doesn't exist .*beside"),
+    "truncated": (damage_truncated, "no complete ManiSkill trajectory file .*make or copy it again"),
+    "empty": (lambda a: script.Path(a.demo_path).write_bytes(b""), "no complete ManiSkill .*make or copy it again"),
+    "no HDF5": (lambda a: script.Path(a.demo_path).write_text("hello"), "no complete ManiSkill .*make or copy it"),
+    "foreign": (damage_foreign, "truncated: .* episodes .*make or copy it again"),
+    "foreign json": (lambda a: change_json(a, lambda m: m.clear()), "no complete ManiSkill .*make or copy it again"),
+    "json list": (lambda a: script.Path(a.demo_path).with_suffix(".json").write_text("[]"), "no complete ManiSkill"),
+    "json cut": (lambda a: script.Path(a.demo_path).with_suffix(".json").write_text('{"env'), "no complete ManiSkill"),
+    "episode missing": (damage_episode, "truncated: 1 of the listed episodes .*make or copy it again"),
+    "other task": (lambda a: setattr(a, "env_id", "PickCube-v1"), "--env-id PushCube-v1, not PickCube-v1"),
+    "other rate": (lambda a: setattr(a, "control_freq", 20), "--control-freq 10, not 20"),
+    "other robot": (lambda a: setattr(a, "robot_uids", "panda_wristcam"), "--robot-uids panda, not panda_wristcam"),
+    "too few": (lambda a: setattr(a, "num_demos", 99), r"holds \d+ episodes; --num-demos asks for 99"),
+    "other actions": (
+        lambda a: change_json(a, lambda m: m["env_info"]["env_kwargs"].update(control_mode="pd_joint_vel")),
+        "actions for pd_joint_vel; only pd_joint_pos can be converted",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_demonstration_files(case, copy, inline, tmp_path):
+    damage, message = BAD_FILES[case]
+    damage(copy)
+    with pytest.raises(UserError, match=message) as caught:
+        script.load_demos(copy)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*tmp*.*z"))
+
+
+def test_demonstrations_that_do_not_succeed(copy, inline, tmp_path):
+    with h5py.File(copy.demo_path, "a") as file:
+        for name in file:
+            file[name]["actions"][...] = file[name]["actions"][0]  # stands still
+    with pytest.raises(UserError, match="succeed.* when replayed"):
+        script.load_demos(copy)
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_changed_file_is_read_again(copy, inline):
+    first = script.load_demos(copy)
+    change_json(copy, lambda meta: meta["episodes"].pop(0))
+    with h5py.File(copy.demo_path, "a") as file:
+        del file["traj_0"]
+    second = script.load_demos(copy)
+    assert not np.array_equal(first.action[:5], second.action[:5])
+
+
+def test_task_without_planner(tmp_path):
+    args = tiny_args(tmp_path, env_id="RollBall-v1")
+    script.validate(args)
+    with pytest.raises(UserError, match="no motion planner for RollBall-v1: .*--demo-path"):
+        script.load_demos(args)
+    assert not list(tmp_path.iterdir())
+
+
+# --- units of actions and observations ---
+
+
+def test_action_units(place, demos):
+    args = tiny_args(place, action_range=1.25)
+    agent = script.Agent(args, demos)
+    own = np.delete(demos.action, demos.starts() + demos.lengths, axis=0)
+    normal = agent.normalise(own)
+    assert np.abs(normal).max(0) == pytest.approx(np.full(normal.shape[1], 1 / 1.25), rel=1e-3)
+    assert agent.denormalise(normal) == pytest.approx(own, abs=1e-5)
+    box = np.random.default_rng(0).uniform(-1, 1, (50, normal.shape[1])).astype(np.float32)
+    reachable = agent.denormalise(box)
+    assert np.abs(reachable).max() <= 1  # the controller's own box
+    inside = np.abs(reachable) < 1
+    assert agent.normalise(reachable)[inside] == pytest.approx(box[inside], abs=1e-5)
+    assert not agent.normalise(np.zeros(normal.shape[1])).any()  # zero keeps still, in both units
+    last = np.full(normal.shape[1], 0.3, np.float32)
+    assert agent.hold_action(last).tolist() == pytest.approx([0.0] * (len(last) - 1) + [0.3])
+
+
+def test_joint_position_units(place, demos):
+    action = np.random.default_rng(0).uniform(1, 3, demos.action.shape).astype(np.float32)
+    args = tiny_args(place, control_mode="pd_joint_pos", action_range=1.0)
+    agent = script.Agent(args, dataclasses.replace(demos, action=action))
+    own = np.delete(action, demos.starts() + demos.lengths, axis=0)
+    normal = agent.normalise(own)
+    assert normal.min() == pytest.approx(-1, abs=1e-4) and normal.max() == pytest.approx(1, abs=1e-4)
+    assert agent.denormalise(normal) == pytest.approx(own, abs=1e-4)  # beyond 1: joint angles aren't clipped
+    assert agent.hold_action(normal[3]) == pytest.approx(normal[3])
+
+
+def holds(vector: np.ndarray, part) -> bool:
+    part = np.asarray(part, dtype=np.float32).ravel()
+    return any(np.allclose(vector[i : i + len(part)], part, atol=1e-5) for i in range(len(vector) - len(part) + 1))
+
+
+def test_pick_cube_images_and_goal(place):
+    args = tiny_args(place, env_id="PickCube-v1", obs_mode="rgb", image_size=32)
+    env = script.make_maniskill(args)
+    seen = []
+    for seed in (0, 1):
+        obs = env.reset(seed=seed)[0]
+        assert obs["primary"].shape == (1, 32, 32, 3) and obs["primary"].dtype == np.uint8
+        assert obs["primary"].std() > 5 and len(np.unique(obs["primary"])) > 20
+        assert holds(obs["proprio"][0], env.unwrapped.goal_site.pose.p[0])  # hidden in images
+        assert holds(obs["proprio"][0], env.unwrapped.agent.robot.qpos[0])
+        assert not holds(obs["proprio"][0], env.unwrapped.cube.pose.p[0])  # this one has to be seen
+        seen.append(obs)
+    assert not np.array_equal(seen[0]["primary"], seen[1]["primary"])
+    env.close()
+
+
+@torch.no_grad()
+def test_worker_processes_equal_this_process(place, demos):
+    args, seeds = tiny_args(place), [5, 9]
+    actions = np.random.default_rng(0).uniform(-1, 1, (3, 2, 4)).astype(np.float32)
+    pair, alone = script.make_env(args, 2), script.make_env(args, 1)
+    try:
+        first = pair.reset(seed=seeds)[0]
+        steps = [pair.step(a) for a in actions]
+        for i, seed in enumerate(seeds):
+            assert np.array_equal(alone.reset(seed=[seed])[0]["proprio"][0], first["proprio"][i])
+            for action, (obs, success, _, _, info) in zip(actions, steps, strict=True):
+                own, reached, _, _, own_info = alone.step(action[i : i + 1])
+                assert np.array_equal(own["proprio"][0], obs["proprio"][i])
+                assert (reached[0], own_info["ended"][0]) == (success[i], info["ended"][i])
+        assert not np.array_equal(first["proprio"][0], first["proprio"][1])
+        args.max_episode_steps, agent = 4, script.Agent(args, demos)
+        episodes = script.rollout(pair, agent, args, seeds, torch.Generator(), agent.actor, training=True)
+        for episode, seed in zip(episodes, seeds, strict=True):
+            start = agent.feature(alone.reset(seed=[seed])[0])
+            assert len(episode.action) == 4 and episode.feature.shape == (5, agent.feature_dim)
+            torch.testing.assert_close(episode.feature[:1], start, atol=1e-5, rtol=0)
+    finally:
+        pair.close()
+        alone.close()
+
+
+# --- rollouts and evaluation on a scripted environment ---
+
+
+class ScriptedEnv:
+    """An environment with seed s succeeds at the steps in plan[s], and would end there."""
+
+    def __init__(self, plan):
+        self.plan, self.actions, self.resets = plan, [], []
+
+    def reset(self, seed):
+        self.seeds, self.t = seed, 0
+        self.resets.append(seed)
+        return {"proprio": np.array([[s, 0.0] for s in seed], np.float32)}, {}
+
+    def step(self, action):
+        self.t += 1
+        self.actions.append(action.copy())
+        success = np.array([self.t in self.plan[s] for s in self.seeds])
+        obs = {"proprio": np.array([[s, self.t] for s in self.seeds], np.float32)}
+        never = np.zeros(len(success), bool)
+        return obs, success.astype(float), never, never, {"ended": success.copy()}
+
+
+def scripted_agent(H=3):
+    """Its chunk at time t is t + 0.1, t + 0.2, ...; its feature is the observation."""
+    explored = []
+
+    def act(feature, actor, args, generator, explore):
+        explored.append(explore)
+        return feature.numpy()[:, 1:, None] + (0.1 * np.arange(1, H + 1))[:, None]
+
+    return SimpleNamespace(
+        explored=explored,
+        H=H,
+        feature=lambda obs: torch.as_tensor(obs["proprio"]),
+        act=act,
+        denormalise=lambda action: 10 * action,
+    )
+
+
+def test_training_rollout():
+    env, args, agent = ScriptedEnv({7: {4}, 8: set()}), script.Args(max_episode_steps=5), scripted_agent()
+    done, cut = script.rollout(env, agent, args, [7, 8], None, None, training=True)
+    assert agent.explored == [args.explore_noise] * 2
+    assert done.success.tolist() == [False, False, False, True] and done.terminated
+    assert done.action[:, 0].tolist() == pytest.approx([0.1, 0.2, 0.3, 3.1])  # the policy is asked at 0 and 3
+    assert done.feature.tolist() == [[7, t] for t in range(5)]  # up to the state after the success
+    assert len(cut.action) == 5 and not cut.terminated and not cut.success.any()
+    assert cut.feature.tolist() == [[8, t] for t in range(6)]
+    assert env.actions[3][0].item() == pytest.approx(31)  # in the controller's units
+    early = script.rollout(ScriptedEnv({7: {2}}), scripted_agent(), args, [7], None, None, training=True)
+    assert len(early[0].action) == 2
+
+
+def test_evaluation_numbers():
+    H, limit = 2, 6
+    plan = {s: set() for s in range(script.EVAL_SEED, script.EVAL_SEED + 6)}
+    plan[script.EVAL_SEED] = {3, 6}  # succeeds, slips, succeeds again
+    plan[script.EVAL_SEED + 1] = {5}  # succeeds but doesn't hold it
+    plan[script.EVAL_SEED + 4] = {1, 2, 3, 4, 5, 6}
+    plan[script.EVAL_SEED + 5] = {1}  # beyond the five episodes asked for
+    env = ScriptedEnv(plan)
+    args = script.Args(max_episode_steps=limit, num_envs=2, reward="conrft", device="cpu")
+    before, agent = torch.get_rng_state(), scripted_agent(H)
+    metrics = script.evaluate(env, agent, args, None, 5)
+    assert set(agent.explored) == {0.0}
+    assert torch.equal(torch.get_rng_state(), before)
+    p, n, z = 3 / 5, 5, 1.959964
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert metrics["eval/success_once"] == pytest.approx(p) and metrics["eval/success_at_end"] == pytest.approx(2 / 5)
+    assert metrics["eval/success_once_low"] == pytest.approx((centre - half) / (1 + z * z / n), rel=1e-4)
+    assert metrics["eval/success_once_high"] == pytest.approx((centre + half) / (1 + z * z / n), rel=1e-4)
+    assert metrics["eval/episode_len"] == pytest.approx((3 + 5 + 1) / 3) and metrics["eval/num_episodes"] == 5
+    returns = [10 - 0.05 * 2, 10 - 0.05 * 4, -0.05 * 6, -0.05 * 6, 10]
+    assert metrics["eval/return"] == pytest.approx(sum(returns) / 5)
+    assert [list(s) for s in env.resets] == [[script.EVAL_SEED + i, script.EVAL_SEED + i + 1] for i in (0, 2, 4)]
+    assert len(env.actions) == 3 * limit  # to the time limit, also past a success
+    nothing = script.evaluate(ScriptedEnv({k: set() for k in plan}), scripted_agent(H), args, None, 2)
+    assert nothing["eval/success_once"] == 0 == nothing["eval/success_once_low"]
+    assert nothing["eval/episode_len"] == limit
+
+
+def test_training_evaluation_and_demonstration_seeds_never_meet(tmp_path):
+    ranges = [range(0, 100_000 * 16), range(script.EVAL_SEED, script.EVAL_SEED + 10_000)]
+    for seed in (0, 1, 2, 100):
+        start = script.TRAIN_SEED + 1_000_000 * seed
+        ranges.append(range(start, start + 1_000_000))
+    for i, one in enumerate(ranges):
+        for other in ranges[:i]:
+            assert one.stop <= other.start or other.stop <= one.start
+    for seed in (-1, 900):  # the episodes of seed 900 would be those of the evaluation
+        with pytest.raises(UserError, match="--seed must be"):
+            script.validate(tiny_args(tmp_path, seed=seed))

@@ -1,0 +1,556 @@
+"""The pure functions and networks against numbers worked out here with plain Python floats."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import force_octo as script
+
+SIGMAS = {0: 80.0, 1: 69.5, 2: 60.1, 5: 38.3, 10: 16.8, 15: 6.59, 20: 2.24, 25: 0.625, 30: 0.131, 35: 0.0175, 38: 0.0037, 39: 0.002}  # fmt: skip  # noqa: E501
+FLATNESS = {80.0: 1.000, 16.8: 0.9998, 2.24: 0.998, 0.13: 0.97, 0.0175: 0.78, 0.0037: 0.21}  # w(sigma) * c_out(sigma)^2
+
+
+def logsumexp(values) -> float:
+    return math.log(sum(math.exp(v) for v in values))
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- targets ---
+
+
+def test_td_target():
+    batch = SimpleNamespace(
+        reward=torch.tensor([0.5, 0.5, 1.0, -2.0]),
+        bootstrap=torch.tensor([0.9, 0.0, 0.81, 0.9]),
+        mc_return=torch.tensor([0.8, 0.5, 0.2, -9.0]),
+    )
+    next_q = torch.tensor([[1.0, 9.0, 4.0, -5.0], [2.0, 8.0, 0.25, 3.0]])
+    target = script.td_target(batch, next_q, 0.0, -3.0, 1.3)
+    by_hand = [
+        min(0.5 + 0.9 * 1.0, 1.3),  # 1.4, above every possible return
+        0.5,  # terminated: next values don't matter
+        1.0 + 0.81 * 0.25,  # the smaller critic, per sample
+        max(-2.0 + 0.9 * -5.0, -3.0),  # -6.5, below every possible return
+    ]
+    assert target.tolist() == pytest.approx(by_hand)
+    unbounded = script.td_target(batch, next_q[:1], 0.0, -100, 100)
+    assert unbounded.tolist() == pytest.approx([1.4, 0.5, 4.24, -6.5])
+    mixed = script.td_target(batch, next_q[:1], 0.25, -100, 4.0)
+    by_hand = [0.75 * 1.4 + 0.25 * 0.8, 0.5, 0.75 * 4.24 + 0.25 * 0.2, 0.75 * -6.5 + 0.25 * -9]
+    assert mixed.tolist() == pytest.approx(by_hand)
+    assert script.td_target(batch, next_q, 1.0, -5, 100).tolist() == pytest.approx([0.8, 0.5, 0.2, -5])
+
+
+def test_mc_returns():
+    g = 0.9
+    success = script.mc_returns(np.array([0.0, 0.0, 1.0], np.float32), True, g, 0.0)
+    assert success.tolist() == pytest.approx([0.81, 0.9, 1.0])
+    conrft = script.mc_returns(np.array([-0.05, -0.05, 10.0], np.float32), True, g, -0.05)
+    assert conrft.tolist() == pytest.approx([-0.05 + g * (-0.05 + g * 10), -0.05 + g * 10, 10.0])
+    # Nothing but failing steps up to the time limit: the bound for failing for ever, at every step.
+    failure = script.mc_returns(np.full(4, -0.05, np.float32), False, g, -0.05)
+    assert failure.tolist() == pytest.approx([-0.05 / (1 - g)] * 4)
+    # A failure that the task itself ends has no future.
+    ended = script.mc_returns(np.full(2, -0.05, np.float32), True, g, -0.05)
+    assert ended.tolist() == pytest.approx([-0.05 * (1 + g), -0.05])
+    mixed = script.mc_returns(np.array([3.0, -0.05], np.float32), False, g, -0.05)
+    assert mixed.tolist() == pytest.approx([3.0 + g * -0.5, -0.5])
+
+
+@pytest.mark.parametrize("reward, bounds", [("binary", (0.0, 1.0, 0.0, 1.0)), ("conrft", (-0.05, 10.0, -2.5, 10.0))])
+def test_return_bounds(reward, bounds):
+    assert script.return_bounds(script.Args(reward=reward, gamma=0.98)) == pytest.approx(bounds)
+
+
+# --- the conservative term ---
+
+
+def test_calql_loss_by_hand():
+    q_data = [[0.3, 2.0], [-0.5, 1.0]]  # 2 critics, 2 states
+    q_sampled = [[[0.1, 0.9, -1.0], [2.5, 0.0, 1.0]], [[0.0, 0.2, 3.0], [1.5, -4.0, 1.9]]]  # 3 actions
+    mc = [0.5, 1.2]
+    gaps, below = [], 0
+    for e in range(2):
+        for b in range(2):
+            entries = [max(q, mc[b]) for q in q_sampled[e][b]] + [q_data[e][b]]
+            gaps.append(logsumexp(entries) - math.log(4) - q_data[e][b])
+            below += sum(q < mc[b] for q in q_sampled[e][b])
+    loss, rate = script.calql_loss(torch.tensor(q_data), torch.tensor(q_sampled), torch.tensor(mc))
+    assert loss.item() == pytest.approx(sum(gaps) / 4)
+    assert rate.item() == pytest.approx(below / 12)
+
+
+def test_calql_loss_gradients():
+    q_data = torch.tensor([[1.0, 1.0]], requires_grad=True)
+    q_sampled = torch.tensor([[[0.2, 3.0], [0.1, 0.2]]], requires_grad=True)
+    loss, _ = script.calql_loss(q_data, q_sampled, torch.tensor([0.5, 1.0]))
+    loss.backward()
+    sampled = q_sampled.grad[0]
+    assert sampled[0, 0] == 0 and sampled[1].tolist() == [0, 0]  # below its Monte-Carlo return: not pushed
+    total = math.exp(0.5) + math.exp(3) + math.exp(1)
+    assert sampled[0, 1].item() == pytest.approx(math.exp(3) / total / 2)  # pushed down
+    assert q_data.grad[0, 0].item() == pytest.approx((math.exp(1) / total - 1) / 2)  # pushed up, less than without
+    equal, _ = script.calql_loss(torch.full((2, 3), 0.7), torch.full((2, 3, 5), 0.7), torch.full((3,), -1.0))
+    assert equal.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_calql_loss_of_a_state_ignores_the_other_states():
+    q_data, q_sampled, mc = torch.randn(2, 3, generator=rng()), torch.randn(2, 3, 4, generator=rng(1)), torch.zeros(3)
+    each = [script.calql_loss(q_data[:, [b]], q_sampled[:, [b]], mc[[b]])[0].item() for b in range(3)]
+    assert script.calql_loss(q_data, q_sampled, mc)[0].item() == pytest.approx(sum(each) / 3, rel=1e-5)
+
+
+# --- the consistency head ---
+
+
+def test_karras_sigmas():
+    sigmas = script.karras_sigmas().tolist()
+    assert len(sigmas) == 40 and sigmas == sorted(sigmas, reverse=True)
+    for i, value in SIGMAS.items():
+        assert sigmas[i] == pytest.approx(value, rel=0.01), i
+    by_hand = [(80 ** (1 / 7) + i / 39 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(40)]
+    assert sigmas == pytest.approx(by_hand, rel=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [80.0, 2.24, 0.5, 0.0037, 0.002])
+def test_consistency_scalings(sigma):
+    skip, out, scale = (x.item() for x in script.consistency_scalings(torch.tensor(sigma)))
+    assert skip == pytest.approx(0.25 / ((sigma - 0.002) ** 2 + 0.25))
+    assert out == pytest.approx((sigma - 0.002) * 0.5 / math.sqrt(sigma**2 + 0.25), rel=1e-5, abs=1e-9)
+    assert scale == pytest.approx(1 / math.sqrt(sigma**2 + 0.25))
+
+
+def test_the_least_noise_is_the_identity():
+    actor = script.ConsistencyActor(5, 6, hidden=16, layers=2)
+    x = torch.rand(3, 4, 6, generator=rng()) * 2 - 1
+    feature, least = torch.randn(3, 5, generator=rng(1)), torch.full((1, 1), script.SIGMA_MIN)
+    assert torch.equal(actor.denoise(feature, x, least), x)
+    assert not torch.allclose(actor.denoise(feature, x, torch.full((1, 1), 0.5)), x, atol=0.01)
+    assert actor.denoise(feature, 9 * x, torch.full((1, 1), 0.1)).abs().max() == 1  # stays in the box
+
+
+class StubActor:
+    """Denoises to what it is told; remembers what it was asked."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    def denoise(self, feature, x, sigma):
+        self.asked.append((x, sigma))
+        return self.answer.expand_as(x)
+
+
+def test_consistency_loss_weights_and_noise():
+    chunk, answer = torch.tensor([[0.5, -0.5]]).repeat(4000, 1), torch.tensor([0.6, -0.2])
+    actor = StubActor(answer)
+    loss = script.consistency_loss(actor, torch.zeros(4000, 1), chunk, rng())
+    ((x, sigma),) = actor.asked
+    noise = (x[:, 0] - chunk) / sigma
+    assert noise.mean().abs() < 0.05 and noise.std().item() == pytest.approx(1, abs=0.05)
+    error = ((0.6 - 0.5) ** 2 + (-0.2 + 0.5) ** 2) / 2
+    by_hand = [(s**-2 + 4) * error for s in sigma[:, 0].tolist()]
+    assert loss.shape == (4000,) and loss.tolist() == pytest.approx(by_hand, rel=1e-4)
+    drawn, levels = set(sigma[:, 0].tolist()), script.karras_sigmas().tolist()
+    assert drawn == set(levels[:39])  # 80 ... 0.0037; the least is the identity and is never drawn
+
+
+@pytest.mark.parametrize("sigma", FLATNESS)
+def test_loss_weight_is_flat_in_the_raw_output(sigma, monkeypatch):
+    """weight(sigma) * c_out(sigma)^2, from the loss of a denoiser that is off by c_out."""
+    monkeypatch.setattr(script, "karras_sigmas", lambda: torch.tensor([sigma, 0.002]))
+    c_out = script.consistency_scalings(torch.tensor(sigma))[1]
+    loss = script.consistency_loss(StubActor(c_out), torch.zeros(1, 1), torch.zeros(1, 3), rng())
+    assert loss.item() == pytest.approx(FLATNESS[sigma], abs=0.006)
+
+
+def one_by_one(actor, feature, x, sigma):
+    """The head on a single state and sample, with its first layer in one piece and plain loops."""
+    c_skip = 0.25 / ((sigma - 0.002) ** 2 + 0.25)
+    c_out = (sigma - 0.002) * 0.5 / math.sqrt(sigma**2 + 0.25)
+    c_in, half = 1 / math.sqrt(sigma**2 + 0.25), actor.time_dim // 2
+    angles = [250 * math.log(sigma) * math.exp(-j * math.log(10_000) / (half - 1)) for j in range(half)]
+    time = actor.time(torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles]))
+    weight = torch.cat([actor.feature_in.weight, actor.sample_in.weight], 1)
+    h = weight @ torch.cat([feature, c_in * x, time]) + actor.feature_in.bias
+    for norm, layer in zip(actor.norms, [*actor.hidden, actor.out], strict=True):
+        h = (h - h.mean()) / ((h - h.mean()).square().mean() + 1e-6).sqrt() * norm.weight + norm.bias
+        h = layer(torch.tanh(h))
+    return (c_out * h + c_skip * x).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("second", [0.0, 0.7])
+def test_samples_equal_one_by_one_denoising(second):
+    torch.manual_seed(0)
+    actor = script.ConsistencyActor(5, 4, hidden=16, layers=3)
+    with torch.no_grad():
+        for norm in actor.norms:
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.uniform_(-0.5, 0.5)
+        feature = torch.randn(3, 5)
+        samples = actor.sample(feature, 6, rng(7), second_sigma=second, noise=0.05)
+        g = rng(7)
+        first = 80 * torch.randn((3, 1 if second else 6, 4), generator=g)
+        again = torch.randn((3, 6, 4), generator=g) if second else None
+        jitter = torch.randn((3, 6, 4), generator=g)
+        assert samples.shape == (3, 6, 4)
+        for b in range(3):
+            for k in range(6):
+                x = one_by_one(actor, feature[b], first[b, 0 if second else k], 80.0)
+                if second:
+                    x = one_by_one(actor, feature[b], x + second * again[b, k], second)
+                x = (x + 0.05 * jitter[b, k]).clamp(-1, 1)
+                # The angles reach 1100 radians, where float32 leaves about 1e-4.
+                torch.testing.assert_close(samples[b, k], x, atol=1e-3, rtol=0)
+        assert torch.equal(samples, actor.sample(feature, 6, rng(7), second_sigma=second, noise=0.05))
+
+
+def test_two_steps_spread_and_one_step_does_not():
+    """A head that knows two modes, and says the mean of what its noisy input leaves possible."""
+    actor = script.ConsistencyActor(1, 1, hidden=8, layers=2)
+
+    def posterior_mean(feature, x, sigma):
+        far = (x[..., None] - torch.tensor([-0.8, 0.8])).square() / (2 * sigma[..., None, None] ** 2)
+        return (torch.softmax(-far, -1) * torch.tensor([-0.8, 0.8])).sum(-1)
+
+    actor.denoise = posterior_mean
+    feature = torch.zeros(50, 1)
+    spread = {s: actor.sample(feature, 40, rng(), second_sigma=s).std(1).mean().item() for s in (0.0, 0.63)}
+    assert spread[0.0] < 0.05 < 0.3 < spread[0.63]
+    noisy = actor.sample(feature, 400, rng(), noise=0.1).std(1).mean().item()
+    assert noisy == pytest.approx(0.1, abs=0.01)
+
+
+# --- actor losses ---
+
+
+def test_success_weighted_bc():
+    bc, success = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    loss = script.success_weighted_bc(bc, success)
+    assert loss.item() == pytest.approx((2 + 4) / 2)
+    loss.backward()
+    assert bc.grad.tolist() == [0, 0.5, 0.5, 0]
+    nothing = script.success_weighted_bc(bc, torch.zeros(4))
+    assert nothing.item() == 0
+    assert script.success_weighted_bc(bc, torch.ones(4)).item() == pytest.approx(15 / 4)
+
+
+def test_q_loss():
+    values = [[1.0, -3.0], [2.0, 6.0]]
+    q = torch.tensor(values, requires_grad=True)
+    assert script.q_loss(q, False).item() == pytest.approx(-6 / 4)
+    loss = script.q_loss(q, True)
+    assert loss.item() == pytest.approx(-(6 / 4) / (12 / 4), rel=1e-4)
+    loss.backward()
+    assert q.grad.flatten().tolist() == pytest.approx([-1 / 4 / 3] * 4, rel=1e-4)  # up, and |Q| is only a scale
+    assert script.q_loss(torch.zeros(2, 2), True).item() == 0
+
+
+def weights_by_hand(q, temperature, adaptive):
+    mean = sum(q) / len(q)
+    scale = math.sqrt(sum((x - mean) ** 2 for x in q) / len(q)) if adaptive else 1.0
+    kept = [math.exp((x - max(q)) / (temperature * scale)) if x >= mean else 0.0 for x in q]
+    return [x / sum(kept) for x in kept]
+
+
+@pytest.mark.parametrize("temperature, adaptive", [(0.1, False), (1.0, False), (1.0, True), (0.3, True)])
+def test_vgpd_weights_by_hand(temperature, adaptive):
+    q = [[0.0, 0.1, 0.35, 0.5], [5.0, 4.9, 4.0, 4.95], [-1.0, -1.2, -0.2, -3.0]]
+    weight, zeta = script.vgpd_target(torch.tensor(q), torch.tensor([0.2, 4.8, -1.35]), temperature, adaptive)
+    for row, own in zip(weight.tolist(), q, strict=True):
+        assert row == pytest.approx(weights_by_hand(own, temperature, adaptive), rel=1e-4, abs=1e-7)
+        assert [w > 0 for w in row] == [x >= sum(own) / 4 for x in own]  # the mean is the baseline
+    assert zeta.tolist() == [1, 0, 0]  # means 0.2375, 4.7125, -1.35 against the buffer's; a tie keeps the buffer's
+
+
+def test_vgpd_always_has_a_candidate():
+    for q in ([0.7] * 5, [0.1] * 3, [1e6, 1e6 + 1, 1e6 - 1], [-80.0, 90.0], [0.3]):
+        for adaptive in (False, True):
+            weight, zeta = script.vgpd_target(torch.tensor([q]), torch.tensor([1e9]), 0.1, adaptive)
+            assert weight.isfinite().all() and weight.sum().item() == pytest.approx(1), q
+            assert weight[0, q.index(max(q))] > 0 and zeta.item() == 0
+    # The mean of equal numbers can be rounded up past all of them.
+    many = torch.full((1, 20), 0.1) * torch.rand(4000, 1, generator=rng())
+    for adaptive in (False, True):
+        assert script.vgpd_target(many, many[:, 0], 1.0, adaptive)[0].isfinite().all()
+
+
+def test_vgpd_adaptive_temperature_ignores_units():
+    q, q_buffer = torch.randn(6, 8, generator=rng()), torch.randn(6, generator=rng(1))
+    weight, zeta = script.vgpd_target(q, q_buffer, 0.7, True)
+    scaled, same = script.vgpd_target(25 * q - 3, 25 * q_buffer - 3, 0.7, True)
+    torch.testing.assert_close(scaled, weight, atol=1e-4, rtol=1e-3)
+    assert torch.equal(zeta, same)
+    fixed = script.vgpd_target(25 * q - 3, 25 * q_buffer - 3, 0.7, False)[0]
+    assert not torch.allclose(fixed, weight, atol=0.05)
+
+
+# --- networks ---
+
+
+def test_polyak_update():
+    source, target = nn.Linear(2, 1), nn.Linear(2, 1)
+    for net, value in ((source, 3.0), (target, 1.0)):
+        nn.init.constant_(net.weight, value)
+        nn.init.constant_(net.bias, -value)
+    script.polyak_update(source, target, 0.25)
+    assert target.weight.tolist() == [[1.5, 1.5]] and target.bias.tolist() == [-1.5]
+    assert source.weight.tolist() == [[3.0, 3.0]]
+    script.polyak_update(source, target, 1.0)
+    assert torch.equal(target.weight, source.weight)
+
+
+def test_ensemble_equals_separate_critics():
+    torch.manual_seed(0)
+    ensemble = script.EnsembleCritic(3, feature_dim=5, chunk_dim=4, hidden=8, layers=2)
+    with torch.no_grad():
+        for parameter in (*ensemble.bias, *ensemble.gain, *ensemble.shift):
+            parameter.uniform_(-1, 1)
+        feature, chunk = torch.randn(6, 5), torch.rand(6, 7, 4)
+        q = ensemble(feature, chunk)
+        assert q.shape == (3, 6, 7)
+        single = ensemble(feature, chunk[:, 2])
+        assert single.shape == (3, 6)
+        torch.testing.assert_close(single, q[:, :, 2], atol=1e-5, rtol=0)
+        for e in range(3):
+            for b in range(6):
+                for n in range(7):
+                    first = torch.cat([ensemble.feature_in[e], ensemble.chunk_in[e]])
+                    h = torch.cat([feature[b], chunk[b, n]]) @ first + ensemble.bias[0][e, 0]
+                    for layer in range(2):
+                        h = (h - h.mean()) / ((h - h.mean()).square().mean() + 1e-6).sqrt()
+                        h = torch.tanh(h * ensemble.gain[layer][e, 0] + ensemble.shift[layer][e, 0])
+                        h = h @ ensemble.hidden[layer][e] + ensemble.bias[layer + 1][e, 0]
+                    torch.testing.assert_close(q[e, b, n], h[0], atol=1e-5, rtol=1e-4)
+    first, second = ensemble.feature_in[0], ensemble.feature_in[1]
+    assert not torch.allclose(first, second)  # an ensemble of equals would be pointless
+    assert not torch.allclose(ensemble.hidden[0][0], ensemble.hidden[0][1])
+
+
+# --- updates on stubs whose numbers can be followed ---
+
+
+class Recorder(nn.Module):
+    """A critic of E linear functions of feature and chunk sums; remembers what it was asked."""
+
+    def __init__(self, slopes):
+        super().__init__()
+        self.slope, self.asked = nn.Parameter(torch.tensor(slopes)), []
+
+    def forward(self, feature, chunk):
+        self.asked.append((feature.clone(), chunk.clone()))
+        total = feature.sum(-1)[(...,) + (None,) * (chunk.dim() - 2)] + chunk.sum(-1)
+        return self.slope.view(-1, *[1] * total.dim()) * total
+
+
+class FixedActor(nn.Module):
+    """A policy of one parameter: samples are feature[:, :1] + shift, up to n small steps."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.shift, self.dim, self.calls = nn.Parameter(torch.tensor(0.1)), dim, []
+
+    def sample(self, feature, n, generator, second_sigma=0.0, noise=0.0):
+        self.calls.append((feature.clone(), n, second_sigma, noise))
+        steps = 0.01 * torch.arange(n)[None, :, None]
+        return (feature[:, None, :1] + self.shift + steps).expand(-1, -1, self.dim)
+
+    def denoise(self, feature, x, sigma):
+        return (self.shift * torch.ones_like(x)).clamp(-1, 1)
+
+
+def stub_agent():
+    agent = SimpleNamespace(
+        actor=FixedActor(2), actor_ema=FixedActor(2), critic=Recorder([1.0, 0.5]), target_critic=Recorder([2.0, 3.0])
+    )
+    batch = script.Batch(
+        feature=torch.tensor([[0.1], [0.2]]), chunk=torch.tensor([[0.3, 0.3], [-0.2, 0.1]]),
+        reward=torch.tensor([0.05, 0.1]), bootstrap=torch.tensor([0.5, 0.0]),
+        next_feature=torch.tensor([[0.02], [0.6]]), mc_return=torch.tensor([0.3, 0.405]),
+        success=torch.tensor([1.0, 0.0]),
+    )  # fmt: skip
+    return agent, batch
+
+
+@pytest.mark.parametrize("alpha, mix", [(0.0, 0.0), (0.0, 0.3), (0.5, 0.0)])
+def test_critic_update_by_hand(alpha, mix):
+    agent, batch = stub_agent()
+    args = script.Args(num_critics=2, cql_samples=2, tau=0.5, gamma=0.9, return_mix=mix)
+    optimizer = torch.optim.SGD(agent.critic.parameters(), lr=1.0)
+    logs = script.update_critic(agent, optimizer, batch, args, alpha, rng())
+    # The next chunk is the online actor's at s': [0.12, 0.12]; targets take the smaller critic's 2 * (0.02 + 0.24).
+    target = [(1 - mix) * (0.05 + 0.5 * 2.0 * 0.26) + mix * 0.3, (1 - mix) * 0.1 + mix * 0.405]
+    inputs = [0.1 + 0.6, 0.2 - 0.1]
+    errors = [[s * x - y for x, y in zip(inputs, target, strict=True)] for s in (1.0, 0.5)]
+    assert logs["losses/td"].item() == pytest.approx(sum(e * e for row in errors for e in row) / 4, rel=1e-4)
+    assert logs["values/td_target"].item() == pytest.approx(sum(target) / 2, rel=1e-4)
+    gradient = [sum(2 * e * x for e, x in zip(row, inputs, strict=True)) / 4 for row in errors]
+    if alpha:
+        (feature, sampled) = agent.critic.asked[1]
+        assert torch.equal(feature, batch.feature)  # every sampled action is judged at s, also those of s'
+        assert sampled.shape == (2, 6, 2)
+        random, current, following = sampled[:, :2], sampled[:, 2:4], sampled[:, 4:]
+        assert random.abs().max() <= 1 and random.min() < 0 and len(random.unique()) == 8
+        assert current[:, 0, 0].tolist() == pytest.approx([0.2, 0.3])
+        assert following[:, 0, 0].tolist() == pytest.approx([0.12, 0.7])
+        gap = 0.0
+        for e, slope in enumerate((1.0, 0.5)):
+            for b, mc in enumerate((0.3, 0.405)):
+                sums = [feature[b].sum().item() + a.sum().item() for a in sampled[b]]
+                entries = [max(slope * x, mc) for x in sums] + [slope * inputs[b]]
+                gap += (logsumexp(entries) - math.log(7) - slope * inputs[b]) / 4
+                total = sum(math.exp(v) for v in entries)
+                moving = [math.exp(slope * x) * x for x in sums if slope * x > mc] + [math.exp(entries[-1]) * inputs[b]]
+                gradient[e] += alpha * (sum(moving) / total - inputs[b]) / 4
+        assert logs["losses/calql"].item() == pytest.approx(gap, rel=1e-4)
+        assert logs["losses/critic"].item() == pytest.approx(logs["losses/td"].item() + alpha * gap, rel=1e-4)
+    else:
+        assert len(agent.critic.asked) == 1 and "losses/calql" not in logs
+    slopes = [s - g for s, g in zip((1.0, 0.5), gradient, strict=True)]
+    assert agent.critic.slope.tolist() == pytest.approx(slopes, rel=1e-4)
+    assert agent.target_critic.slope.tolist() == pytest.approx([(2 + slopes[0]) / 2, (3 + slopes[1]) / 2], rel=1e-4)
+    assert agent.actor.shift.grad is None  # the critic's loss never reaches the actor
+
+
+def test_target_uses_two_critics_of_many():
+    """With four critics a target takes the minimum of a random pair, so not always the least of all."""
+    seen = set()
+    for seed in range(40):
+        agent, batch = stub_agent()
+        agent.critic, agent.target_critic = Recorder([1.0] * 4), Recorder([1.0, 2.0, 3.0, 4.0])
+        optimizer = torch.optim.SGD(agent.critic.parameters(), lr=0.0)
+        logs = script.update_critic(agent, optimizer, batch, script.Args(num_critics=4, return_mix=0.0), 0.0, rng(seed))
+        seen.add(round(((2 * logs["values/td_target"].item() - 0.1) - 0.05) / 0.5 / 0.26, 3))
+    assert seen == {1.0, 2.0, 3.0}
+
+
+def actor_step(monkeypatch, stage="online", expert=(True, False), **flags):
+    """One actor update; returns the agent, the logs and the chunks that the policy was made to imitate."""
+    agent, batch = stub_agent()
+    targets = []
+
+    def surrogate(actor, feature, chunk, generator):
+        targets.append(chunk)
+        return (actor.shift - chunk).square().mean(-1)
+
+    monkeypatch.setattr(script, "consistency_loss", surrogate)
+    args = script.Args(**{"K": 5, "actor_ema": 0.75, "bc_weight": 2.0, "distill_weight": 3.0} | flags)
+    optimizer = torch.optim.SGD(agent.actor.parameters(), lr=1.0)
+    logs = script.update_actor(agent, optimizer, batch, torch.tensor(expert), args, stage, rng())
+    return agent, logs, targets[0], batch
+
+
+def test_actor_update_distils_the_better_candidates(monkeypatch):
+    agent, logs, target, batch = actor_step(monkeypatch)
+    assert torch.equal(target[0], batch.chunk[0])  # the expert half keeps its action, Eq. (12)
+    # Candidates at s = 0.2: 0.30 ... 0.34 in both dimensions, the buffer's action sums to -0.1: the gate opens.
+    chosen = [0.32, 0.33, 0.34]  # at or above the mean
+    assert min(abs(target[1, 0].item() - c) for c in chosen) < 1e-6 and target[1, 0] == target[1, 1]
+    assert logs["vgpd/zeta"] == 1 and logs["vgpd/pass_rate"].item() == pytest.approx(3 / 5)
+    q = [0.75 * (0.2 + 2 * (0.3 + 0.01 * k)) for k in range(5)]
+    weight = weights_by_hand(q, 1.0, True)
+    assert logs["vgpd/ess"].item() == pytest.approx(1 / sum(w * w for w in weight), rel=1e-3)
+    for name, unit in (("vgpd/candidate_std", 0.01), ("values/q_std", 0.015)):  # over 5 or over 4
+        assert min(abs(logs[name].item() / unit - math.sqrt(n)) for n in (2, 2.5)) < 1e-3
+    feature, number, sigma, noise = agent.actor.calls[0]
+    defaults = script.Args()
+    assert number == 5 and (sigma, noise) == (defaults.candidate_sigma, defaults.candidate_noise)
+    assert feature.tolist() == batch.feature[1:].tolist()  # only policy states
+    loss = sum((0.1 - x) ** 2 for x in target.flatten().tolist()) / 4
+    assert logs["losses/distill"].item() == pytest.approx(loss, rel=1e-4)
+    assert logs["losses/actor"].item() == pytest.approx(3 * loss, rel=1e-4)
+    moved = 0.1 - 3 * sum(2 * (0.1 - x) for x in target.flatten().tolist()) / 4
+    assert agent.actor.shift.item() == pytest.approx(moved, rel=1e-4)
+    assert agent.actor_ema.shift.item() == pytest.approx(0.75 * 0.1 + 0.25 * moved, rel=1e-4)
+    assert agent.critic.slope.grad is None
+
+
+def test_candidate_choice_follows_the_weights(monkeypatch):
+    agent, batch = stub_agent()
+    many = [torch.cat([getattr(batch, f)[1:]] * 3000) for f in batch.__dataclass_fields__]
+    batch, targets = script.Batch(*many), []
+    monkeypatch.setattr(script, "consistency_loss", lambda a, f, c, g: (targets.append(c), a.shift + 0 * c[:, 0])[1])
+    args = script.Args(K=5, temperature=0.5)
+    optimizer = torch.optim.SGD(agent.actor.parameters(), lr=0.0)
+    script.update_actor(agent, optimizer, batch, torch.zeros(3000, dtype=torch.bool), args, "online", rng())
+    weight = weights_by_hand([0.75 * (0.2 + 2 * (0.3 + 0.01 * k)) for k in range(5)], 0.5, True)
+    for k in range(5):
+        share = (targets[0][:, 0] - (0.3 + 0.01 * k)).abs().lt(1e-4).float().mean().item()
+        assert share == pytest.approx(weight[k], abs=0.04), k
+
+
+def test_gate_keeps_a_better_buffer_action(monkeypatch):
+    agent, logs, target, batch = actor_step(monkeypatch, expert=(False, False))
+    # State 0: candidates 0.2 ... 0.24 sum to less than the buffer's 0.6. State 1: the other way round.
+    assert torch.equal(target[0], batch.chunk[0]) and target[1, 0] > 0.31
+    assert logs["vgpd/zeta"].item() == 0.5
+
+
+def test_expert_filter_gates_the_expert_half(monkeypatch):
+    _, logs, target, batch = actor_step(monkeypatch, expert=(False, True), expert_filter="filter")
+    assert target[1, 0] > 0.31 and logs["vgpd/zeta_expert"] == 1 and logs["vgpd/zeta"] == 0
+    _, logs, target, batch = actor_step(monkeypatch, expert=(False, True), expert_filter="bc")
+    assert torch.equal(target, batch.chunk) and "vgpd/zeta_expert" not in logs
+
+
+def test_no_vgpd_is_bc_on_both_halves(monkeypatch):
+    _, logs, target, batch = actor_step(monkeypatch, expert=(False, False), vgpd=False)
+    assert torch.equal(target, batch.chunk) and not [name for name in logs if name.startswith("vgpd/")]
+
+
+def test_warmup_imitates_successes_only(monkeypatch):
+    agent, logs, target, batch = actor_step(monkeypatch, stage="warmup")
+    assert torch.equal(target, batch.chunk)
+    loss = ((0.1 - 0.3) ** 2 + (0.1 - 0.3) ** 2) / 2  # sample 0; sample 1's trajectory failed
+    assert logs["losses/bc"].item() == pytest.approx(loss, rel=1e-4)
+    assert logs["losses/actor"].item() == pytest.approx(2 * loss, rel=1e-4)
+    _, logs, _, _ = actor_step(monkeypatch, stage="offline")
+    assert logs["losses/bc"].item() == pytest.approx((loss + ((0.1 + 0.2) ** 2 + 0) / 2) / 2, rel=1e-4)
+
+
+def test_q_loss_raises_the_actor_and_spares_the_critic(monkeypatch):
+    agent, logs, _, _ = actor_step(monkeypatch, stage="offline", q_weight=1.0, bc_weight=0.0, q_normalize=False)
+    # Q(s, pi(s)) = slope * (s + 2 * (s + shift)); d/dshift of its mean over critics: 0.75 * 2
+    assert logs["losses/q"].item() == pytest.approx(-0.75 * ((0.1 + 0.4) + (0.2 + 0.6)) / 2, rel=1e-4)
+    assert agent.actor.shift.item() == pytest.approx(0.1 + 1.5, rel=1e-4)
+    assert agent.critic.slope.grad is None and agent.critic.slope.requires_grad
+    _, logs, _, _ = actor_step(monkeypatch, stage="offline", q_weight=0.0)
+    assert "losses/q" not in logs
+
+
+@torch.no_grad()
+def test_best_of_k_takes_the_candidate_that_the_critic_prefers():
+    agent, batch = stub_agent()
+    agent.H = 2
+    args = script.Args(K=5, select="best-of-k")
+    best = script.Agent.act(agent, batch.feature, agent.actor, args, rng())
+    assert best.shape == (2, 2, 1)
+    assert best[:, 0, 0].tolist() == pytest.approx([0.1 + 0.1 + 0.04, 0.2 + 0.1 + 0.04])
+    agent.critic.slope.data.neg_()
+    best = script.Agent.act(agent, batch.feature, agent.actor, args, rng())
+    assert best[:, 0, 0].tolist() == pytest.approx([0.2, 0.3])
+    agent.critic.asked.clear()
+    one = script.Agent.act(agent, batch.feature, agent.actor, script.Args(K=5), rng())
+    assert one[:, 0, 0].tolist() == pytest.approx([0.2, 0.3]) and not agent.critic.asked
+
+
+@torch.no_grad()
+def test_exploration_pushes_a_chunk_as_a_whole():
+    agent, _ = stub_agent()
+    agent.H, agent.actor.dim, agent.action_dim = 3, 6, 2
+    feature = torch.full((4000, 1), 0.2)
+    calm = script.Agent.act(agent, feature, agent.actor, script.Args(), rng())
+    pushed = script.Agent.act(agent, feature, agent.actor, script.Args(), rng(), 0.1)
+    assert calm.shape == pushed.shape == (4000, 3, 2) and calm.std() < 1e-6
+    push = pushed - calm
+    assert np.abs(push - push[:, :1]).max() < 1e-6  # the same at every step
+    push = push[:, 0]
+    assert push.mean(0) == pytest.approx([0, 0], abs=0.01) and push.std(0) == pytest.approx([0.1, 0.1], rel=0.1)
+    assert abs(np.corrcoef(push.T)[0, 1]) < 0.1  # but not in every direction
+    assert np.abs(script.Agent.act(agent, feature, agent.actor, script.Args(), rng(), 5.0)).max() == 1
