@@ -27,6 +27,7 @@ import csv
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -50,7 +51,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -74,7 +75,7 @@ class Args:
     resume: str | None = None  # run folder to go on with; all other flags are taken from its config.json
     eval_only: str | None = None  # run folder to evaluate, without training
     track: bool = False  # log to Weights & Biases too (works offline)
-    device: str = "auto"  # "auto", "cpu" or "cuda"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto", "cpu" or "cuda"
     torch_threads: int = 1  # CPU threads of torch
 
     # --- environment ---
@@ -196,7 +197,7 @@ def validate(args: Args) -> None:
         K=1, torch_threads=1, control_freq=1, image_size=16, num_envs=1, num_demos=1, hidden_dim=1, num_layers=1,
         num_critics=1, chunk_len=1, sft_updates=0, sft_head_updates=0, sft_batch_size=1, batch_size=2, critic_updates=1,
         offline_updates=0, warmup_episodes=0, warmup_updates=0, online_steps=0, utd_ratio=0, cql_alpha=0, cql_samples=1,
-        online_cql_alpha=0, return_mix=0, bc_weight=0, distill_weight=0, q_weight=0, candidate_sigma=0, candidate_noise=0, explore_noise=0,
+        online_cql_alpha=0, bc_weight=0, distill_weight=0, q_weight=0, candidate_sigma=0, candidate_noise=0, explore_noise=0,
         eval_episodes=1, eval_interim_episodes=1, eval_freq=1, video_episodes=0, log_freq=1, checkpoint_freq=1,
     )  # fmt: skip
     for name, low in at_least.items():
@@ -205,9 +206,11 @@ def validate(args: Args) -> None:
     for name in ("sft_lr", "reinforce_lr", "temperature", "action_range"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name, high in (("gamma", 1.0), ("tau", 1.0), ("actor_ema", 1.0)):
-        if not 0 <= getattr(args, name) <= high or (name != "tau" and getattr(args, name) == high):
-            raise UserError(f"--{name.replace('_', '-')} must be in [0, {high}), got {getattr(args, name)}")
+    for name in ("gamma", "tau", "actor_ema", "return_mix"):
+        if not 0 <= getattr(args, name) <= 1 or (name in ("gamma", "actor_ema") and getattr(args, name) == 1):
+            raise UserError(f"--{name.replace('_', '-')} must be within [0, 1], below 1 for gamma and actor-ema, got {getattr(args, name)}")
+    if not 0 <= args.seed < 900:
+        raise UserError(f"--seed must be in 0..899 (training and evaluation episodes stay apart), got {args.seed}")
     if args.image_size % 16:
         raise UserError(f"--image-size must be a multiple of 16, got {args.image_size}")
     if args.checkpoint or args.backbone != "octo-compact":
@@ -274,7 +277,7 @@ class SingleEnv(gym.Wrapper):
 
     def step(self, action):
         obs, success, _, _, info = self.env.step(action)
-        return {k: v[0] for k, v in obs.items()}, float(success[0]), False, False, {"ended": info["ended"][0]}
+        return {k: v[0] for k, v in obs.items()}, float(success[0]), False, False, {"ended": bool(info["ended"][0])}
 
     def render(self) -> np.ndarray:
         return self.env.render()[0].cpu().numpy()
@@ -295,7 +298,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
         env = gym.make(
             args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict", reward_mode="none",
             control_mode=args.control_mode, robot_uids=args.robot_uids, render_mode="rgb_array" if render else None,
-            sim_backend=args.sim_backend, render_backend="gpu" if gpu else "cpu", max_episode_steps=1_000_000,
+            sim_backend=args.sim_backend, render_backend="gpu" if gpu else "cpu", max_episode_steps=1_000_000, reconfiguration_freq=1,
             sensor_configs=dict(width=args.image_size, height=args.image_size, shader_pack="minimal", base_camera=camera),
             human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
         )  # fmt: skip
@@ -363,6 +366,7 @@ def plan_demos(args: Args, path: Path, seed: int, count: int, counter) -> None:
     from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
     from mani_skill.utils.wrappers.record import RecordEpisode
 
+    make_maniskill(args).close()  # says what is wrong with the simulator or the flags
     env = gym.make(
         args.env_id, obs_mode="none", control_mode="pd_joint_pos", robot_uids=args.robot_uids, reward_mode="sparse",
         sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
@@ -388,7 +392,7 @@ def plan_demos(args: Args, path: Path, seed: int, count: int, counter) -> None:
 def convert_demos(path: Path, control_mode: str, counter) -> Path:
     """Replay joint-position demonstrations under another controller, with ManiSkill's replay tool."""
     target = path.with_name(f"{path.stem}.none.{control_mode}.physx_cpu.h5")
-    if not target.exists():
+    if not target.exists() or target.stat().st_mtime_ns < path.stat().st_mtime_ns:
         command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path), "--save-traj"]
         command += ["-c", control_mode, "-o", "none", "--num-envs", "1"]
         tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -844,7 +848,7 @@ def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool)
     With `adaptive` the temperature is in units of the state's own standard deviation of Q over candidates.
     Shapes: q [B, K], q_buffer [B] -> w [B, K] summing to 1, zeta [B] in {0, 1}.
     """
-    mean = q.mean(-1, keepdim=True)  # Eq. (13)
+    mean = q.mean(-1, keepdim=True).minimum(q.amax(-1, keepdim=True))  # Eq. (13); rounding can lift it past equal values
     scale = q.std(-1, keepdim=True, correction=0).clamp_min(1e-6) if adaptive else torch.ones_like(mean)
     logits = (q / (temperature * scale)).masked_fill(q < mean, -torch.inf)  # the best candidate always passes
     return torch.softmax(logits, -1), (mean[:, 0] > q_buffer).float()
@@ -865,14 +869,14 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
     n = args.cql_samples if cql_alpha else 0
     with torch.no_grad():
         next_chunks = agent.actor.sample(batch.next_feature, max(n, 1), generator)  # [B, n, D], the online actor
-        two = torch.randperm(args.num_critics, generator=generator)[:2]
+        two = torch.randperm(args.num_critics, generator=generator, device=batch.chunk.device)[:2]
         next_q = agent.target_critic(batch.next_feature, next_chunks[:, 0])[two]
         _, _, low, high = return_bounds(args)
         target = td_target(batch, next_q, args.return_mix, low, high)
     q_data = agent.critic(batch.feature, batch.chunk)  # [E, B]
     loss_td = (q_data - target).square().mean()
     logs = {"losses/td": loss_td, "values/q_data": q_data.mean(), "values/td_target": target.mean(),
-            "values/mc_return": batch.mc_return.mean(), "values/critic_std": q_data.std(0).mean()}  # fmt: skip
+            "values/mc_return": batch.mc_return.mean(), "values/critic_std": q_data.std(0, correction=0).mean()}  # fmt: skip
     loss = loss_td
     if cql_alpha:
         with torch.no_grad():
@@ -905,8 +909,8 @@ def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Ar
             target[rows] = torch.where(zeta[:, None] > 0, chosen, batch.chunk[rows])
             own = ~expert[rows]
             logs |= {"vgpd/zeta": zeta[own].mean(), "vgpd/pass_rate": (weight > 0).float().mean(),
-                     "vgpd/candidate_std": candidates.std(1).mean(), "vgpd/ess": (1 / weight.square().sum(-1)).mean(),
-                     "values/q_std": q.std(-1).mean()}  # fmt: skip
+                     "vgpd/candidate_std": candidates.std(1, correction=0).mean(), "vgpd/ess": (1 / weight.square().sum(-1)).mean(),
+                     "values/q_std": q.std(-1, correction=0).mean()}  # fmt: skip
             if args.expert_filter == "filter":
                 logs["vgpd/zeta_expert"] = zeta[expert].mean()
     bc = consistency_loss(agent.actor, batch.feature, target, generator)  # [B]
@@ -1038,12 +1042,10 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, self.wandb = folder / "metrics.csv", None
-        rows = list(csv.reader(self.path.open())) if self.path.exists() else [["global_step", "update_step", "name", "value"]]
-        kept = [rows[0]] + [r for r in rows[1:] if len(r) == 4 and int(r[1]) <= update_step]  # a killed run wrote on
-        with self.path.with_suffix(".tmp").open("w", newline="") as file:
-            csv.writer(file).writerows(kept)
-        os.replace(self.path.with_suffix(".tmp"), self.path)
         self.file = self.path.open("a", newline="")
+        if not self.file.tell():
+            csv.writer(self.file).writerow(["global_step", "update_step", "name", "value"])
+            self.file.flush()
         self.board = SummaryWriter(folder / "tensorboard", purge_step=update_step + 1)
         if args.track:
             import wandb
@@ -1052,7 +1054,7 @@ class Logger:
                                     dir=str(folder), config=dataclasses.asdict(args))  # fmt: skip
 
     def log(self, values: dict, global_step: int, update_step: int) -> None:
-        values = {name: float(value) for name, value in values.items()}
+        values = {name: value.item() if isinstance(value, Tensor) else float(value) for name, value in values.items()}
         csv.writer(self.file).writerows([global_step, update_step, name, f"{value:.6g}"] for name, value in values.items())
         self.file.flush()
         for name, value in values.items():
@@ -1093,13 +1095,16 @@ def provenance() -> dict:
 def save_checkpoint(folder: Path, name: str, weights: dict[str, Tensor], state: dict) -> None:
     """Write folder/checkpoints/NAME, point `latest` at it, then drop the older ones; each step is atomic."""
     root = folder / "checkpoints"
+    while (root / name).exists():  # never in the place of the only good one
+        name += "+"
     temporary, final = root / f".{name}.tmp", root / name
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / "weights.safetensors")
-        torch.save(state, temporary / "training.pt")
-        shutil.rmtree(final, ignore_errors=True)
+        # Through memory: the libraries' own writers hide that a disk is full.
+        (temporary / "weights.safetensors").write_bytes(save({k: v.detach().cpu().contiguous() for k, v in weights.items()}))
+        torch.save(state, buffer := io.BytesIO())
+        (temporary / "training.pt").write_bytes(buffer.getbuffer())
         os.replace(temporary, final)
         (root / "latest.tmp").write_text(name)
         os.replace(root / "latest.tmp", root / "latest")
@@ -1115,7 +1120,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
         return load_file(here / "weights.safetensors"), torch.load(here / "training.pt", weights_only=True)
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
         raise UserError(f"{folder} holds no readable checkpoint ({error})") from error
 
 
@@ -1194,7 +1199,7 @@ class Run:
         return self.env
 
     def acting(self) -> ConsistencyActor:
-        return self.agent.actor_ema if self.args.actor_ema else self.agent.actor
+        return self.agent.actor_ema if self.args.actor_ema and not self.count["stage"].startswith("sft") else self.agent.actor
 
     def batch(self, stage: str) -> tuple[Batch, Tensor]:
         """A batch and which of it is expert data: demonstrations only (offline), or half and half (Eqs. 5-9)."""
@@ -1218,12 +1223,13 @@ class Run:
         logs["buffer/policy_ratio"] = 1 - expert.float().mean()
         return logs
 
-    def enter(self, stage: str) -> bool:
+    def enter(self, stage: str, loading: bool = False) -> bool:
         """True if `stage` is still to be done; sets up its optimizers (ConRFT starts each stage with a fresh Adam)."""
         if STAGES.index(self.count["stage"]) > STAGES.index(stage):
             return False
-        if self.count["stage"] != stage or not self.optimizers:
-            self.count |= {"stage": stage, "stage_update": 0}
+        if self.count["stage"] == stage and self.optimizers:  # resumed: `load` has set them up
+            return True
+        self.count |= {"stage": stage, "stage_update": 0}
         a, lr = self.agent, self.args.reinforce_lr
         if stage.startswith("sft"):
             trained = nn.ModuleList([a.backbone, a.actor] if stage == "sft" else [a.actor])
@@ -1235,6 +1241,8 @@ class Run:
             self.optimizers = {"critic": torch.optim.Adam(a.critic.parameters(), lr=lr),
                                "actor": torch.optim.Adam(a.actor.parameters(), lr=lr)}  # fmt: skip
             self.average = None
+        if self.count["update_step"] and not loading:
+            self.save()  # the end of the stage before
         self.mark = time.time()
         return True
 
@@ -1271,13 +1279,14 @@ class Run:
             "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
             "expert": self.expert.state_dict(), "policy": self.policy.state_dict(),
             "average": self.average and self.average.state_dict(),
+            "log_size": (self.folder / "metrics.csv").stat().st_size,
         }  # fmt: skip
         save_checkpoint(self.folder, f"update-{self.count['update_step']}", self.agent.state_dict(), state)
 
     def load(self) -> None:
         weights, state = load_checkpoint(self.folder)
         load_weights(self.agent, weights, self.folder)
-        self.enter(state["count"]["stage"])
+        self.enter(state["count"]["stage"], loading=True)
         self.count, self.evals, self.seconds, self.recent = (state[k] for k in ("count", "evals", "seconds", "recent"))
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -1287,6 +1296,8 @@ class Run:
             generator.set_state(state["generators"][name])
         self.expert.load_state_dict(state["expert"])
         self.policy.load_state_dict(state["policy"])
+        if not self.args.eval_only:  # what a killed run logged after its last checkpoint
+            os.truncate(self.folder / "metrics.csv", state["log_size"])
 
 
 def load_weights(agent: Agent, weights: dict[str, Tensor], source: Path) -> None:
@@ -1375,6 +1386,8 @@ def train_online(run: Run, logger: Logger) -> None:
 
 def calibration(run: Run) -> dict[str, float]:
     """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
+    if not run.policy.num_starts:
+        return {}
     with torch.no_grad():
         batch = run.policy.gather(run.policy.starts[: run.policy.num_starts], run.args.device)
         q = run.agent.critic(batch.feature, batch.chunk).mean(0)
@@ -1408,6 +1421,8 @@ def main(args: Args) -> Path:
     """Run or resume all stages; returns the run's folder."""
     # INFRASTRUCTURE: flags, folder, demonstrations, networks
     resumed = args.resume or args.eval_only
+    if args.resume and args.eval_only:
+        raise UserError("--resume and --eval-only exclude each other")
     if resumed:
         flags, args = args, load_config(Args, Path(resumed))
         args.resume, args.eval_only, args.device = flags.resume, flags.eval_only, flags.device
@@ -1420,6 +1435,7 @@ def main(args: Args) -> Path:
     if not resumed:
         if (folder / "config.json").exists():
             raise UserError(f"{folder} exists: choose another --run-name, or go on with it by --resume {folder}")
+        make_env(args, 1).close()  # fails here or not at all
         folder.mkdir(parents=True, exist_ok=True)
         config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "demonstrations": demos.source}
         write_json(folder / "config.json", config | {"weights": "random initialisation"} | provenance())
@@ -1449,7 +1465,8 @@ def main(args: Args) -> Path:
             while run.count["episodes"] < args.warmup_episodes:
                 run.collect()
                 bar.update(args.num_envs)
-        logger.log(calibration(run), run.count["global_step"], run.count["update_step"])
+        if not run.count["stage_update"]:
+            logger.log(calibration(run), run.count["global_step"], run.count["update_step"])
         train_updates(run, logger, "warmup", args.warmup_updates)
         logger.log(calibration(run), run.count["global_step"], run.count["update_step"])
     # ALGORITHM: stage 3
@@ -1462,7 +1479,6 @@ def main(args: Args) -> Path:
         run.evaluate(logger, args.eval_episodes, run.acting())
 
     # INFRASTRUCTURE: results
-    run.save()
     run.count["stage"] = "done"
     run.save()
     logger.close()
@@ -1486,7 +1502,7 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
