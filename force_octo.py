@@ -99,15 +99,15 @@ class Args:
     checkpoint: str | None = None  # released Octo weights to start from
     hidden_dim: int = 256  # width of actor and critic
     num_layers: int = 2  # hidden layers of actor and critic
-    num_critics: int = 2  # critics in the ensemble; TD targets take the minimum of two random ones
+    num_critics: int = 4  # critics in the ensemble; TD targets take the minimum of two random ones
     chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
-    action_range: float = 1.25  # the policy's action box as a multiple of the largest demonstrated action, per dimension
+    action_range: float = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
 
     # --- stage 0: supervised fine-tuning ---
-    sft_updates: int = 1000  # updates of backbone and head
-    sft_head_updates: int = 4000  # further updates of the head alone, on cached embeddings
+    sft_updates: int = 1500  # updates of backbone and head
+    sft_head_updates: int = 5000  # further updates of the head alone, on cached embeddings
     sft_lr: float = 1e-3  # peak learning rate, cosine decay after 5 % warm-up
-    sft_batch_size: int = 128  # transitions per batch
+    sft_batch_size: int = 64  # transitions per batch
 
     # --- stages 1 to 3 ---
     gamma: float = 0.98  # discount per control step
@@ -116,9 +116,9 @@ class Args:
     return_mix: float = 0.5  # share of the Monte-Carlo return in the critic's target (0 = the paper's TD)
     tau: float = 0.01  # Polyak step of the target critics
     critic_updates: int = 2  # critic updates per actor update
-    offline_updates: int = 1000  # stage 1: actor updates
+    offline_updates: int = 300  # stage 1: actor updates
     warmup_episodes: int = 30  # stage 2: rollouts of the current policy
-    warmup_updates: int = 1000  # stage 2: actor updates; the first half trains the critic only
+    warmup_updates: int = 400  # stage 2: actor updates; the first half trains the critic only
     warmup_train_actor: bool = True  # stage 2: train the actor by Eqs. (5-7); otherwise the critic only
     warmup: bool = True  # --no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")
     online_steps: int = 25_000  # stage 3: control steps, summed over environments
@@ -128,15 +128,15 @@ class Args:
     cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
     bc_weight: float = 1.0  # weight of BC / distillation in stages 1 and 2; stage 3: `distill_weight`
     distill_weight: float = 1.0  # stage 3: weight of the distillation loss
-    q_weight: float = 0.0  # weight of the Q loss in all stages
+    q_weight: float = 0.1  # weight of the Q loss in all stages
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
     temperature: float = 1.0  # tau of Eq. (15), in reward units, or in units of the candidates' Q spread with --temperature-adaptive
     temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
     expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12), or gated like the policy half (Eq. 14)
     candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
-    candidate_noise: float = 0.02  # Gaussian noise added to candidates, in units of the action box
-    explore_noise: float = 0.02  # Gaussian push on the chunks of training episodes, in units of the action box
+    candidate_noise: float = 0.03  # Gaussian noise added to candidates, in units of the action box
+    explore_noise: float = 0.03  # Gaussian push on the chunks of training episodes, in units of the action box
     actor_ema: float = 0.995  # decay of the averaged actor that acts and is evaluated in stages 2 and 3 (0 = off)
     select: Literal["sample", "best-of-k"] = "sample"  # action selection: a sample, or the best of K candidates by the critic (not in the paper)
 
