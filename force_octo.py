@@ -69,7 +69,7 @@ class Args:
     env_id: str = "StackCube-v1"  # ManiSkill task
     seed: int = 1  # seed of networks, batches, exploration and training episodes
     K: int = 20  # K: candidate action chunks per state in VGPD
-    preset: Literal["default", "paper"] = "default"  # "paper": every choice as the paper (or, where it is silent, ConRFT) has it; explicit flags still win
+    preset: Literal["default", "paper"] = "default"  # "paper": the paper's choices; other flags still win
     runs: str = "runs"  # folder for runs
     run_name: str | None = None  # name of the run's folder; default: task, observation mode, seed and time
     resume: str | None = None  # run folder to go on with; all other flags are taken from its config.json
@@ -79,18 +79,18 @@ class Args:
     torch_threads: int = 1  # CPU threads of torch
 
     # --- environment ---
-    obs_mode: Literal["rgb", "state"] = "rgb"  # "rgb": camera + proprioception; "state": privileged low-dimensional state, the fast path
+    obs_mode: Literal["rgb", "state"] = "rgb"  # camera + proprio, or privileged state (fast)
     control_mode: str = "pd_ee_delta_pos"  # ManiSkill controller; the paper uses pd_ee_delta_pose
     control_freq: int = 10  # control steps per second (ManiSkill's default is 20, the paper's robot runs at 10)
     max_episode_steps: int | None = None  # time limit in control steps; default: per task, see TASKS
     robot_uids: str = "panda"  # robot model; panda_wristcam renders several times slower without a GPU
     image_size: int = 96  # side of the camera image in pixels, a multiple of 16
-    reward: Literal["binary", "conrft"] = "binary"  # "binary": 1 on success, else 0; "conrft": +10 on success, else -0.05
-    sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # simulator; physx_cuda steps all environments in one batch on the GPU
+    reward: Literal["binary", "conrft"] = "binary"  # 1 or 0 a step; ConRFT: +10 or -0.05
+    sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
     num_envs: int = 1  # environments stepped side by side (physx_cpu: one worker process each)
 
     # --- demonstrations ---
-    demo_path: str | None = None  # ManiSkill trajectory .h5 (with its .json); default: made by ManiSkill's motion planner and cached
+    demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
     num_demos: int = 100  # demonstrations to make or to use
     demo_dir: str = "demos"  # cache for demonstrations
 
@@ -131,14 +131,14 @@ class Args:
     q_weight: float = 0.1  # weight of the Q loss in all stages
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
-    temperature: float = 1.0  # tau of Eq. (15), in reward units, or in units of the candidates' Q spread with --temperature-adaptive
+    temperature: float = 1.0  # tau of Eq. (15), in units of reward or (adaptive) of the candidates' Q spread
     temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
-    expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12), or gated like the policy half (Eq. 14)
+    expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12) or gated (Eq. 14)
     candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
     candidate_noise: float = 0.03  # Gaussian noise added to candidates, in units of the action box
     explore_noise: float = 0.03  # Gaussian push on the chunks of training episodes, in units of the action box
     actor_ema: float = 0.995  # decay of the averaged actor that acts and is evaluated in stages 2 and 3 (0 = off)
-    select: Literal["sample", "best-of-k"] = "sample"  # action selection: a sample, or the best of K candidates by the critic (not in the paper)
+    select: Literal["sample", "best-of-k"] = "sample"  # best of K by the critic isn't in the paper
 
     # --- evaluation and logging ---
     eval_episodes: int = 100  # episodes of the last evaluation and of the one at hand-over to stage 3
@@ -150,7 +150,8 @@ class Args:
 
 
 PAPER = dict(
-    control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99, chunk_len=1, hidden_dim=256, num_layers=2, num_critics=2,
+    control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99, chunk_len=1,
+    num_critics=2,
     sft_lr=3e-4, q_weight=1.0, q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False,
     candidate_sigma=0.0, candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, cql_samples=10, offline_updates=20_000,
     warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50,
@@ -1160,7 +1161,7 @@ class Run:
         }
         self.count = {"stage": "sft", "stage_update": 0, "update_step": 0, "global_step": 0, "episodes": 0, "due": 0.0}
         self.evals: list[dict] = []  # one entry per evaluation: stage, global_step and the metrics
-        self.seconds = dict.fromkeys(STAGES[:-1], 0.0)
+        self.seconds = dict.fromkeys(STAGES, 0.0)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.average: nn.Module | None = None  # stage 0's averaged weights
         self.recent: list[tuple[float, int]] = []  # success and length of the last training episodes
@@ -1229,6 +1230,7 @@ class Run:
             return False
         if self.count["stage"] == stage and self.optimizers:  # resumed: `load` has set them up
             return True
+        self.clock()
         self.count |= {"stage": stage, "stage_update": 0}
         a, lr = self.agent, self.args.reinforce_lr
         if stage.startswith("sft"):
@@ -1243,7 +1245,6 @@ class Run:
             self.average = None
         if self.count["update_step"] and not loading:
             self.save()  # the end of the stage before
-        self.mark = time.time()
         return True
 
     def tick(self, logs: dict, logger: Logger) -> None:
@@ -1270,9 +1271,13 @@ class Run:
         latest = f" | success {self.evals[-1]['eval/success_once']:.2f}" if self.evals else ""
         return tqdm(total=total, initial=done, desc=f"[{STAGES.index(self.count['stage'])}/4] {title}{latest}", mininterval=2)
 
-    def save(self) -> None:
-        self.seconds[self.count["stage"]] = self.seconds.get(self.count["stage"], 0.0) + time.time() - self.mark
+    def clock(self) -> None:
+        """Book the time since the last call on the present stage."""
+        self.seconds[self.count["stage"]] += time.time() - self.mark
         self.mark = time.time()
+
+    def save(self) -> None:
+        self.clock()
         state = {
             "count": self.count, "evals": self.evals, "seconds": self.seconds, "recent": self.recent,
             "generators": {k: g.get_state() for k, g in self.generators.items()},
@@ -1479,6 +1484,7 @@ def main(args: Args) -> Path:
         run.evaluate(logger, args.eval_episodes, run.acting())
 
     # INFRASTRUCTURE: results
+    run.clock()
     run.count["stage"] = "done"
     run.save()
     logger.close()
