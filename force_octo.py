@@ -91,7 +91,7 @@ class Args:
 
     # --- demonstrations ---
     demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
-    num_demos: int = 100  # demonstrations to make or to use
+    num_demos: int = 300  # demonstrations to make or to use
     demo_dir: str = "demos"  # cache for demonstrations
 
     # --- model ---
@@ -128,7 +128,8 @@ class Args:
     cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
     bc_weight: float = 1.0  # weight of BC / distillation in stages 1 and 2; stage 3: `distill_weight`
     distill_weight: float = 1.0  # stage 3: weight of the distillation loss
-    q_weight: float = 0.1  # weight of the Q loss in all stages
+    q_weight: float = 0.1  # stage 3: weight of the Q loss
+    offline_q_weight: float = 0.0  # the same in stages 1 and 2, where the critic isn't calibrated yet
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
     temperature: float = 1.0  # tau of Eq. (15), in units of reward or (adaptive) of the candidates' Q spread
@@ -152,7 +153,7 @@ class Args:
 PAPER = dict(
     control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99, chunk_len=1,
     num_critics=2,
-    sft_lr=3e-4, q_weight=1.0, q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False,
+    sft_lr=3e-4, q_weight=1.0, offline_q_weight=0.1, q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False,
     candidate_sigma=0.0, candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, cql_samples=10, offline_updates=20_000,
     warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50,
 )  # fmt: skip
@@ -198,7 +199,7 @@ def validate(args: Args) -> None:
         K=1, torch_threads=1, control_freq=1, image_size=16, num_envs=1, num_demos=1, hidden_dim=1, num_layers=1,
         num_critics=1, chunk_len=1, sft_updates=0, sft_head_updates=0, sft_batch_size=1, batch_size=2, critic_updates=1,
         offline_updates=0, warmup_episodes=0, warmup_updates=0, online_steps=0, utd_ratio=0, cql_alpha=0, cql_samples=1,
-        online_cql_alpha=0, bc_weight=0, distill_weight=0, q_weight=0, candidate_sigma=0, candidate_noise=0, explore_noise=0,
+        online_cql_alpha=0, bc_weight=0, distill_weight=0, q_weight=0, offline_q_weight=0, candidate_sigma=0, candidate_noise=0, explore_noise=0,
         eval_episodes=1, eval_interim_episodes=1, eval_freq=1, video_episodes=0, log_freq=1, checkpoint_freq=1,
     )  # fmt: skip
     for name, low in at_least.items():
@@ -299,7 +300,8 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
         env = gym.make(
             args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict", reward_mode="none",
             control_mode=args.control_mode, robot_uids=args.robot_uids, render_mode="rgb_array" if render else None,
-            sim_backend=args.sim_backend, render_backend="gpu" if gpu else "cpu", max_episode_steps=1_000_000, reconfiguration_freq=1,
+            sim_backend=args.sim_backend, render_backend="gpu" if gpu else "cpu", max_episode_steps=1_000_000,
+            reconfiguration_freq=0 if gpu else 1,  # PhysX on the CPU remembers contacts across resets
             sensor_configs=dict(width=args.image_size, height=args.image_size, shader_pack="minimal", base_camera=camera),
             human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
         )  # fmt: skip
@@ -917,13 +919,14 @@ def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Ar
     bc = consistency_loss(agent.actor, batch.feature, target, generator)  # [B]
     loss_bc = success_weighted_bc(bc, batch.success) if stage == "warmup" else bc.mean()
     weight_bc = args.distill_weight if stage == "online" else args.bc_weight
+    weight_q = args.q_weight if stage == "online" else args.offline_q_weight
     loss = weight_bc * loss_bc
-    if args.q_weight:
+    if weight_q:
         agent.critic.requires_grad_(False)
         q_policy = agent.critic(batch.feature, agent.actor.sample(batch.feature, 1, generator)[:, 0])  # [E, B]
         agent.critic.requires_grad_(True)
         logs |= {"losses/q": (loss_q := q_loss(q_policy, args.q_normalize)), "values/q_policy": q_policy.mean()}
-        loss = loss + args.q_weight * loss_q  # Eq. (4), (7), (9)
+        loss = loss + weight_q * loss_q  # Eq. (4), (7), (9)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

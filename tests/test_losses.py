@@ -440,7 +440,7 @@ def actor_step(monkeypatch, stage="online", expert=(True, False), **flags):
         return (actor.shift - chunk).square().mean(-1)
 
     monkeypatch.setattr(script, "consistency_loss", surrogate)
-    args = script.Args(**{"K": 5, "actor_ema": 0.75, "bc_weight": 2.0, "distill_weight": 3.0} | flags)
+    args = script.Args(**{"K": 5, "actor_ema": 0.75, "bc_weight": 2.0, "distill_weight": 3.0, "q_weight": 0.0} | flags)
     optimizer = torch.optim.SGD(agent.actor.parameters(), lr=1.0)
     logs = script.update_actor(agent, optimizer, batch, torch.tensor(expert), args, stage, rng())
     return agent, logs, targets[0], batch
@@ -515,12 +515,12 @@ def test_warmup_imitates_successes_only(monkeypatch):
 
 
 def test_q_loss_raises_the_actor_and_spares_the_critic(monkeypatch):
-    agent, logs, _, _ = actor_step(monkeypatch, stage="offline", q_weight=1.0, bc_weight=0.0, q_normalize=False)
+    agent, logs, _, _ = actor_step(monkeypatch, stage="offline", offline_q_weight=1.0, bc_weight=0.0, q_normalize=False)
     # Q(s, pi(s)) = slope * (s + 2 * (s + shift)); d/dshift of its mean over critics: 0.75 * 2
     assert logs["losses/q"].item() == pytest.approx(-0.75 * ((0.1 + 0.4) + (0.2 + 0.6)) / 2, rel=1e-4)
     assert agent.actor.shift.item() == pytest.approx(0.1 + 1.5, rel=1e-4)
     assert agent.critic.slope.grad is None and agent.critic.slope.requires_grad
-    _, logs, _, _ = actor_step(monkeypatch, stage="offline", q_weight=0.0)
+    _, logs, _, _ = actor_step(monkeypatch, stage="offline", offline_q_weight=0.0)
     assert "losses/q" not in logs
 
 
