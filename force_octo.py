@@ -395,7 +395,8 @@ def plan_demos(args: Args, path: Path, seed: int, count: int, counter) -> None:
 def convert_demos(path: Path, control_mode: str, counter) -> Path:
     """Replay joint-position demonstrations under another controller, with ManiSkill's replay tool."""
     target = path.with_name(f"{path.stem}.none.{control_mode}.physx_cpu.h5")
-    if not target.exists() or target.stat().st_mtime_ns < path.stat().st_mtime_ns:
+    done = target.with_suffix(".done")  # written last: a killed run leaves no half conversion
+    if not done.exists() or done.stat().st_mtime_ns < path.stat().st_mtime_ns:
         command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path), "--save-traj"]
         command += ["-c", control_mode, "-o", "none", "--num-envs", "1"]
         tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -406,8 +407,8 @@ def convert_demos(path: Path, control_mode: str, counter) -> Path:
                 counter.value += 1
             seen |= set(re.findall(rb"Replaying (traj_\d+)", output))
         if tool.wait() or not target.exists():
-            target.unlink(missing_ok=True)
             raise UserError(f"ManiSkill can't convert {path} to {control_mode}: {output[-300:].decode(errors='replace')}")
+        done.touch()
     return target
 
 
@@ -461,7 +462,7 @@ def demo_part(args: Args, path: Path, part: int, parts: int, counter) -> dict[st
     torch.set_num_threads(1)
     count = len(np.array_split(np.arange(args.num_demos), parts)[part])
     if path.is_dir():
-        planned = path / f"part{part}.h5"
+        planned = path / f"part{part}of{parts}.h5"
         if not planned.with_suffix(".done").exists():  # spares, because a few fail when replayed
             plan_demos(args, planned, 100_000 * part, count + 3 + count // 10, counter)
             planned.with_suffix(".done").touch()

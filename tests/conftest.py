@@ -46,7 +46,7 @@ def demos(place) -> force_octo.Demos:
 @pytest.fixture(scope="session")
 def planned(place) -> Path:
     """ManiSkill's own .h5 of the demonstrations (joint positions), beside its .json."""
-    return sorted(place.glob("demos/*/part0.h5"))[0]
+    return sorted(place.glob("demos/*/part0of*.h5"))[0]
 
 
 def as_flags(args: force_octo.Args) -> list[str]:

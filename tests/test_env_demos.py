@@ -60,7 +60,7 @@ def test_contents(demos):
 
 def first_recording(planned) -> tuple[int, np.ndarray]:
     """Seed and actions of the first converted demonstration."""
-    converted = planned.with_name("part0.none.pd_ee_delta_pos.physx_cpu.h5")
+    converted = planned.with_name(f"{planned.stem}.none.pd_ee_delta_pos.physx_cpu.h5")
     episode = json.loads(converted.with_suffix(".json").read_text())["episodes"][0]
     with h5py.File(converted, "r") as file:
         return episode["episode_seed"], file[f"traj_{episode['episode_id']}/actions"][:]
