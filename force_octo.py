@@ -128,7 +128,7 @@ class Args:
     cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
     bc_weight: float = 1.0  # weight of BC / distillation in stages 1 and 2; stage 3: `distill_weight`
     distill_weight: float = 1.0  # stage 3: weight of the distillation loss
-    q_weight: float = 0.1  # stage 3: weight of the Q loss
+    q_weight: float = 0.02  # stage 3: weight of the Q loss (more is faster, and less safe for grasping; docs/force.md)
     offline_q_weight: float = 0.0  # the same in stages 1 and 2, where the critic isn't calibrated yet
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
