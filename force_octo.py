@@ -19,6 +19,14 @@ Commands
   python force_octo.py --env-id PushCube-v1 --obs-mode state         # privileged state: minutes on one core
   python force_octo.py --preset paper --env-id PickCube-v1           # the paper's reading, where it is known
   python force_octo.py --resume runs/NAME | --eval-only runs/NAME    # go on after a kill | evaluate the last checkpoint
+
+Where the default differs from the paper (--preset paper: without 2-8; reasons and measurements: docs/force.md)
+  1 the critic reads the frozen backbone's embedding and proprio, not images; TD targets stay within possible returns
+  2 10 Hz position control, chunks of 4 actions with chunked TD     5 temperature in units of the candidates' Q spread
+  3 reward 0/1, discount 0.98 per step                              6 candidates re-noised once, episodes pushed a little
+  4 half of the critic's target is the Monte-Carlo return           7 Q loss normalised, small, and in stage 3 only
+                                                                    8 an averaged actor acts and is evaluated
+Measured: docs/force.md (state observations, CPU). Learning from images is still weak at the default budget.
 """
 
 from __future__ import annotations
