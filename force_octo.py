@@ -6,10 +6,10 @@ proposals (stage 3, VGPD). The Octo backbone is trained in stage 0 only; afterwa
 
 Equations (numbers of the paper)                                             where
   (1)     critic: TD + alpha * (LSE over sampled actions - Q(data)), Cal-QL    td_target, calql_loss
-  (2-4)   stage 1 actor: bc_weight * BC - q_weight * Q                         consistency_loss, q_loss, actor_loss
+  (2-4)   stage 1 actor: bc_weight * BC + offline_q_weight * L_Q               consistency_loss, q_loss, update_actor
   (5-7)   stage 2 actor: BC on successful trajectories only (1{y=1} / rho)     success_weighted_bc
   (8)     stage 3 critic: plain TD                                             td_target, update_critic
-  (9)     stage 3 actor: q_weight * L_Q + bc_weight * L_distill                actor_loss
+  (9)     stage 3 actor: q_weight * L_Q + distill_weight * L_distill           update_actor
   (10-11) pi* ~ pi_old exp(Q / temperature), projected by weighted BC          vgpd_target, update_actor
   (12)    expert half of the batch: BC                                         --expert-filter bc
   (13-15) mean baseline, gate zeta, candidate weights                          vgpd_target
@@ -26,6 +26,7 @@ Where the default differs from the paper (--preset paper: without 2-8; reasons a
   3 reward 0/1, discount 0.98 per step                              6 candidates re-noised once, episodes pushed a little
   4 half of the critic's target is the Monte-Carlo return           7 Q loss normalised, small, and in stage 3 only
                                                                     8 an averaged actor acts and is evaluated
+  and in budgets and step sizes (PAPER below): demonstrations, updates, batch, tau, sampled actions, number of critics
 Measured: docs/force.md (state observations, CPU). Learning from images is still weak at the default budget.
 """
 
@@ -134,7 +135,7 @@ class Args:
     cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2
     online_cql_alpha: float = 0.0  # the same in stage 3 (0 = the paper's Eq. 8)
     cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
-    bc_weight: float = 1.0  # weight of BC / distillation in stages 1 and 2; stage 3: `distill_weight`
+    bc_weight: float = 1.0  # weight of BC in stages 1 and 2
     distill_weight: float = 1.0  # stage 3: weight of the distillation loss
     q_weight: float = 0.02  # stage 3: weight of the Q loss (more is faster, and less safe for grasping; docs/force.md)
     offline_q_weight: float = 0.0  # the same in stages 1 and 2, where the critic isn't calibrated yet
