@@ -113,10 +113,12 @@ class Args:
     action_range: float = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
 
     # --- stage 0: supervised fine-tuning ---
-    sft_updates: int = 1500  # updates of backbone and head
-    sft_head_updates: int = 5000  # further updates of the head alone, on cached embeddings
+    sft_updates: int = 4000  # updates of backbone and head
+    sft_head_updates: int = 0  # further updates of the head alone, on cached embeddings
     sft_lr: float = 1e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
+    proprio_noise: float | None = None  # noise on normalised proprio in every update; default: 0.3 with a camera, else 0
+    image_shift: int = 4  # random shift of images, pixels
 
     # --- stages 1 to 3 ---
     gamma: float = 0.98  # discount per control step
@@ -208,11 +210,11 @@ def validate(args: Args) -> None:
         K=1, torch_threads=1, control_freq=1, image_size=16, num_envs=1, num_demos=1, hidden_dim=1, num_layers=1,
         num_critics=1, chunk_len=1, sft_updates=0, sft_head_updates=0, sft_batch_size=1, batch_size=2, critic_updates=1,
         offline_updates=0, warmup_episodes=0, warmup_updates=0, online_steps=0, utd_ratio=0, cql_alpha=0, cql_samples=1,
-        online_cql_alpha=0, bc_weight=0, distill_weight=0, q_weight=0, offline_q_weight=0, candidate_sigma=0, candidate_noise=0, explore_noise=0,
+        online_cql_alpha=0, bc_weight=0, distill_weight=0, q_weight=0, offline_q_weight=0, candidate_sigma=0, candidate_noise=0, explore_noise=0, proprio_noise=0, image_shift=0,
         eval_episodes=1, eval_interim_episodes=1, eval_freq=1, video_episodes=0, log_freq=1, checkpoint_freq=1,
     )  # fmt: skip
     for name, low in at_least.items():
-        if not getattr(args, name) >= low:
+        if getattr(args, name) is not None and not getattr(args, name) >= low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     for name in ("sft_lr", "reinforce_lr", "temperature", "action_range"):
         if not getattr(args, name) > 0:
@@ -235,6 +237,8 @@ def validate(args: Args) -> None:
         args.max_episode_steps = round(task.seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
+    if args.proprio_noise is None:
+        args.proprio_noise = 0.3 if args.obs_mode == "rgb" else 0.0
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if "cuda" in (args.device, args.sim_backend.removeprefix("physx_")) and not torch.cuda.is_available():
@@ -655,14 +659,16 @@ def consistency_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class ConsistencyActor(nn.Module):
-    """One-step consistency policy over action chunks: f(x, sigma | feature) is the denoised chunk in [-1, 1].
+    """One-step consistency policy over action chunks: f(x, sigma | feature) is the denoised chunk.
 
-    The part of the first layer that reads the feature is computed once per state and shared by its N samples.
+    It works in its own units, in which each dimension's standard deviation is SIGMA_DATA, as the scalings assume:
+    chunk in [-1, 1] = unit * x. With the standard deviation at a third of that, learning takes ten times longer. The part of the first layer that reads the feature is computed once per state and shared by its N samples.
     """
 
-    def __init__(self, feature_dim: int, chunk_dim: int, hidden: int, layers: int, time_dim: int = 16):
+    def __init__(self, feature_dim: int, unit: Tensor, hidden: int, layers: int, time_dim: int = 16):
         super().__init__()
-        self.chunk_dim, self.time_dim = chunk_dim, time_dim
+        self.chunk_dim, self.time_dim = (chunk_dim := len(unit)), time_dim
+        self.register_buffer("unit", unit.clone())  # [D]
         self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Tanh(), nn.Linear(2 * time_dim, time_dim))
         self.feature_in = nn.Linear(feature_dim, hidden)
         self.sample_in = nn.Linear(chunk_dim + time_dim, hidden, bias=False)
@@ -671,7 +677,7 @@ class ConsistencyActor(nn.Module):
         self.out = nn.Linear(hidden, chunk_dim)
 
     def denoise(self, feature: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] in [-1, 1]."""
+        """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] within the action box, own units."""
         sigma = sigma[..., None]  # [B, N, 1]
         c_skip, c_out, c_in = consistency_scalings(sigma)
         frequencies = torch.exp(-math.log(10_000) / (self.time_dim // 2 - 1) * torch.arange(self.time_dim // 2, device=x.device))
@@ -680,10 +686,10 @@ class ConsistencyActor(nn.Module):
         h = self.feature_in(feature)[:, None] + self.sample_in(torch.cat([c_in * x, time], -1))  # [B, N, hidden]
         for norm, layer in zip(self.norms, [*self.hidden, self.out]):
             h = layer(torch.tanh(norm(h)))
-        return (c_out * h + c_skip * x).clamp(-1, 1)
+        return (c_out * h + c_skip * x).clamp(-1 / self.unit, 1 / self.unit)
 
     def sample(self, feature: Tensor, n: int, generator: torch.Generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
-        """Draw n chunks per state: [B, n, D].
+        """Draw n chunks per state: [B, n, D] in [-1, 1].
 
         One-step samples lie very close together (the denoiser at sigma 80 nearly ignores its input). With
         second_sigma > 0 each one is re-noised to that level and denoised once more, which spreads them over what
@@ -695,6 +701,7 @@ class ConsistencyActor(nn.Module):
         if second_sigma:
             z = torch.randn((len(feature), n, self.chunk_dim), generator=generator, device=x.device)
             x = self.denoise(feature, x + second_sigma * z, torch.full((1, 1), second_sigma, device=x.device))
+        x = self.unit * x
         if noise:
             x = (x + noise * torch.randn(x.shape, generator=generator, device=x.device)).clamp(-1, 1)
         return x
@@ -703,14 +710,15 @@ class ConsistencyActor(nn.Module):
 class EnsembleCritic(nn.Module):
     """E critics Q(s, chunk) as one batched network; states are projected once, whatever the number of chunks."""
 
-    def __init__(self, num_critics: int, feature_dim: int, chunk_dim: int, hidden: int, layers: int):
+    def __init__(self, num_critics: int, feature_dim: int, unit: Tensor, hidden: int, layers: int):
         super().__init__()
+        self.register_buffer("unit", unit.clone())  # [D], as the actor's
 
         def weight(fan_in: int, out: int) -> nn.Parameter:
             bound = math.sqrt(6 / (fan_in + out))  # Xavier
             return nn.Parameter(torch.empty(num_critics, fan_in, out).uniform_(-bound, bound))
 
-        joint = weight(feature_dim + chunk_dim, hidden).data
+        joint = weight(feature_dim + len(unit), hidden).data
         self.feature_in, self.chunk_in = nn.Parameter(joint[:, :feature_dim].clone()), nn.Parameter(joint[:, feature_dim:].clone())
         self.hidden = nn.ParameterList([weight(hidden, hidden) for _ in range(layers - 1)] + [weight(hidden, 1)])
         self.bias = nn.ParameterList(nn.Parameter(torch.zeros(num_critics, 1, n)) for n in [hidden] * layers + [1])
@@ -718,9 +726,9 @@ class EnsembleCritic(nn.Module):
         self.shift = nn.ParameterList(nn.Parameter(torch.zeros(num_critics, 1, hidden)) for _ in range(layers))
 
     def forward(self, feature: Tensor, chunk: Tensor) -> Tensor:
-        """Shapes: feature [B, F], chunk [B, D] or [B, N, D] -> Q [E, B] or [E, B, N]."""
+        """Shapes: feature [B, F], chunk [B, D] or [B, N, D] in [-1, 1] -> Q [E, B] or [E, B, N]."""
         B, N = len(feature), 1 if chunk.dim() == 2 else chunk.shape[1]
-        h = (feature @ self.feature_in)[:, :, None] + (chunk.reshape(B * N, -1) @ self.chunk_in).unflatten(1, (B, N))
+        h = (feature @ self.feature_in)[:, :, None] + ((chunk / self.unit).reshape(B * N, -1) @ self.chunk_in).unflatten(1, (B, N))
         h = h.flatten(1, 2) + self.bias[0]  # [E, B*N, hidden]
         for layer, (weight, bias) in enumerate(zip(self.hidden, list(self.bias)[1:])):
             h = torch.tanh(F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.gain[layer] + self.shift[layer])
@@ -745,13 +753,15 @@ class Agent(nn.Module):
         self.hold, self.relative = hold, "delta" in args.control_mode
         P, A = proprio.shape[1], action.shape[1]
         images = (("primary", args.image_size),) if args.obs_mode == "rgb" else ()
-        config = dataclasses.replace(OCTO_PRESETS[args.backbone], image_sizes=images, lowdim_dim=P)
+        # Privileged state goes through the transformer; beside a camera, proprio goes to the heads only, as in Octo 1.5.
+        config = dataclasses.replace(OCTO_PRESETS[args.backbone], image_sizes=images, lowdim_dim=0 if images else P)
         self.backbone = Octo(config)
-        self.feature_dim, self.action_dim = config.token_dim + P, A
-        self.actor = ConsistencyActor(self.feature_dim, self.H * A, args.hidden_dim, args.num_layers)
-        self.actor_ema = ConsistencyActor(self.feature_dim, self.H * A, args.hidden_dim, args.num_layers)
-        critic = (args.num_critics, self.feature_dim, self.H * A, args.hidden_dim, args.num_layers)
-        self.critic, self.target_critic = EnsembleCritic(*critic), EnsembleCritic(*critic)
+        self.feature_dim, self.action_dim, self.proprio_dim = config.embedding_dim + P, A, P
+        # At most a quarter of the box: the gripper's two positions have to count more than their spread says.
+        spread = torch.as_tensor(self.normalise(action).std(0).clip(0.02, 0.25) / SIGMA_DATA).repeat(self.H)  # [H*A]
+        sizes = (self.feature_dim, spread, args.hidden_dim, args.num_layers)
+        self.actor, self.actor_ema = ConsistencyActor(*sizes), ConsistencyActor(*sizes)
+        self.critic, self.target_critic = EnsembleCritic(args.num_critics, *sizes), EnsembleCritic(args.num_critics, *sizes)
         self.target_critic.load_state_dict(self.critic.state_dict())
         for copy in (self.actor_ema, self.target_critic):
             copy.requires_grad_(False)
@@ -763,7 +773,19 @@ class Agent(nn.Module):
         proprio = ((obs["proprio"] - self.proprio_mean) / self.proprio_std).clamp(-5, 5)  # [N, P]
         images = {k: v[:, None] for k, v in obs.items() if k != "proprio"}  # a window of one step
         language = self.backbone.encode_text([self.instruction])
-        return torch.cat([self.backbone(images, language, lowdim=proprio[:, None]), proprio], -1)
+        lowdim = None if images else proprio[:, None]
+        return torch.cat([self.backbone(images, language, lowdim=lowdim), proprio], -1)
+
+    def perturb(self, feature: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+        """Gaussian noise on the proprio within features [B, F], in standard deviations of the demonstrations.
+
+        The joint angles at the start give a demonstration away to a few digits, and a policy that recognises it needs
+        no image. With noise it has to look.
+        """
+        if not noise:
+            return feature
+        noise = noise * torch.randn((len(feature), self.proprio_dim), generator=generator, device=feature.device)
+        return torch.cat([feature[:, : -self.proprio_dim], feature[:, -self.proprio_dim :] + noise], -1)
 
     def act(self, feature: Tensor, actor: ConsistencyActor, args: Args, generator, explore: float = 0.0) -> np.ndarray:
         """One chunk per state: [N, F] -> [N, H, A] normalised; a sample, or the best of K candidates by the critic.
@@ -836,8 +858,9 @@ def consistency_loss(actor: ConsistencyActor, feature: Tensor, chunk: Tensor, ge
     sigmas = karras_sigmas()[:-1].to(chunk.device)  # sigma_min itself is the identity
     sigma = sigmas[torch.randint(len(sigmas), (len(chunk),), generator=generator, device=chunk.device)]  # [B]
     noise = torch.randn(chunk.shape, generator=generator, device=chunk.device)
-    denoised = actor.denoise(feature, (chunk + sigma[:, None] * noise)[:, None], sigma[:, None])[:, 0]
-    return (sigma**-2 + SIGMA_DATA**-2) * (denoised - chunk).square().mean(-1)
+    clean = chunk / actor.unit
+    denoised = actor.denoise(feature, (clean + sigma[:, None] * noise)[:, None], sigma[:, None])[:, 0]
+    return (sigma**-2 + SIGMA_DATA**-2) * (denoised - clean).square().mean(-1)
 
 
 def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
@@ -1231,6 +1254,8 @@ class Run:
         a, g, logs = self.agent, self.generators["update"], {}
         for _ in range(self.args.critic_updates):
             batch, expert = self.batch(stage)
+            batch.feature = a.perturb(batch.feature, self.args.proprio_noise, g)
+            batch.next_feature = a.perturb(batch.next_feature, self.args.proprio_noise, g)
             logs |= update_critic(a, self.optimizers["critic"], batch, self.args, cql_alpha, g)
         if train_actor:
             logs |= update_actor(a, self.optimizers["actor"], batch, expert, self.args, stage, g)
@@ -1329,7 +1354,7 @@ def load_weights(agent: Agent, weights: dict[str, Tensor], source: Path) -> None
     agent.load_state_dict(weights)
 
 
-def random_shift(image: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
+def random_shift(image: Tensor, generator: torch.Generator, pad: int) -> Tensor:
     """Shift each image by up to `pad` pixels, edges repeated. Shapes: [B, H, H, 3] uint8 -> same."""
     B, side = image.shape[:2]
     shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator)
@@ -1351,8 +1376,9 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
             batch = run.expert.gather(t, args.device)
             feature = batch.feature
             if stage == "sft":
-                images = {k: random_shift(v[t], run.generators["batch"]) for k, v in obs.items() if k != "proprio"}
+                images = {k: random_shift(v[t], run.generators["batch"], args.image_shift) for k, v in obs.items() if k != "proprio"}
                 feature = agent.feature({"proprio": obs["proprio"][t]} | images)
+            feature = agent.perturb(feature, args.proprio_noise, run.generators["update"])
             loss = consistency_loss(agent.actor, feature, batch.chunk, run.generators["update"]).mean()
             optimizer.zero_grad()
             loss.backward()

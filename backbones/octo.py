@@ -58,7 +58,8 @@ class OctoConfig:
     max_horizon      steps for which there are position embeddings
     lowdim_dim       width of a low-dimensional observation vector (robot or privileged state); 0 = none, as released
     lowdim_tokens    number of tokens made from that vector by one linear layer (ours)
-    readout_tokens   readout tokens per step; the embedding is their mean
+    readout_tokens   readout tokens per step; their mean is the embedding
+    points           spatial soft-arg-max points per camera, appended to the embedding (ours; 0 = none, as released)
     """
 
     token_dim: int
@@ -78,6 +79,11 @@ class OctoConfig:
     lowdim_dim: int = 0
     lowdim_tokens: int = 0
     readout_tokens: int = 1
+    points: int = 0
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.token_dim + 2 * self.points * len(self.image_sizes)
 
 
 _RELEASED = dict(
@@ -88,7 +94,7 @@ PRESETS = {
     "octo-compact": OctoConfig(
         token_dim=128, num_layers=2, num_heads=4, mlp_dim=256, stem_features=(32, 64, 64, 128), stem_out=128,
         image_sizes=(("primary", 96),), image_channels=3, language_tokens=4, language_dim=64, text="hash",
-        repeat_task_tokens=False, window=1, max_horizon=1, lowdim_tokens=4,
+        repeat_task_tokens=False, window=1, max_horizon=1, lowdim_tokens=4, points=32,
     ),
     "octo-small": OctoConfig(token_dim=384, num_layers=12, num_heads=6, mlp_dim=1536, **_RELEASED),
     "octo-base": OctoConfig(token_dim=768, num_layers=12, num_heads=12, mlp_dim=3072, **_RELEASED),
@@ -124,7 +130,8 @@ class StdConv(nn.Conv2d):
 class SmallStem16(nn.Module):
     """Camera image to patch tokens: four stride-2 convolutions, so that one token covers 16 x 16 pixels.
 
-    Shapes: [N, H, H, C] uint8 (or float with the same 0..255 range) -> [N, (H/16)^2, stem_out], row by row.
+    Shapes: [N, H, H, C] uint8 (or float with the same 0..255 range) -> [N, (H/16)^2, stem_out], row by row, and the
+    map behind the second convolution, [N, features[1], H/4, H/4].
     """
 
     def __init__(self, channels: int, features: tuple[int, ...], out: int):
@@ -137,12 +144,34 @@ class SmallStem16(nn.Module):
             _lecun_(conv.weight)
             nn.init.zeros_(conv.bias)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         # Copied to channels-first memory: group norm's backward is a third slower on CPU with channels last.
         x = image.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0  # [N, C, H, H]
+        maps = []
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(conv(x)), inplace=True)  # side halves: [N, c, H/2, H/2] ... [N, c, H/16, H/16]
-        return self.out(x).flatten(2).transpose(1, 2)  # [N, (H/16)^2, stem_out]
+            maps.append(x)
+        return self.out(x).flatten(2).transpose(1, 2), maps[1]  # [N, (H/16)^2, stem_out]
+
+
+class SpatialPoints(nn.Module):
+    """Where things are: the mean position under a softmax over the image, for each of `points` learned heat maps.
+
+    A patch token has to say by its content where in its 16 x 16 pixels an object lies, which takes very long to learn
+    from a few hundred demonstrations; these coordinates say it by construction. Shapes: [N, C, h, h] -> [N, 2 * points],
+    all columns, then all rows, in [-1, 1]. Source: spatial soft-arg-max of Levine et al. (arXiv:1504.00702).
+    """
+
+    def __init__(self, channels: int, points: int):
+        super().__init__()
+        self.heat = nn.Conv2d(channels, points, 1)
+        self.sharpness = nn.Parameter(torch.zeros(points, 1))  # log
+
+    def forward(self, x: Tensor) -> Tensor:
+        heat = self.heat(x)
+        p = F.softmax(heat.flatten(2) * self.sharpness.exp(), -1).view_as(heat)  # [N, points, h, h]
+        axis = torch.linspace(-1, 1, x.shape[-1], device=x.device)
+        return torch.cat([p.sum(2) @ axis, p.sum(3) @ axis], -1)
 
 
 class Block(nn.Module):
@@ -235,6 +264,8 @@ class Octo(nn.Module):
             {c: SmallStem16(config.image_channels, config.stem_features, config.stem_out) for c in counts}
         )
         self.image_projections = nn.ModuleDict({c: _linear(config.stem_out, d) for c in counts})
+        if config.points:
+            self.points = nn.ModuleDict({c: SpatialPoints(config.stem_features[1], config.points) for c in counts})
         if config.lowdim_dim:
             self.lowdim_projection = _linear(config.lowdim_dim, config.lowdim_tokens * d)
             counts["lowdim"] = config.lowdim_tokens
@@ -269,7 +300,8 @@ class Octo(nn.Module):
 
     def _tokenize(self, images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask):
         """All inputs to tokens: of the instruction [1 or B, T, d] or None, of all steps [B, S - T, d], then the
-        attention bias [1 or B, 1, S, S] of both in this order, and {group: tokens per step}."""
+        attention bias [1 or B, 1, S, S] of both in this order, {group: tokens per step}, and the cameras' points
+        [B, 2 * points] of the last step."""
         config, d = self.config, self.config.token_dim
         some = lowdim if lowdim is not None else next(iter(images.values()))
         (B, W), device = some.shape[:2], some.device
@@ -277,13 +309,17 @@ class Octo(nn.Module):
             raise ValueError(f"window must be at most max_horizon = {config.max_horizon}, got {W} steps")
         present = torch.ones(B, W, dtype=torch.bool, device=device)
         real_step = present if timestep_pad_mask is None else timestep_pad_mask.bool()  # [B, W]
+        points = []
         groups: dict[str, tuple[int, Tensor, Tensor]] = {}  # name: kind, tokens [B, W, n, d], may be looked at [B, W]
         for camera, side in config.image_sizes:
             image = images[camera]
             if image.shape != (B, W, side, side, 3):
                 raise ValueError(f"image {camera!r} must be {(B, W, side, side, 3)}, got {tuple(image.shape)}")
             image = F.pad(image.flatten(0, 1), (0, config.image_channels - 3))  # [B*W, H, H, C], goal pixels are 0
-            x = self.image_projections[camera](self.stems[camera](image)).unflatten(0, (B, W))  # [B, W, n, d]
+            x, fine = self.stems[camera](image)
+            x = self.image_projections[camera](x).unflatten(0, (B, W))  # [B, W, n, d]
+            if config.points:
+                points.append(self.points[camera](fine.unflatten(0, (B, W))[:, -1]))
             shown = (image_pad_masks or {}).get(camera, present).bool()
             groups[camera] = (OBSERVATION, x + self.positions[camera][:, :W], real_step & shown)
         if config.lowdim_dim:
@@ -312,7 +348,7 @@ class Octo(nn.Module):
             keys = torch.cat([told[:, None].expand(-1, T), keys.flatten(1)], 1)  # [B, S]
             allowed = allowed & keys[:, None, None]  # [B, 1, S, S]
         bias = torch.zeros(allowed.shape, device=device).masked_fill(~allowed, HIDDEN)
-        return prefix, steps.flatten(1, 2), bias, counts
+        return prefix, steps.flatten(1, 2), bias, counts, points
 
     def forward(
         self,
@@ -332,11 +368,11 @@ class Octo(nn.Module):
             timestep_pad_mask  [B, W] bool, True = a real step; None: all real
             image_pad_masks    {camera: [B, W] bool}, True = this image exists; cameras left out exist
             language_mask      [B] bool, True = this sample has an instruction; None: all have
-        Returns: [B, token_dim], the mean over the readout tokens.
+        Returns: [B, embedding_dim], the mean over the readout tokens, and the cameras' points if the config has any.
         Raises: ValueError for an input of the wrong shape, or a window longer than max_horizon.
         """
         inputs = (images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
-        prefix, x, bias, _ = self._tokenize(*inputs)
+        prefix, x, bias, _, points = self._tokenize(*inputs)
         # Language tokens look at nothing but each other: one instruction for a whole batch is computed once.
         if prefix is not None and len(prefix) == len(x):
             x, prefix = torch.cat([prefix, x], 1), None
@@ -344,13 +380,13 @@ class Octo(nn.Module):
         for block in self.blocks[:-1]:
             x, prefix = block(x, bias, prefix), None if prefix is None else block(prefix, None)
         x = self.blocks[-1](x, bias, prefix, last=self.config.readout_tokens)  # nothing reads the other rows any more
-        return self.norm(x).mean(1)  # [B, d]
+        return torch.cat([self.norm(x).mean(1), *points], -1)  # [B, d + 2 * points * cameras]
 
     def trunk(self, images, language=None, lowdim=None, timestep_pad_mask=None, image_pad_masks=None,
               language_mask=None) -> dict[str, Tensor]:  # fmt: skip
         """Every output token, by group: "language" [B, T, d], all others [B, W, n, d]. Arguments as in `forward`."""
         inputs = (images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask)
-        prefix, x, bias, counts = self._tokenize(*inputs)
+        prefix, x, bias, counts, _ = self._tokenize(*inputs)
         T = 0 if prefix is None else prefix.shape[1]
         if prefix is not None:
             x = torch.cat([prefix.expand(len(x), -1, -1), x], 1)  # [B, S, d]
