@@ -42,13 +42,13 @@ import math
 import multiprocessing
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -161,89 +161,93 @@ class Args:
 
 PAPER = dict(
     control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99, chunk_len=1,
-    num_critics=2,
-    sft_lr=3e-4, q_weight=1.0, offline_q_weight=0.1, q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False,
-    candidate_sigma=0.0, candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, cql_samples=10, offline_updates=20_000,
-    warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50,
+    num_critics=2, sft_lr=3e-4, q_weight=1.0, offline_q_weight=0.1, q_normalize=False, distill_weight=0.5, temperature=0.1,
+    temperature_adaptive=False, candidate_sigma=0.0, candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, cql_samples=10,
+    offline_updates=20_000, warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50,
 )  # fmt: skip
+
+LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
+    "at least 1": (lambda x: x >= 1, """K torch_threads control_freq num_envs num_demos hidden_dim num_layers num_critics
+        chunk_len sft_batch_size critic_updates cql_samples eval_episodes eval_interim_episodes eval_freq log_freq
+        checkpoint_freq"""),
+    "at least 2": (lambda x: x >= 2, "batch_size"),
+    "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature action_range"),
+    "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma actor_ema"),
+    "a multiple of 16": (lambda x: x > 0 and x % 16 == 0, "image_size"),
+    "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
+}  # fmt: skip
+
+
+def validate(args: Args) -> None:
+    """Check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
+    check_flags(args, LIMITS)
+    if args.checkpoint or args.backbone != "octo-compact":
+        raise UserError("released Octo weights can't be loaded yet: leave out --checkpoint, use --backbone octo-compact")
+    if args.warmup and args.warmup_updates and not args.warmup_episodes:
+        raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
+    if args.select == "best-of-k" and args.K < 2:
+        raise UserError(f"--select best-of-k needs --K of at least 2, got {args.K}")
+
+
+# --- shared: tasks ---
+class UserError(Exception):
+    """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
 
 
 @dataclass(frozen=True)
 class Task:
     """What a task needs beyond ManiSkill's registration: instruction, time limit in seconds, camera."""
 
-    instruction: str
-    seconds: float
+    instruction: str = "do the task"
+    seconds: float = 0.0  # 0: ManiSkill's time limit
     eye: tuple[float, float, float] = (0.32, 0.0, 0.42)
     target: tuple[float, float, float] = (0.0, 0.0, 0.06)
     fov: float = 0.95
 
 
 TASKS = {
-    "PushCube-v1": Task("push the cube onto the round target", 5.0, eye=(0.5, 0.0, 0.5), target=(0.05, 0.0, 0.0)),
-    "PullCube-v1": Task("pull the cube onto the round target", 5.0, eye=(0.5, 0.0, 0.5), target=(-0.05, 0.0, 0.0)),
+    "PushCube-v1": Task("push the cube onto the round target", 5.0, (0.5, 0.0, 0.5), (0.05, 0.0, 0.0)),
+    "PullCube-v1": Task("pull the cube onto the round target", 5.0, (0.5, 0.0, 0.5), (-0.05, 0.0, 0.0)),
     "PickCube-v1": Task("pick up the red cube and hold it at the goal position", 8.0),
-    "StackCube-v1": Task("stack the red cube on the green cube", 10.0, eye=(0.42, 0.0, 0.48), target=(-0.02, 0.0, 0.04)),
-    "PlaceSphere-v1": Task("place the blue sphere into the bin", 10.0, eye=(0.42, 0.0, 0.48)),
-    "PullCubeTool-v1": Task("pull the cube closer with the hook", 12.0, eye=(0.7, 0.0, 0.7)),
-    "LiftPegUpright-v1": Task("lift the peg upright", 10.0, eye=(0.5, 0.0, 0.5)),
+    "StackCube-v1": Task("stack the red cube on the green cube", 10.0, (0.42, 0.0, 0.48), (-0.02, 0.0, 0.04)),
+    "PlaceSphere-v1": Task("place the blue sphere into the bin", 10.0, (0.42, 0.0, 0.48)),
+    "PullCubeTool-v1": Task("pull the cube closer with the hook", 12.0, (0.7, 0.0, 0.7)),
+    "LiftPegUpright-v1": Task("lift the peg upright", 10.0, (0.5, 0.0, 0.5)),
 }
 
 
-class UserError(Exception):
-    """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
+def check_flags(args: Args, limits: dict) -> None:
+    """Check the flags that all scripts have, and fill in what depends on the task or the machine.
 
-
-def validate(args: Args) -> None:
-    """Check the flags before anything is built, and fill in what depends on the task.
-
-    Raises: UserError naming the flag and what it may be.
+    `limits` holds {what a number must be: (test, flags)}; other numbers must be at least 0. Raises: UserError.
     """
     import mani_skill.envs  # noqa: F401  registers the tasks
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     if args.env_id not in REGISTERED_ENVS:
-        raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {', '.join(TASKS)}")
-    at_least = dict(
-        K=1, torch_threads=1, control_freq=1, image_size=16, num_envs=1, num_demos=1, hidden_dim=1, num_layers=1,
-        num_critics=1, chunk_len=1, sft_updates=0, sft_head_updates=0, sft_batch_size=1, batch_size=2, critic_updates=1,
-        offline_updates=0, warmup_episodes=0, warmup_updates=0, online_steps=0, utd_ratio=0, cql_alpha=0, cql_samples=1,
-        online_cql_alpha=0, bc_weight=0, distill_weight=0, q_weight=0, offline_q_weight=0, candidate_sigma=0, candidate_noise=0, explore_noise=0,
-        eval_episodes=1, eval_interim_episodes=1, eval_freq=1, video_episodes=0, log_freq=1, checkpoint_freq=1,
-    )  # fmt: skip
-    for name, low in at_least.items():
-        if not getattr(args, name) >= low:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
-    for name in ("sft_lr", "reinforce_lr", "temperature", "action_range"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("gamma", "tau", "actor_ema", "return_mix"):
-        if not 0 <= getattr(args, name) <= 1 or (name in ("gamma", "actor_ema") and getattr(args, name) == 1):
-            raise UserError(f"--{name.replace('_', '-')} must be within [0, 1], below 1 for gamma and actor-ema, got {getattr(args, name)}")
-    if not 0 <= args.seed < 900:
-        raise UserError(f"--seed must be in 0..899 (training and evaluation episodes stay apart), got {args.seed}")
-    if args.image_size % 16:
-        raise UserError(f"--image-size must be a multiple of 16, got {args.image_size}")
-    if args.checkpoint or args.backbone != "octo-compact":
-        raise UserError("released Octo weights can't be loaded yet; leave out --checkpoint and use --backbone octo-compact")
-    if args.warmup and args.warmup_updates and not args.warmup_episodes:
-        raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave the stage out by --no-warmup")
-    if args.select == "best-of-k" and args.K < 2:
-        raise UserError(f"--select best-of-k needs --K of at least 2, got {args.K}")
-    task = TASKS.get(args.env_id, Task("do the task", REGISTERED_ENVS[args.env_id].max_episode_steps / 10))
+        known = ", ".join(TASKS)
+        raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {known}")
+    rules = {name: (meaning, test) for meaning, (test, names) in limits.items() for name in names.split()}
+    for name, value in vars(args).items():
+        meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
+        if isinstance(value, int | float) and not test(value):
+            raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
     if args.max_episode_steps is None:
-        args.max_episode_steps = round(task.seconds * args.control_freq)
+        seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
+        args.max_episode_steps = round(seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "cuda" in (args.device, args.sim_backend.removeprefix("physx_")) and not torch.cuda.is_available():
+    if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
         raise UserError("no CUDA device found: use --device cpu --sim-backend physx_cpu")
 
 
-# =====================================================================================================================
-# Environment
-# =====================================================================================================================
+# --- end shared ---
+
+
+# === Environment =====================================================================================================
 # --- shared: environment ---
 class ObsWrapper(gym.Wrapper):
     """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
@@ -254,12 +258,16 @@ class ObsWrapper(gym.Wrapper):
     end here: `rollout` looks at info["ended"] and keeps the time limit, so that it can also run past a success.
     """
 
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        env.unwrapped.update_obs_space(self.observation(env.unwrapped._init_raw_obs))
+
     def observation(self, raw: dict) -> dict[str, np.ndarray]:
-        from mani_skill.utils import common
+        from mani_skill.utils.common import flatten_state_dict
 
         agent = {k: v for k, v in raw["agent"].items() if k != "qvel"}
-        flat = common.flatten_state_dict({k: v for k, v in (("agent", agent), ("extra", raw["extra"])) if v}, use_torch=True)
-        obs = {"proprio": flat.float().cpu().numpy()}
+        proprio = flatten_state_dict({"agent": agent, "extra": raw["extra"]}, use_torch=True)
+        obs = {"proprio": proprio.float().cpu().numpy()}
         if "sensor_data" in raw:
             obs["primary"] = next(iter(raw["sensor_data"].values()))["rgb"].cpu().numpy()
         return obs
@@ -274,26 +282,6 @@ class ObsWrapper(gym.Wrapper):
         return self.observation(raw), success, never, never, {"ended": terminated.cpu().numpy()}
 
 
-class SingleEnv(gym.Wrapper):
-    """The only element of an `ObsWrapper` batch, as gymnasium's vector environments want it."""
-
-    def __init__(self, env: ObsWrapper):
-        super().__init__(env)
-        first, limits = self.reset(seed=0)[0], {"proprio": (-np.inf, np.inf), "primary": (0, 255)}
-        boxes = {k: gym.spaces.Box(*limits[k], v.shape, v.dtype.type) for k, v in first.items()}
-        self.observation_space, self.action_space = gym.spaces.Dict(boxes), env.unwrapped.single_action_space
-
-    def reset(self, **kwargs):
-        return {k: v[0] for k, v in self.env.reset(**kwargs)[0].items()}, {}
-
-    def step(self, action):
-        obs, success, _, _, info = self.env.step(action)
-        return {k: v[0] for k, v in obs.items()}, float(success[0]), False, False, {"ended": bool(info["ended"][0])}
-
-    def render(self) -> np.ndarray:
-        return self.env.render()[0].cpu().numpy()
-
-
 def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
     """A batch of ManiSkill environments in this process (physx_cpu: of one).
 
@@ -303,7 +291,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
     from mani_skill.utils import sapien_utils
 
     torch.set_num_threads(args.torch_threads)  # this may be a fresh worker process
-    task, gpu = TASKS.get(args.env_id, Task("do the task", 0.0)), args.sim_backend == "physx_cuda"
+    task, gpu = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda"
     camera = dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov)
     try:
         env = gym.make(
@@ -315,7 +303,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
             human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
         )  # fmt: skip
     except RuntimeError as error:
-        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks Vulkan") from error
+        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
     except (KeyError, AssertionError, NotImplementedError) as error:
         raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
     return ObsWrapper(env)
@@ -327,9 +315,11 @@ def make_env(args: Args, num_envs: int, render: bool = False):
     reset(seed=[num_envs integers]) -> obs, {};  step(action [num_envs, A] in the controller's units) -> obs, success
     [num_envs], unused, unused, {"ended": terminated by success or failure [num_envs]}. Seeds decide the initial states.
     """
+    from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
+
     if args.sim_backend == "physx_cuda":
         return make_maniskill(args, num_envs, render)
-    make, mode = [lambda: SingleEnv(make_maniskill(args, 1, render))] * num_envs, gym.vector.AutoresetMode.DISABLED
+    make, mode = [lambda: CPUGymWrapper(make_maniskill(args, 1, render))] * num_envs, gym.vector.AutoresetMode.DISABLED
     if num_envs == 1:
         return gym.vector.SyncVectorEnv(make, autoreset_mode=mode)
     return gym.vector.AsyncVectorEnv(make, context="spawn", autoreset_mode=mode)
@@ -338,9 +328,7 @@ def make_env(args: Args, num_envs: int, render: bool = False):
 # --- end shared ---
 
 
-# =====================================================================================================================
-# Demonstrations
-# =====================================================================================================================
+# === Demonstrations ==================================================================================================
 # --- shared: demonstrations ---
 @dataclass
 class Demos:
@@ -362,18 +350,7 @@ class Demos:
         return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
 
 
-def run_workers(function, jobs: list[tuple], title: str) -> list:
-    """function(*job, counter) for each job in its own process; the workers' counters are shown together."""
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(len(jobs), context) as pool, tqdm(desc=title, unit=" done") as bar:
-        counters = [manager.Value("i", 0) for _ in jobs]
-        futures = [pool.submit(function, *job, counter) for job, counter in zip(jobs, counters)]
-        while wait(futures, timeout=0.5).not_done:
-            bar.update(sum(c.value for c in counters) - bar.n)
-        return [future.result() for future in futures]
-
-
-def plan_demos(args: Args, path: Path, seed: int, count: int, counter) -> None:
+def plan_demos(args: Args, path: Path, seed: int, count: int) -> None:
     """Let ManiSkill's motion planner solve `count` episodes from `seed` on; writes them to `path` (joint positions)."""
     from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
     from mani_skill.utils.wrappers.record import RecordEpisode
@@ -384,146 +361,119 @@ def plan_demos(args: Args, path: Path, seed: int, count: int, counter) -> None:
         sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
     )  # fmt: skip
     env = RecordEpisode(env, str(path.parent), trajectory_name=path.stem, save_video=False, save_on_reset=False)
-    tries = range(seed, seed + 3 * count + 50)
-    for seed in tries:
+    last, bar = seed + 3 * count + 50, tqdm(total=count, desc=f"planning {path.stem}", mininterval=2)
+    while bar.n < count and seed < last:
         try:
             result = MP_SOLUTIONS[args.env_id](env, seed=seed, debug=False, vis=False)
             solved = result != -1 and result[-1]["success"].item()
         except Exception:  # the solutions raise all sorts where no plan exists; the next seed is as good
             solved = False
         env.flush_trajectory(save=solved)
-        count -= solved
-        counter.value += int(solved)
-        if not count:
-            break
+        bar.update(solved)
+        seed += 1
     env.close()
-    if count:
-        raise UserError(f"the motion planner fails on {args.env_id}: {count} episodes missing after {len(tries)} tries")
+    if bar.n < count:
+        raise UserError(f"the motion planner fails on {args.env_id}: {bar.n} of {count} episodes up to seed {last}")
+    path.with_suffix(".done").touch()  # a killed run leaves no half file
 
 
-def convert_demos(path: Path, control_mode: str, counter) -> Path:
-    """Replay joint-position demonstrations under another controller, with ManiSkill's replay tool."""
-    target = path.with_name(f"{path.stem}.none.{control_mode}.physx_cpu.h5")
-    done = target.with_suffix(".done")  # written last: a killed run leaves no half conversion
-    if not done.exists() or done.stat().st_mtime_ns < path.stat().st_mtime_ns:
-        command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path), "--save-traj"]
-        command += ["-c", control_mode, "-o", "none", "--num-envs", "1"]
-        tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        seen, output = set(), b""
-        while piece := tool.stdout.read1():
-            output = output[-300:] + piece
-            for _ in set(re.findall(rb"Replaying (traj_\d+)", output)) - seen:
-                counter.value += 1
-            seen |= set(re.findall(rb"Replaying (traj_\d+)", output))
-        if tool.wait() or not target.exists():
-            raise UserError(f"ManiSkill can't convert {path} to {control_mode}: {output[-300:].decode(errors='replace')}")
-        done.touch()
-    return target
-
-
-def check_demos(args: Args, path: Path) -> dict:
-    """Read a trajectory's .json and check it against the flags. Raises: UserError with the way out."""
+def open_demos(args: Args, path: Path) -> tuple[Path, list[dict]]:
+    """A trajectory file that fits the flags, replayed under their controller if need be, and its list of episodes."""
     try:
         meta = json.loads(path.with_suffix(".json").read_text())
-        kwargs, env_id = meta["env_info"]["env_kwargs"], meta["env_info"]["env_id"]
+        episodes, env_id, kwargs = meta["episodes"], meta["env_info"]["env_id"], meta["env_info"]["env_kwargs"]
+        freq, robot = (kwargs.get("sim_config") or {}).get("control_freq", 20), kwargs.get("robot_uids")
         with h5py.File(path, "r") as file:
-            missing = [e["episode_id"] for e in meta["episodes"] if f"traj_{e['episode_id']}/actions" not in file]
+            missing = sum(f"traj_{e['episode_id']}/actions" not in file for e in episodes)
     except FileNotFoundError as error:
-        raise UserError(f"no demonstrations: {error.filename} doesn't exist (a ManiSkill .h5 has a .json beside it)") from error
+        raise UserError(f"no demonstrations: {error.filename} doesn't exist (a .h5 has a .json beside it)") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no complete ManiSkill trajectory file ({error}); make or copy it again") from error
     if missing:
-        raise UserError(f"{path} is truncated: {len(missing)} of the listed episodes are not stored; make or copy it again")
-    freq = (kwargs.get("sim_config") or {}).get("control_freq", 20)
-    for flag, have, want in (("env-id", env_id, args.env_id), ("control-freq", freq, args.control_freq),
-                             ("robot-uids", kwargs.get("robot_uids") or args.robot_uids, args.robot_uids)):  # fmt: skip
-        if have != want:
-            raise UserError(f"{path} was recorded with --{flag} {have}, not {want}")
-    return meta
+        raise UserError(f"{path} is truncated: {missing} of the listed episodes are not stored; make or copy it again")
+    for flag, have in dict(env_id=env_id, control_freq=freq, robot_uids=robot or args.robot_uids).items():
+        if have != getattr(args, flag):
+            raise UserError(f"{path} was recorded with --{flag.replace('_', '-')} {have}, not {getattr(args, flag)}")
+    if path == Path(args.demo_path or "") and len(episodes) < args.num_demos:
+        raise UserError(f"{path} holds {len(episodes)} episodes; --num-demos asks for {args.num_demos}")
+    if (mode := kwargs.get("control_mode")) == args.control_mode:
+        return path, episodes
+    if mode != "pd_joint_pos":
+        raise UserError(f"{path} has actions for {mode}; only pd_joint_pos can be converted to {args.control_mode}")
+    target = path.with_name(f"{path.stem}.none.{args.control_mode}.physx_cpu.h5")
+    done = target.with_suffix(".done")
+    if not done.exists() or done.stat().st_mtime_ns < path.stat().st_mtime_ns:
+        command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path)]
+        command += ["--save-traj", "-c", args.control_mode, "-o", "none", "--num-envs", "1"]
+        tool = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if tool.returncode or not target.exists():
+            raise UserError(f"ManiSkill can't convert {path} to {args.control_mode}: {tool.stderr[-300:]}")
+        done.touch()
+    return open_demos(args, target)
 
 
-def observe_demos(args: Args, path: Path, episodes: list[dict], count: int, counter) -> dict[str, np.ndarray]:
-    """Replay `count` demonstrations in the policy's own environment: what it observes, and when it succeeds."""
-    env, rows, actions, lengths, steps = make_maniskill(args), [], [], [], []
+def demo_part(args: Args, path: Path, part: int, parts: int) -> list[dict[str, np.ndarray]]:
+    """One worker's episodes: planned (if `path` is a folder) or read, then replayed to see what the policy will see."""
+    torch.set_num_threads(1)
+    count, planned = len(range(part, args.num_demos, parts)), path.is_dir()
+    if planned:
+        path = path / f"part{part}of{parts}.h5"
+        if not path.with_suffix(".done").exists():  # spares, because a few fail when replayed
+            plan_demos(args, path, 100_000 * part, count + 3 + count // 10)
+    path, episodes = open_demos(args, path)
+    episodes = episodes if planned else np.array_split(episodes, parts)[part]
+    env, found = make_maniskill(args), []
     with h5py.File(path, "r") as file:
-        for episode in episodes:
-            action = file[f"traj_{episode['episode_id']}"]["actions"][:].astype(np.float32)
-            obs, flags = [env.reset(seed=episode["reset_kwargs"].get("seed", episode["episode_seed"]))[0]], []
-            for a in action:
-                step_obs, success, _, _, _ = env.step(a)
-                obs.append(step_obs)
-                flags.append(success[0])
-            if any(flags):
-                rows, lengths, steps = rows + obs, [*lengths, len(action)], [*steps, int(np.argmax(flags)) + 1]
-                actions += [action, np.zeros((1, action.shape[1]), np.float32)]
-            counter.value += 1
-            if len(lengths) == count:
+        for episode in tqdm(episodes, f"replaying {path.stem} {part + 1}/{parts}", mininterval=2):
+            action = file[f"traj_{episode['episode_id']}/actions"][:].astype(np.float32)
+            first = env.reset(seed=episode["reset_kwargs"].get("seed", episode["episode_seed"]))[0]
+            steps = [env.step(a) for a in action]
+            success = [bool(step[1]) for step in steps]
+            if any(success):
+                obs = {f"obs_{k}": np.concatenate([first[k], *(step[0][k] for step in steps)]) for k in first}
+                action = np.concatenate([action, np.zeros_like(action[:1])])
+                found.append(obs | {"action": action, "lengths": [len(steps)], "steps": [success.index(True) + 1]})
+            if len(found) == count:
                 break
     env.close()
-    if not lengths:
+    if not found:
         raise UserError(f"no demonstration of {path} succeeds when replayed: recorded with other settings?")
-    obs = {f"obs_{k}": np.concatenate([row[k] for row in rows]) for k in rows[0]}
-    return obs | {"action": np.concatenate(actions), "lengths": np.array(lengths), "steps": np.array(steps)}
-
-
-def demo_part(args: Args, path: Path, part: int, parts: int, counter) -> dict[str, np.ndarray]:
-    """One worker's share of the demonstrations: made (if `path` is a folder) or read from a file, then observed."""
-    torch.set_num_threads(1)
-    count = len(np.array_split(np.arange(args.num_demos), parts)[part])
-    if path.is_dir():
-        planned = path / f"part{part}of{parts}.h5"
-        if not planned.with_suffix(".done").exists():  # spares, because a few fail when replayed
-            plan_demos(args, planned, 100_000 * part, count + 3 + count // 10, counter)
-            planned.with_suffix(".done").touch()
-        path = planned if args.control_mode == "pd_joint_pos" else convert_demos(planned, args.control_mode, counter)
-        episodes = check_demos(args, path)["episodes"]
-    else:
-        episodes = np.array_split(np.array(check_demos(args, path)["episodes"]), parts)[part]
-    return observe_demos(args, path, episodes, count, counter)
+    return found
 
 
 def load_demos(args: Args) -> Demos:
-    """`num_demos` demonstrations from `--demo-path`, or made by ManiSkill's planner; observed once and cached.
-
-    Raises: UserError if the file doesn't fit the flags, or the task has no planner.
-    """
+    """`num_demos` demonstrations from `--demo-path`, or made by ManiSkill's planner; observed once and cached."""
     from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
 
-    source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}"
     view = ["layout 2", args.obs_mode, args.control_mode, args.num_demos]
     view += [args.image_size, TASKS.get(args.env_id)] if args.obs_mode == "rgb" else []
     if args.demo_path:
-        path = Path(args.demo_path)
-        meta = check_demos(args, path)
-        if len(meta["episodes"]) < args.num_demos:
-            raise UserError(f"{path} holds {len(meta['episodes'])} episodes; --num-demos asks for {args.num_demos}")
-        recorded = meta["env_info"]["env_kwargs"].get("control_mode")
-        if recorded not in (args.control_mode, "pd_joint_pos"):
-            raise UserError(f"{path} has actions for {recorded}; only pd_joint_pos can be converted to {args.control_mode}")
-        source, view = str(path), [*view, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
-        if recorded != args.control_mode:
-            path = convert_demos(path, args.control_mode, multiprocessing.Value("i", 0))
+        source, path = str(Path(args.demo_path)), Path(args.demo_path)
+        open_demos(args, path)  # checked and converted here, before there are workers
+        view += [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
     elif args.env_id in MP_SOLUTIONS:
+        source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}"
         path = Path(args.demo_dir) / source
         path.mkdir(parents=True, exist_ok=True)
     else:
-        raise UserError(f"ManiSkill has no motion planner for {args.env_id}: give demonstrations by --demo-path FILE.h5")
+        raise UserError(f"ManiSkill has no motion planner for {args.env_id}: give demonstrations by --demo-path FILE")
     cache = Path(args.demo_dir) / f"{args.env_id}-{hashlib.sha1(repr((source, view)).encode()).hexdigest()[:12]}.npz"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         workers = min(os.cpu_count() or 1, 8, args.num_demos)
-        jobs = [(args, path, part, workers) for part in range(workers)]
-        parts = run_workers(demo_part, jobs, "demonstrations")
-        temporary = cache.with_suffix(f".tmp{os.getpid()}.npz")  # renamed when complete: a killed run leaves no half cache
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            parts = list(pool.map(partial(demo_part, args, path, parts=workers), range(workers)))
+        found = [episode for part in parts for episode in part]
+        temporary = cache.with_suffix(f".tmp{os.getpid()}.npz")  # renamed when complete: a kill leaves no half cache
         try:
-            np.savez(temporary, **{k: np.concatenate([part[k] for part in parts]) for k in parts[0]})
+            np.savez(temporary, **{k: np.concatenate([episode[k] for episode in found]) for k in found[0]})
             os.replace(temporary, cache)
         finally:
             temporary.unlink(missing_ok=True)
     data = np.load(cache)
     obs = {k.removeprefix("obs_"): data[k] for k in data.files if k.startswith("obs_")}
     if len(data["steps"]) < args.num_demos:
-        print(f"using {len(data['steps'])} of {args.num_demos} demonstrations: the others of {source} fail when replayed")
+        print(f"using {len(data['steps'])} of {args.num_demos} demonstrations: the rest of {source} fails when replayed")
     return Demos(obs, data["action"], data["lengths"], data["steps"], source)
 
 
@@ -733,7 +683,7 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, demos: Demos):
         super().__init__()
-        self.H, self.instruction = args.chunk_len, TASKS.get(args.env_id, Task("do the task", 0.0)).instruction
+        self.H, self.instruction = args.chunk_len, TASKS.get(args.env_id, Task()).instruction
         proprio, action = demos.obs["proprio"], np.delete(demos.action, demos.starts() + demos.lengths, axis=0)
         centre = np.zeros(action.shape[1]) if "delta" in args.control_mode else (action.max(0) + action.min(0)) / 2
         self.register_buffer("proprio_mean", torch.as_tensor(proprio.mean(0)))

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_args
+from conftest import InlinePool, tiny_args
 
 import force_octo as script
 from force_octo import UserError
@@ -20,10 +20,7 @@ from force_octo import UserError
 def inline(monkeypatch):
     """Demonstration workers run in this process."""
 
-    def run(function, jobs, title):
-        return [function(*job, SimpleNamespace(value=0)) for job in jobs]
-
-    monkeypatch.setattr(script, "run_workers", run)
+    monkeypatch.setattr(script, "ProcessPoolExecutor", InlinePool)
 
 
 @pytest.fixture
@@ -113,11 +110,11 @@ def test_an_episode_does_not_depend_on_the_ones_before(place, planned):
 def test_a_cache_is_used_again_and_only_for_the_same_flags(place, demos, monkeypatch):
     asked = []
 
-    def workers(function, jobs, title):
-        asked.append(len(jobs))
+    def pool(workers, context):
+        asked.append(workers)
         raise InterruptedError
 
-    monkeypatch.setattr(script, "run_workers", workers)
+    monkeypatch.setattr(script, "ProcessPoolExecutor", pool)
     again = script.load_demos(tiny_args(place, seed=7, K=3, hidden_dim=99))
     assert np.array_equal(again.action, demos.action) and not asked
     for change in ({"control_mode": "pd_ee_delta_pose"}, {"num_demos": 3}, {"control_freq": 20}, {"obs_mode": "rgb"}):
