@@ -41,14 +41,13 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -59,7 +58,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from scipy.stats import binomtest
 from torch import Tensor, nn
@@ -69,9 +67,7 @@ from backbones.octo import PRESETS as OCTO_PRESETS
 from backbones.octo import Octo
 
 
-# =====================================================================================================================
-# Arguments
-# =====================================================================================================================
+# === Arguments =======================================================================================================
 @dataclass
 class Args:
     # --- experiment ---
@@ -332,18 +328,12 @@ def make_env(args: Args, num_envs: int, render: bool = False):
 # --- shared: demonstrations ---
 @dataclass
 class Demos:
-    """Successful demonstrations as this project's environment sees them.
+    """Successful demonstrations as this project's environment sees them; an episode of T steps has T + 1 rows."""
 
-    obs      {"proprio": [M, P] float32, "primary": [M, H, H, 3] uint8}; an episode of T steps has T + 1 rows
-    action   [M, A] float32 in the controller's units; the row of an episode's last observation is unused
-    lengths  [episodes] T of each, to the end of the recording
-    steps    [episodes] steps to the first success: reinforcement learning episodes end there
-    """
-
-    obs: dict[str, np.ndarray]
-    action: np.ndarray
-    lengths: np.ndarray
-    steps: np.ndarray
+    obs: dict[str, np.ndarray]  # "proprio" [M, P] float32, "primary" [M, H, H, 3] uint8
+    action: np.ndarray  # [M, A] float32, controller's units; the row of an episode's last observation is unused
+    lengths: np.ndarray  # [episodes] T of each, to the end of the recording
+    steps: np.ndarray  # [episodes] steps to the first success: reinforcement learning episodes end there
     source: str
 
     def starts(self) -> np.ndarray:
@@ -480,29 +470,19 @@ def load_demos(args: Args) -> Demos:
 # --- end shared ---
 
 
-# =====================================================================================================================
-# Replay
-# =====================================================================================================================
+# === Replay ==========================================================================================================
 # --- shared: replay ---
 @dataclass
 class Batch:
-    """Transitions between decisions. B samples, F features, H-step chunks of A-dimensional actions.
+    """Transitions between decisions. B samples, F features, H-step chunks of A-dimensional actions."""
 
-    feature, next_feature  [B, F]     embedding and normalised proprio at t and t + n
-    chunk                  [B, H*A]   actions t..t+H-1, normalised to [-1, 1], time-major
-    reward                 [B]        sum over i < n of gamma^i * r_{t+i};  n = H, or fewer where the episode ends
-    bootstrap              [B]        gamma^n, or 0 if the episode terminated at t + n (not: was truncated)
-    mc_return              [B]        discounted return from t on
-    success                [B]        1 if the whole trajectory succeeded
-    """
-
-    feature: Tensor
-    chunk: Tensor
-    reward: Tensor
-    bootstrap: Tensor
-    next_feature: Tensor
-    mc_return: Tensor
-    success: Tensor
+    feature: Tensor  # [B, F] embedding and normalised proprio at t
+    chunk: Tensor  # [B, H*A] actions t..t+H-1, normalised to [-1, 1], time-major
+    reward: Tensor  # [B] sum over i < n of gamma^i * r_{t+i};  n = H, or fewer where the episode ends
+    bootstrap: Tensor  # [B] gamma^n, or 0 if the episode terminated at t + n (not: was truncated)
+    next_feature: Tensor  # [B, F] at t + n
+    mc_return: Tensor  # [B] discounted return from t on
+    success: Tensor  # [B] 1 if the whole trajectory succeeded
 
     def cat(self, other: Batch) -> Batch:
         return Batch(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in dataclasses.fields(self)))
@@ -511,8 +491,7 @@ class Batch:
 def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failure: float) -> np.ndarray:
     """Monte-Carlo returns-to-go, with the lower bound r_fail / (1 - gamma) standing for what follows a truncation.
 
-    Shapes: reward [T] -> [T]. A truncated episode of nothing but r_fail gets r_fail / (1 - gamma) throughout.
-    Source: Cal-QL's rule for sparse rewards, extended to every truncation.
+    Shapes: reward [T] -> [T]. Source: Cal-QL's rule for sparse rewards, extended to every truncation.
     """
     value, out = (0.0 if terminated else reward_failure / (1 - gamma)), np.empty_like(reward)
     for t in reversed(range(len(reward))):
@@ -525,20 +504,17 @@ class ReplayBuffer:
 
     def __init__(self, feature_dim: int, action_dim: int, chunk_len: int, gamma: float):
         self.chunk_len, self.gamma, self.rows, self.num_starts = chunk_len, gamma, 0, 0
-        self.data = dict(
-            feature=torch.empty(0, feature_dim), action=torch.empty(0, action_dim), reward=torch.empty(0),
-            bootstrap=torch.empty(0), mc_return=torch.empty(0), success=torch.empty(0),
-            next=torch.empty(0, dtype=torch.long), last=torch.empty(0, dtype=torch.long),
-        )  # fmt: skip
+        shapes = dict(feature=(feature_dim,), action=(action_dim,), reward=(), bootstrap=(), mc_return=(), success=())
+        self.data = {k: torch.empty(0, *shape) for k, shape in shapes.items()}
+        self.data |= {k: torch.empty(0, dtype=torch.long) for k in ("next", "last")}
         self.starts = torch.empty(0, dtype=torch.long)  # rows from which a chunk may be drawn
 
     def add(self, feature: Tensor, action: np.ndarray, reward: np.ndarray, terminated: bool, success: bool,
             reward_failure: float, hold: np.ndarray) -> None:  # fmt: skip
-        """Append one episode of T steps.
+        """Append one episode of T steps. Chunks that a time limit cuts short are left out.
 
         Shapes: feature [L+1, F], action [L, A] normalised, L >= T (actions recorded past the end of the episode fill
         up its last chunks), reward [T], hold [A] the action that keeps still and fills up after those.
-        Chunks that a time limit cuts short are left out.
         """
         T, L, H, g = len(reward), len(action), self.chunk_len, self.gamma
         steps = np.minimum(H, T - np.arange(T))  # n of each row
@@ -570,12 +546,13 @@ class ReplayBuffer:
         """The transitions that start at rows t [B]."""
         d = self.data
         steps = torch.minimum(t[:, None] + torch.arange(self.chunk_len), d["last"][t][:, None])  # [B, H]
-        batch = (d["feature"][t], d["action"][steps].flatten(1), d["reward"][t], d["bootstrap"][t],
-                 d["feature"][d["next"][t]], d["mc_return"][t], d["success"][t])  # fmt: skip
-        return Batch(*(x.to(device) for x in batch))
+        same = {k: d[k][t] for k in ("feature", "reward", "bootstrap", "mc_return", "success")}
+        batch = same | {"chunk": d["action"][steps].flatten(1), "next_feature": d["feature"][d["next"][t]]}
+        return Batch(**{k: x.to(device) for k, x in batch.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {k: v[: self.rows].clone() for k, v in self.data.items()} | {"starts": self.starts[: self.num_starts].clone()}
+        data = {k: v[: self.rows].clone() for k, v in self.data.items()}
+        return data | {"starts": self.starts[: self.num_starts].clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.starts, self.data = state["starts"], {k: state[k] for k in self.data}
@@ -585,9 +562,7 @@ class ReplayBuffer:
 # --- end shared ---
 
 
-# =====================================================================================================================
-# Networks
-# =====================================================================================================================
+# === Networks ========================================================================================================
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA, RHO, NUM_SIGMAS = 0.002, 80.0, 0.5, 7.0, 40  # ConRFT, as EDM
 
 
@@ -678,42 +653,64 @@ class EnsembleCritic(nn.Module):
         return h.view(-1, B) if chunk.dim() == 2 else h.view(-1, B, N)
 
 
-class Agent(nn.Module):
-    """Everything that is learned, and the units in which it is learned."""
+# --- shared: octo ---
+class OctoPolicy(nn.Module):
+    """Octo and the units of what goes in and out; scripts add the heads and `act`."""
 
     def __init__(self, args: Args, demos: Demos):
         super().__init__()
         self.H, self.instruction = args.chunk_len, TASKS.get(args.env_id, Task()).instruction
+        self.relative = "delta" in args.control_mode
         proprio, action = demos.obs["proprio"], np.delete(demos.action, demos.starts() + demos.lengths, axis=0)
-        centre = np.zeros(action.shape[1]) if "delta" in args.control_mode else (action.max(0) + action.min(0)) / 2
-        self.register_buffer("proprio_mean", torch.as_tensor(proprio.mean(0)))
-        self.register_buffer("proprio_std", torch.as_tensor(proprio.std(0) + 0.01))  # 0.01: metres, radians
-        self.register_buffer("action_centre", torch.as_tensor(centre, dtype=torch.float32))
-        scale = args.action_range * np.abs(action - centre).max(0)
-        self.register_buffer("action_scale", torch.as_tensor(np.maximum(scale, 1e-3), dtype=torch.float32))
-        hold = np.zeros(action.shape[1], np.float32) if "delta" in args.control_mode else action[-1]
-        self.hold, self.relative = hold, "delta" in args.control_mode
-        P, A = proprio.shape[1], action.shape[1]
+        centre = np.zeros(action.shape[1]) if self.relative else (action.max(0) + action.min(0)) / 2
+        scale = np.maximum(args.action_range * np.abs(action - centre).max(0), 1e-3)
+        units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians
+        for name, value in (units | dict(action_centre=centre, action_scale=scale)).items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
         images = (("primary", args.image_size),) if args.obs_mode == "rgb" else ()
-        config = dataclasses.replace(OCTO_PRESETS[args.backbone], image_sizes=images, lowdim_dim=P)
+        config = dataclasses.replace(OCTO_PRESETS[args.backbone], image_sizes=images, lowdim_dim=proprio.shape[1])
         self.backbone = Octo(config)
-        self.feature_dim, self.action_dim = config.token_dim + P, A
-        self.actor = ConsistencyActor(self.feature_dim, self.H * A, args.hidden_dim, args.num_layers)
-        self.actor_ema = ConsistencyActor(self.feature_dim, self.H * A, args.hidden_dim, args.num_layers)
-        critic = (args.num_critics, self.feature_dim, self.H * A, args.hidden_dim, args.num_layers)
-        self.critic, self.target_critic = EnsembleCritic(*critic), EnsembleCritic(*critic)
-        self.target_critic.load_state_dict(self.critic.state_dict())
-        for copy in (self.actor_ema, self.target_critic):
-            copy.requires_grad_(False)
+        self.feature_dim, self.action_dim = config.token_dim + proprio.shape[1], action.shape[1]
 
     def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
         """Observations of N states to [N, F]: the backbone's embedding beside the normalised proprio."""
-        device = self.proprio_mean.device
-        obs = {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
+        obs = {k: torch.as_tensor(v, device=self.proprio_mean.device) for k, v in obs.items()}
         proprio = ((obs["proprio"] - self.proprio_mean) / self.proprio_std).clamp(-5, 5)  # [N, P]
         images = {k: v[:, None] for k, v in obs.items() if k != "proprio"}  # a window of one step
         language = self.backbone.encode_text([self.instruction])
         return torch.cat([self.backbone(images, language, lowdim=proprio[:, None]), proprio], -1)
+
+    def normalise(self, action: np.ndarray) -> np.ndarray:
+        """Controller units [.., A] to the policy's box [-1, 1]."""
+        centre, scale = self.action_centre.cpu().numpy(), self.action_scale.cpu().numpy()
+        return np.clip((action - centre) / scale, -1, 1).astype(np.float32)
+
+    def denormalise(self, action: np.ndarray) -> np.ndarray:
+        """The policy's box to controller units, clipped to the controller's own box if it is [-1, 1]."""
+        action = action * self.action_scale.cpu().numpy() + self.action_centre.cpu().numpy()
+        return np.clip(action, -1, 1) if self.relative else action
+
+    def hold_action(self, last: np.ndarray) -> np.ndarray:
+        """The normalised action that keeps still, gripper as in `last` [A]."""
+        hold = np.zeros_like(last) if self.relative else last.copy()
+        hold[-1] = last[-1]
+        return hold
+
+
+# --- end shared ---
+
+
+class Agent(OctoPolicy):
+    """Everything that is learned."""
+
+    def __init__(self, args: Args, demos: Demos):
+        super().__init__(args, demos)
+        actor = (self.feature_dim, self.H * self.action_dim, args.hidden_dim, args.num_layers)
+        self.actor, self.actor_ema = ConsistencyActor(*actor), ConsistencyActor(*actor)
+        self.critic, self.target_critic = (EnsembleCritic(args.num_critics, *actor) for _ in range(2))
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        for copy in (self.actor_ema, self.target_critic):
+            copy.requires_grad_(False)
 
     def act(self, feature: Tensor, actor: ConsistencyActor, args: Args, generator, explore: float = 0.0) -> np.ndarray:
         """One chunk per state: [N, F] -> [N, H, A] normalised; a sample, or the best of K candidates by the critic.
@@ -732,25 +729,8 @@ class Agent(nn.Module):
             chunk = (chunk + explore * push).clamp(-1, 1)
         return chunk.cpu().numpy()
 
-    def normalise(self, action: np.ndarray) -> np.ndarray:
-        """Controller units [.., A] to the policy's box [-1, 1]."""
-        return np.clip((action - self.action_centre.cpu().numpy()) / self.action_scale.cpu().numpy(), -1, 1).astype(np.float32)
 
-    def denormalise(self, action: np.ndarray) -> np.ndarray:
-        """The policy's box to controller units, clipped to the controller's own box if it is [-1, 1]."""
-        action = action * self.action_scale.cpu().numpy() + self.action_centre.cpu().numpy()
-        return np.clip(action, -1, 1) if self.relative else action
-
-    def hold_action(self, last: np.ndarray) -> np.ndarray:
-        """The normalised action that keeps still, gripper as in `last` [A]."""
-        hold = np.zeros_like(last) if self.relative else last.copy()
-        hold[-1] = last[-1]
-        return hold
-
-
-# =====================================================================================================================
-# Losses: pure functions
-# =====================================================================================================================
+# === Losses: pure functions ==========================================================================================
 def td_target(batch: Batch, next_q: Tensor, return_mix: float, low: float, high: float) -> Tensor:
     """y = sum gamma^i r_i + gamma^n * min_k Q'_k(s', a'), a' ~ pi(.|s'), kept within the returns that exist.
 
@@ -817,9 +797,7 @@ def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool)
     return torch.softmax(logits, -1), (mean[:, 0] > q_buffer).float()
 
 
-# =====================================================================================================================
-# Updates
-# =====================================================================================================================
+# === Updates =========================================================================================================
 def return_bounds(args: Args) -> tuple[float, float, float, float]:
     """reward of a failing step, reward of success, lowest and highest return."""
     fail, success = (0.0, 1.0) if args.reward == "binary" else (-0.05, 10.0)
@@ -904,26 +882,24 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
 # --- end shared ---
 
 
-# =====================================================================================================================
-# Rollouts and evaluation
-# =====================================================================================================================
+# === Rollouts and evaluation =========================================================================================
+# --- shared: rollouts ---
+EVAL_SEED, TRAIN_SEED = 1_000_000_000, 100_000_000  # demonstrations use seeds from 0; the three never meet
+
+
 @dataclass
 class Episode:
-    """feature [T+1, F] (empty if not asked for), action [T, A] normalised, success [T] at each step, terminated at T.
+    """T steps; demonstrations may have more features and actions than that: what was recorded after the success."""
 
-    Demonstrations may have more features and actions than the T steps of `success`: what was recorded after it.
-    """
-
-    feature: Tensor
-    action: np.ndarray
-    success: np.ndarray
-    terminated: bool
+    feature: Tensor  # [T+1, F], empty if not asked for
+    action: np.ndarray  # [T, A] normalised
+    success: np.ndarray  # [T] at each step
+    terminated: bool  # at T
 
 
 @torch.no_grad()
-def rollout(env, agent: Agent, args: Args, seeds: list[int], generator, actor: ConsistencyActor, training: bool,
-            bar: tqdm | None = None, frames: list | None = None) -> list[Episode]:  # fmt: skip
-    """One episode per environment, side by side; the policy is asked once per chunk.
+def rollout(env, agent, args: Args, act, seeds, training: bool, frames: list | None = None) -> list[Episode]:
+    """One episode per environment, side by side; act(feature [N, F]) -> normalised chunk [N, H, A], asked once a chunk.
 
     training=True ends an episode at success or failure and keeps features; otherwise episodes run to the time limit,
     so that success at the end can be told from success on the way. `frames` collects the first environment's video.
@@ -935,18 +911,15 @@ def rollout(env, agent: Agent, args: Args, seeds: list[int], generator, actor: C
         if training or t % H == 0:
             features.append(agent.feature(obs))
         if t % H == 0:
-            chunk = agent.act(features[-1], actor, args, generator, args.explore_noise if training else 0.0)  # [N, H, A]
+            chunk = act(features[-1])
         actions.append(chunk[:, t % H])
         obs, success, _, _, info = env.step(agent.denormalise(actions[-1]))
         successes.append(success > 0)
-        if bar is not None:
-            bar.update(int((~ended).sum()))
         if frames is not None:
             frames.append(env.call("render")[0])
         if training:
-            now = np.asarray(info["ended"], dtype=bool)
-            length[now & ~ended] = t + 1
-            ended |= now
+            length[info["ended"] & ~ended] = t + 1
+            ended |= info["ended"]
             if ended.all():
                 break
     stacked = torch.stack([*features, agent.feature(obs)], 1).cpu() if training else torch.empty(N, 0)
@@ -954,25 +927,25 @@ def rollout(env, agent: Agent, args: Args, seeds: list[int], generator, actor: C
     return [Episode(stacked[i, : n + 1], action[i, :n], success[i, :n], bool(ended[i])) for i, n in enumerate(length)]
 
 
-EVAL_SEED, TRAIN_SEED = 1_000_000_000, 100_000_000  # demonstrations use seeds from 0; the three never meet
+# --- end shared ---
 
 
-def evaluate(env, agent: Agent, args: Args, actor: ConsistencyActor, episodes: int) -> dict[str, float]:
+# --- shared: evaluation ---
+def evaluate(env, agent, args: Args, act, episodes: int, rewards: tuple[float, float] = (0.0, 1.0)) -> dict[str, float]:
     """Success over the fixed evaluation episodes: the same initial states and policy noise every time.
 
-    Uses an environment and a generator of its own and leaves torch's global one alone, so training doesn't depend on
-    when it is called. Returns: both success rates, Wilson's 95 % interval, mean env steps to success (over successes).
+    act(feature, generator) gives chunks; `rewards` of a failing step and of success make up the return. Uses a
+    generator of its own and leaves torch's global one alone, so training doesn't depend on when it is called.
+    Returns: both success rates, Wilson's 95 % interval, mean env steps to success (over successes), return.
     """
-    start, flags = time.time(), []
-    generator = torch.Generator(args.device).manual_seed(0)
+    start, flags, act = time.time(), [], partial(act, generator=torch.Generator(args.device).manual_seed(0))
     with torch.random.fork_rng(devices=[]):
         for first in range(EVAL_SEED, EVAL_SEED + episodes, args.num_envs):
             seeds = range(first, first + args.num_envs)
-            flags += [e.success for e in rollout(env, agent, args, seeds, generator, actor, training=False)]
+            flags += [e.success for e in rollout(env, agent, args, act, seeds, training=False)]
     flags = np.stack(flags[:episodes])  # [episodes, time limit]
-    once, first = flags.any(1), flags.argmax(1)
+    once, first, (fail, success) = flags.any(1), flags.argmax(1), rewards
     interval = binomtest(int(once.sum()), episodes).proportion_ci(method="wilson")
-    fail, success, _, _ = return_bounds(args)
     metrics = {
         "eval/success_once": once.mean(), "eval/success_once_low": interval.low, "eval/success_once_high": interval.high,
         "eval/success_at_end": flags[:, -1].mean(), "eval/num_episodes": episodes, "time/eval_s": time.time() - start,
@@ -982,48 +955,45 @@ def evaluate(env, agent: Agent, args: Args, actor: ConsistencyActor, episodes: i
     return {name: float(value) for name, value in metrics.items()}
 
 
-def film(agent: Agent, args: Args, actor: ConsistencyActor, folder: Path) -> None:
+def film(agent, args: Args, act, folder: Path) -> None:
     """Film the first evaluation episodes to folder/episode-I-{success,failure}.mp4."""
     import imageio
 
-    env, generator = make_env(args, 1, render=True), torch.Generator(args.device).manual_seed(0)
+    env, act = make_env(args, 1, render=True), partial(act, generator=torch.Generator(args.device).manual_seed(0))
     folder.mkdir(exist_ok=True)
     for i in range(args.video_episodes):
-        episode = rollout(env, agent, args, [EVAL_SEED + i], generator, actor, training=False, frames=(frames := []))[0]
+        (episode,) = rollout(env, agent, args, act, [EVAL_SEED + i], training=False, frames=(frames := []))
         name = f"episode-{i}-{'success' if episode.success.any() else 'failure'}.mp4"
         imageio.mimsave(folder / name, frames, fps=args.control_freq, macro_block_size=1)
     env.close()
 
 
-# =====================================================================================================================
-# Logging and checkpoints
-# =====================================================================================================================
+# --- end shared ---
+
+
+# === Logging and checkpoints =========================================================================================
 # --- shared: logging ---
 class Logger:
     """The same rows to metrics.csv (global_step, update_step, name, value), TensorBoard and, if asked, wandb."""
 
-    def __init__(self, folder: Path, args, update_step: int):
+    def __init__(self, folder: Path, args: Args, update_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path, self.wandb = folder / "metrics.csv", None
-        self.file = self.path.open("a", newline="")
+        self.file, self.wandb = (folder / "metrics.csv").open("a", newline="", buffering=1), None  # flushed by line
         if not self.file.tell():
             csv.writer(self.file).writerow(["global_step", "update_step", "name", "value"])
-            self.file.flush()
         self.board = SummaryWriter(folder / "tensorboard", purge_step=update_step + 1)
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(project="vla-rl", name=folder.name, id=folder.name, resume="allow",
-                                    dir=str(folder), config=dataclasses.asdict(args))  # fmt: skip
+            names = dict(project="vla-rl", name=folder.name, id=folder.name)
+            self.wandb = wandb.init(**names, resume="allow", dir=str(folder), config=dataclasses.asdict(args))
 
     def log(self, values: dict, global_step: int, update_step: int) -> None:
-        values = {name: value.item() if isinstance(value, Tensor) else float(value) for name, value in values.items()}
-        csv.writer(self.file).writerows([global_step, update_step, name, f"{value:.6g}"] for name, value in values.items())
-        self.file.flush()
-        for name, value in values.items():
+        values = {name: x.item() if isinstance(x, Tensor) else float(x) for name, x in values.items()}
+        csv.writer(self.file).writerows([global_step, update_step, name, f"{x:.6g}"] for name, x in values.items())
+        for name, value in (values | {"time/global_step": global_step}).items():
             self.board.add_scalar(name, value, update_step)
-        self.board.add_scalar("time/global_step", global_step, update_step)
         if self.wandb:
             self.wandb.log(values | {"global_step": global_step, "update_step": update_step})
 
@@ -1042,14 +1012,11 @@ def write_json(path: Path, content: dict) -> None:
 
 def provenance() -> dict:
     """Git commit, package versions and machine, for config.json and summary.json."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
+    commit = subprocess.getoutput(git) or "unknown"
     packages = {name: version(name) for name in ("torch", "mani_skill", "sapien", "numpy", "gymnasium")}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"git_commit": commit, "python": sys.version.split()[0], "packages": packages, "cpus": os.cpu_count(), "gpu": gpu}
+    machine = {"cpus": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    return {"git_commit": commit, "python": sys.version.split()[0], "packages": packages} | machine
 
 
 # --- end shared ---
@@ -1066,7 +1033,8 @@ def save_checkpoint(folder: Path, name: str, weights: dict[str, Tensor], state: 
     temporary.mkdir(parents=True)
     try:
         # Through memory: the libraries' own writers hide that a disk is full.
-        (temporary / "weights.safetensors").write_bytes(save({k: v.detach().cpu().contiguous() for k, v in weights.items()}))
+        weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        (temporary / "weights.safetensors").write_bytes(save(weights))
         torch.save(state, buffer := io.BytesIO())
         (temporary / "training.pt").write_bytes(buffer.getbuffer())
         os.replace(temporary, final)
@@ -1084,8 +1052,16 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
         return load_file(here / "weights.safetensors"), torch.load(here / "training.pt", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
+    except Exception as error:  # the readers raise all sorts
         raise UserError(f"{folder} holds no readable checkpoint ({error})") from error
+
+
+def load_weights(agent: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Strict load. Raises: UserError that begins with the misfits (another task, observation mode or network size)."""
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{source} is a checkpoint of another task or network: {str(error)[:300]}") from error
 
 
 def load_config(cls, folder: Path):
@@ -1102,9 +1078,7 @@ def load_config(cls, folder: Path):
 # --- end shared ---
 
 
-# =====================================================================================================================
-# Training
-# =====================================================================================================================
+# === Training ========================================================================================================
 STAGES = ("sft", "sft-head", "offline", "warmup", "online", "done")
 
 
@@ -1112,29 +1086,34 @@ class Run:
     """The state of a run that a checkpoint holds, and the bookkeeping between updates."""
 
     def __init__(self, args: Args, folder: Path, demos: Demos):
-        self.args, self.folder, self.demos = args, folder, demos
+        self.args, self.folder, self.demos, self.mark = args, folder, demos, time.time()
         torch.manual_seed(args.seed)
         self.agent = Agent(args, demos).to(args.device)
         sizes = (self.agent.feature_dim, self.agent.action_dim, args.chunk_len, args.gamma)
         self.expert, self.policy = ReplayBuffer(*sizes), ReplayBuffer(*sizes)
-        self.generators = {
-            "batch": torch.Generator().manual_seed(args.seed),
-            "update": torch.Generator(args.device).manual_seed(args.seed + 1),
-            "rollout": torch.Generator(args.device).manual_seed(args.seed + 2),
-        }
+        devices = {"batch": "cpu", "update": args.device, "rollout": args.device}
+        self.generators = {k: torch.Generator(d).manual_seed(args.seed + i) for i, (k, d) in enumerate(devices.items())}
         self.count = {"stage": "sft", "stage_update": 0, "update_step": 0, "global_step": 0, "episodes": 0, "due": 0.0}
         self.evals: list[dict] = []  # one entry per evaluation: stage, global_step and the metrics
         self.seconds = dict.fromkeys(STAGES, 0.0)
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.average: nn.Module | None = None  # stage 0's averaged weights
         self.recent: list[tuple[float, int]] = []  # success and length of the last training episodes
-        self.env = None
-        self.mark = time.time()
-        for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):  # rows of `expert` = rows of `demos`
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):  # the same rows as in `demos`
             action = self.agent.normalise(demos.action[start : start + length])
             empty = torch.zeros(length + 1, self.agent.feature_dim)  # embeddings come after stage 0
             self.add_episode(self.expert, Episode(empty, action, np.arange(1, steps + 1) == steps, True))
         self.num_demo_rows = self.expert.rows
+
+    @cached_property
+    def env(self):
+        return make_env(self.args, self.args.num_envs)
+
+    def acting(self) -> ConsistencyActor:
+        averaged = self.args.actor_ema and not self.count["stage"].startswith("sft")
+        return self.agent.actor_ema if averaged else self.agent.actor
+
+    def act(self, feature: Tensor, generator: torch.Generator, explore: float = 0.0) -> np.ndarray:
+        return self.agent.act(feature, self.acting(), self.args, generator, explore)
 
     def add_episode(self, buffer: ReplayBuffer, episode: Episode) -> None:
         fail, success, _, _ = return_bounds(self.args)
@@ -1142,73 +1121,64 @@ class Run:
         hold = self.agent.hold_action(episode.action[-1])
         buffer.add(episode.feature, episode.action, reward, episode.terminated, bool(episode.success.any()), fail, hold)
 
-    def collect(self, bar: tqdm | None = None) -> int:
-        """One training episode per environment into the buffers; successes go to the expert buffer too. Returns steps."""
-        args, n = self.args, self.args.num_envs
-        seeds = [TRAIN_SEED + 1_000_000 * args.seed + self.count["episodes"] + i for i in range(n)]
-        episodes = rollout(self.environment(), self.agent, args, seeds, self.generators["rollout"], self.acting(),
-                           training=True, bar=bar)  # fmt: skip
+    def collect(self) -> int:
+        """An episode per environment into the policy buffer, successes into the expert buffer too. Returns steps."""
+        args, first = self.args, TRAIN_SEED + 1_000_000 * self.args.seed + self.count["episodes"]
+        act = partial(self.act, generator=self.generators["rollout"], explore=args.explore_noise)
+        episodes = rollout(self.env, self.agent, args, act, range(first, first + args.num_envs), training=True)
         for episode in episodes:
             self.add_episode(self.policy, episode)
             if episode.success.any():
                 self.add_episode(self.expert, episode)
             self.recent = [*self.recent, (float(episode.success.any()), len(episode.action))][-20:]
-        self.count["episodes"] += n
-        steps = sum(len(e.action) for e in episodes)
+        steps = sum(len(episode.action) for episode in episodes)
+        self.count["episodes"] += args.num_envs
         self.count["global_step"] += steps
         return steps
 
-    def environment(self):
-        self.env = self.env or make_env(self.args, self.args.num_envs)
-        return self.env
-
-    def acting(self) -> ConsistencyActor:
-        return self.agent.actor_ema if self.args.actor_ema and not self.count["stage"].startswith("sft") else self.agent.actor
-
-    def batch(self, stage: str) -> tuple[Batch, Tensor]:
-        """A batch and which of it is expert data: demonstrations only (offline), or half and half (Eqs. 5-9)."""
+    def batch(self) -> tuple[Batch, Tensor]:
+        """A batch and which of it is expert data: demonstrations only (stage 1), or half and half (Eqs. 5-9)."""
         size, g, device = self.args.batch_size, self.generators["batch"], self.args.device
-        if stage == "offline" or not self.policy.num_starts:
-            batch = self.expert.gather(self.expert.draw(size, g), device)
-            return batch, torch.ones(size, dtype=torch.bool, device=device)
-        half = size // 2
-        batch = self.expert.gather(self.expert.draw(half, g), device)
-        batch = batch.cat(self.policy.gather(self.policy.draw(size - half, g), device))
-        return batch, torch.arange(size, device=device) < half
+        own = 0 if self.count["stage"] == "offline" or not self.policy.num_starts else size - size // 2
+        batch = self.expert.gather(self.expert.draw(size - own, g), device)
+        if own:
+            batch = batch.cat(self.policy.gather(self.policy.draw(own, g), device))
+        return batch, torch.arange(size, device=device) < size - own
 
-    def update(self, stage: str, cql_alpha: float, train_actor: bool) -> dict[str, Tensor]:
+    def update(self, cql_alpha: float, train_actor: bool = True) -> dict[str, Tensor]:
         """`critic_updates` critic steps on fresh batches and one actor step on the last of them."""
-        a, g, logs = self.agent, self.generators["update"], {}
-        for _ in range(self.args.critic_updates):
-            batch, expert = self.batch(stage)
-            logs |= update_critic(a, self.optimizers["critic"], batch, self.args, cql_alpha, g)
+        agent, args, g, logs = self.agent, self.args, self.generators["update"], {}
+        for _ in range(args.critic_updates):
+            batch, expert = self.batch()
+            logs |= update_critic(agent, self.optimizers["critic"], batch, args, cql_alpha, g)
         if train_actor:
-            logs |= update_actor(a, self.optimizers["actor"], batch, expert, self.args, stage, g)
-        logs["buffer/policy_ratio"] = 1 - expert.float().mean()
-        return logs
+            logs |= update_actor(agent, self.optimizers["actor"], batch, expert, args, self.count["stage"], g)
+        return logs | {"buffer/policy_ratio": 1 - expert.float().mean()}
 
-    def enter(self, stage: str, loading: bool = False) -> bool:
-        """True if `stage` is still to be done; sets up its optimizers (ConRFT starts each stage with a fresh Adam)."""
+    def enter(self, stage: str) -> bool:
+        """True if `stage` is still to be done; if it begins here, the one before is saved and optimizers are new."""
         if STAGES.index(self.count["stage"]) > STAGES.index(stage):
             return False
-        if self.count["stage"] == stage and self.optimizers:  # resumed: `load` has set them up
-            return True
-        self.clock()
-        self.count |= {"stage": stage, "stage_update": 0}
-        a, lr = self.agent, self.args.reinforce_lr
-        if stage.startswith("sft"):
-            trained = nn.ModuleList([a.backbone, a.actor] if stage == "sft" else [a.actor])
-            self.trained = trained
-            self.optimizers = {"sft": torch.optim.AdamW(trained.parameters(), lr=self.args.sft_lr, weight_decay=1e-4)}
-            average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-            self.average = torch.optim.swa_utils.AveragedModel(trained, multi_avg_fn=average)
-        else:
-            self.optimizers = {"critic": torch.optim.Adam(a.critic.parameters(), lr=lr),
-                               "actor": torch.optim.Adam(a.actor.parameters(), lr=lr)}  # fmt: skip
-            self.average = None
-        if self.count["update_step"] and not loading:
-            self.save()  # the end of the stage before
+        if self.count["stage"] != stage or not self.optimizers:
+            self.clock()
+            self.count |= {"stage": stage, "stage_update": 0}
+            self.make_optimizers()
+            if self.count["update_step"]:
+                self.save()
         return True
+
+    def make_optimizers(self) -> None:
+        """Those of the present stage (ConRFT starts each stage with a fresh Adam), and stage 0's averaged weights."""
+        args, agent, stage = self.args, self.agent, self.count["stage"]
+        self.average = None
+        if stage.startswith("sft"):
+            self.trained = nn.ModuleList([agent.backbone, agent.actor] if stage == "sft" else [agent.actor])
+            self.optimizers = {"sft": torch.optim.AdamW(self.trained.parameters(), lr=args.sft_lr, weight_decay=1e-4)}
+            decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+            self.average = torch.optim.swa_utils.AveragedModel(self.trained, multi_avg_fn=decay)
+        else:
+            nets = {"critic": agent.critic, "actor": agent.actor}
+            self.optimizers = {k: torch.optim.Adam(net.parameters(), lr=args.reinforce_lr) for k, net in nets.items()}
 
     def tick(self, logs: dict, logger: Logger) -> None:
         """After each update: count it, log now and then, write a checkpoint now and then."""
@@ -1220,19 +1190,20 @@ class Run:
         if self.count["stage_update"] % self.args.checkpoint_freq == 0 and self.count["stage"] != "online":
             self.save()
 
-    def evaluate(self, logger: Logger, episodes: int, actor: ConsistencyActor) -> float:
-        metrics = evaluate(self.environment(), self.agent, self.args, actor, episodes)
-        logger.log(metrics, self.count["global_step"], self.count["update_step"])
-        self.evals.append({"stage": self.count["stage"], "global_step": self.count["global_step"]} | metrics)
-        low, high = metrics["eval/success_once_low"], metrics["eval/success_once_high"]
-        tqdm.write(f"{self.count['stage']:>8} | env steps {self.count['global_step']:6d} | success {metrics['eval/success_once']:.2f}"
-                   f" [{low:.2f}, {high:.2f}] | steps to success {metrics['eval/episode_len']:.1f}")  # fmt: skip
-        return metrics["eval/success_once"]
+    def evaluate(self, logger: Logger, episodes: int) -> None:
+        stage, step = self.count["stage"], self.count["global_step"]
+        metrics = evaluate(self.env, self.agent, self.args, self.act, episodes, return_bounds(self.args)[:2])
+        logger.log(metrics, step, self.count["update_step"])
+        self.evals.append({"stage": stage, "global_step": step} | metrics)
+        once, low, high = (metrics[f"eval/success_once{end}"] for end in ("", "_low", "_high"))
+        line = f"{stage:>8} | env steps {step:6d} | success {once:.2f} [{low:.2f}, {high:.2f}]"
+        tqdm.write(f"{line} | steps to success {metrics['eval/episode_len']:.1f}")
 
     def bar(self, title: str, total: int, done: int = 0) -> tqdm:
         """Progress of a stage; the title carries the latest evaluation."""
         latest = f" | success {self.evals[-1]['eval/success_once']:.2f}" if self.evals else ""
-        return tqdm(total=total, initial=done, desc=f"[{STAGES.index(self.count['stage'])}/4] {title}{latest}", mininterval=2)
+        title = f"[{STAGES.index(self.count['stage'])}/4] {title}{latest}"
+        return tqdm(total=total, initial=done, desc=title, mininterval=2)
 
     def clock(self) -> None:
         """Book the time since the last call on the present stage."""
@@ -1241,50 +1212,42 @@ class Run:
 
     def save(self) -> None:
         self.clock()
-        state = {
-            "count": self.count, "evals": self.evals, "seconds": self.seconds, "recent": self.recent,
+        state = {name: getattr(self, name) for name in ("count", "evals", "seconds", "recent")} | {
             "generators": {k: g.get_state() for k, g in self.generators.items()},
             "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
-            "expert": self.expert.state_dict(), "policy": self.policy.state_dict(),
             "average": self.average and self.average.state_dict(),
+            "expert": self.expert.state_dict(),
+            "policy": self.policy.state_dict(),
             "log_size": (self.folder / "metrics.csv").stat().st_size,
-        }  # fmt: skip
+        }
         save_checkpoint(self.folder, f"update-{self.count['update_step']}", self.agent.state_dict(), state)
 
     def load(self) -> None:
         weights, state = load_checkpoint(self.folder)
         load_weights(self.agent, weights, self.folder)
-        self.enter(state["count"]["stage"], loading=True)
         self.count, self.evals, self.seconds, self.recent = (state[k] for k in ("count", "evals", "seconds", "recent"))
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        self.make_optimizers()
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name])
-        self.expert.load_state_dict(state["expert"])
-        self.policy.load_state_dict(state["policy"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        for name in ("average", "expert", "policy"):
+            if getattr(self, name) is not None:
+                getattr(self, name).load_state_dict(state[name])
         if not self.args.eval_only:  # what a killed run logged after its last checkpoint
             os.truncate(self.folder / "metrics.csv", state["log_size"])
 
 
-def load_weights(agent: Agent, weights: dict[str, Tensor], source: Path) -> None:
-    """Strict load. Raises: UserError naming the first misfit (another task, observation mode, chunk or network size)."""
-    own = agent.state_dict()
-    wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [k for k in weights if k not in own]
-    if wrong:
-        have = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "nothing"
-        want = tuple(own[wrong[0]].shape) if wrong[0] in own else "nothing"
-        raise UserError(f"{source} is a checkpoint of another task or network: {wrong[0]} is {have}, expected {want}")
-    agent.load_state_dict(weights)
-
-
+# --- shared: random shift ---
 def random_shift(image: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Shift each image by up to `pad` pixels, edges repeated. Shapes: [B, H, H, 3] uint8 -> same."""
     B, side = image.shape[:2]
     shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator)
     rows, cols = (torch.arange(side) + shift).clamp(0, side - 1).to(image.device)
     return image[torch.arange(B, device=image.device)[:, None, None], rows[:, :, None], cols[:, None, :]]
+
+
+# --- end shared ---
 
 
 def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
@@ -1324,31 +1287,32 @@ def train_updates(run: Run, logger: Logger, stage: str, total: int) -> None:
     with run.bar("offline Cal-QL" if stage == "offline" else "warm-up", total, run.count["stage_update"]) as bar:
         while (step := run.count["stage_update"]) < total:
             actor = stage == "offline" or (run.args.warmup_train_actor and step >= total // 2)
-            run.tick(run.update(stage, run.args.cql_alpha, actor), logger)
+            run.tick(run.update(run.args.cql_alpha, actor), logger)
             bar.update()
 
 
 def train_online(run: Run, logger: Logger) -> None:
     """Stage 3: an episode per environment, then utd_ratio actor updates per step of it."""
     args, count = run.args, run.count
-    with run.bar("online VGPD", args.online_steps, count["global_step"] - count["online_start"]) as bar:
-        while count["global_step"] - count["online_start"] < args.online_steps:
-            before, start = count["global_step"], time.time()
-            steps = run.collect(bar)
-            collected = time.time()
+    done = count["global_step"] - count["online_start"]
+    with run.bar("online VGPD", args.online_steps, done) as bar:
+        while done < args.online_steps:
+            before, start = done, time.time()
+            steps = run.collect()
+            done, collected = before + steps, time.time()
+            bar.update(steps)
             count["due"] += args.utd_ratio * steps
             while count["due"] >= 1:
                 count["due"] -= 1
-                run.tick(run.update("online", args.online_cql_alpha, True), logger)
+                run.tick(run.update(args.online_cql_alpha), logger)
             success, length = np.mean(run.recent, 0)
             logger.log({"train/success_once": success, "train/episode_len": length, "buffer/size": run.policy.rows,
                         "time/rollout_s": collected - start, "time/update_s": time.time() - collected,
                         "time/env_steps_per_s": steps / (collected - start)}, count["global_step"], count["update_step"])  # fmt: skip
             bar.set_postfix(train=f"{success:.2f}", length=f"{length:.0f}")
-            done = count["global_step"] - count["online_start"]
-            if done // args.eval_freq > (before - count["online_start"]) // args.eval_freq and done < args.online_steps:
-                value = run.evaluate(logger, args.eval_interim_episodes, run.acting())
-                bar.set_description(f"[4/4] online VGPD | success {value:.2f}")
+            if done // args.eval_freq > before // args.eval_freq and done < args.online_steps:
+                run.evaluate(logger, args.eval_interim_episodes)
+                bar.set_description(f"[4/4] online VGPD | success {run.evals[-1]['eval/success_once']:.2f}")
                 run.save()
 
 
@@ -1359,41 +1323,36 @@ def calibration(run: Run) -> dict[str, float]:
     with torch.no_grad():
         batch = run.policy.gather(run.policy.starts[: run.policy.num_starts], run.args.device)
         q = run.agent.critic(batch.feature, batch.chunk).mean(0)
-    gap = q - batch.mc_return
-    correlation = torch.corrcoef(torch.stack([q, batch.mc_return]))[0, 1]
+    gap, correlation = q - batch.mc_return, torch.corrcoef(torch.stack([q, batch.mc_return]))[0, 1]
     return {"calib/q_minus_return": gap.mean(), "calib/abs_error": gap.abs().mean(), "calib/correlation": correlation}
 
 
 def summarise(run: Run) -> dict:
     """summary.json: what happened, from the recorded evaluations."""
     online = [e for e in run.evals if e["stage"] in ("online", "done")]
-    start = run.count.get("online_start", 0)
-    steady = [a["global_step"] - start for a, b in zip(online, online[1:] + online[-1:])
-              if min(a["eval/success_once"], b["eval/success_once"]) >= 0.8]  # fmt: skip
-    handover = online[0]["eval/success_once"]
-    last = run.evals[-1]
+    first, handover, last, start = run.evals[0], online[0], run.evals[-1], run.count.get("online_start", 0)
+    once, interval = "eval/success_once", ("eval/success_once_low", "eval/success_once_high")
+    steady = [a["global_step"] - start for a, b in zip(online, online[1:] + [last]) if min(a[once], b[once]) >= 0.8]
     return {
-        "success_once": last["eval/success_once"], "success_interval": [last["eval/success_once_low"], last["eval/success_once_high"]],
+        "success_once": last[once], "success_interval": [last[k] for k in interval],
         "success_at_end": last["eval/success_at_end"], "steps_to_success": last["eval/episode_len"],
         "demo_steps_to_success": float(run.demos.steps.mean()),
-        "sft_success_once": run.evals[0]["eval/success_once"],
-        "sft_success_interval": [run.evals[0]["eval/success_once_low"], run.evals[0]["eval/success_once_high"]],
-        "handover_success_once": handover, "largest_drop": max(handover - e["eval/success_once"] for e in online),
+        "sft_success_once": first[once], "sft_success_interval": [first[k] for k in interval],
+        "handover_success_once": handover[once], "largest_drop": max(handover[once] - e[once] for e in online),
         "online_env_steps": run.count["global_step"] - start, "env_steps": run.count["global_step"],
         "online_env_steps_at_80": steady[0] if steady else None, "seconds_per_stage": run.seconds,
         "seconds": sum(run.seconds.values()), "evaluations": run.evals, "demonstrations": run.demos.source,
     }  # fmt: skip
 
 
-def main(args: Args) -> Path:
-    """Run or resume all stages; returns the run's folder."""
-    # INFRASTRUCTURE: flags, folder, demonstrations, networks
-    resumed = args.resume or args.eval_only
+def begin(args: Args) -> Run:
+    """A run in a new folder, or one resumed from its last checkpoint."""
     if args.resume and args.eval_only:
         raise UserError("--resume and --eval-only exclude each other")
+    resumed = args.resume or args.eval_only
     if resumed:
-        flags, args = args, load_config(Args, Path(resumed))
-        args.resume, args.eval_only, args.device = flags.resume, flags.eval_only, flags.device
+        places = dict(resume=args.resume, eval_only=args.eval_only, device=args.device)
+        args = dataclasses.replace(load_config(Args, Path(resumed)), **places)
     validate(args)
     torch.set_num_threads(args.torch_threads)
     started = time.time()
@@ -1411,50 +1370,58 @@ def main(args: Args) -> Path:
     if resumed:
         run.load()
     run.seconds.setdefault("demonstrations", time.time() - started)
+    return run
+
+
+def main(args: Args) -> Path:
+    """Run or resume all stages; returns the run's folder."""
+    # INFRASTRUCTURE: flags, folder, demonstrations, networks
+    run = begin(args)
+    args, count, folder = run.args, run.count, run.folder
     if args.eval_only:
-        metrics = evaluate(run.environment(), run.agent, args, run.acting(), args.eval_episodes)
+        metrics = evaluate(run.env, run.agent, args, run.act, args.eval_episodes, return_bounds(args)[:2])
         print(json.dumps(metrics, indent=2))
         return folder
-    logger = Logger(folder, args, run.count["update_step"])
+    logger = Logger(folder, args, count["update_step"])
 
     # ALGORITHM: stage 0
     if run.enter("sft"):
         train_sft(run, logger, "sft", args.sft_updates)
     if run.enter("sft-head"):
         train_sft(run, logger, "sft-head", args.sft_head_updates)
-        run.evaluate(logger, args.eval_episodes, run.agent.actor)
+        run.evaluate(logger, args.eval_episodes)
     # ALGORITHM: stage 1
     if run.enter("offline"):
         train_updates(run, logger, "offline", args.offline_updates)
-        run.evaluate(logger, args.eval_interim_episodes, run.acting())
+        run.evaluate(logger, args.eval_interim_episodes)
     # ALGORITHM: stage 2
     if args.warmup and run.enter("warmup"):
-        with run.bar("warm-up rollouts", args.warmup_episodes, run.count["episodes"]) as bar:
-            while run.count["episodes"] < args.warmup_episodes:
+        with run.bar("warm-up rollouts", args.warmup_episodes, count["episodes"]) as bar:
+            while count["episodes"] < args.warmup_episodes:
                 run.collect()
                 bar.update(args.num_envs)
-        if not run.count["stage_update"]:
-            logger.log(calibration(run), run.count["global_step"], run.count["update_step"])
+        if not count["stage_update"]:
+            logger.log(calibration(run), count["global_step"], count["update_step"])
         train_updates(run, logger, "warmup", args.warmup_updates)
-        logger.log(calibration(run), run.count["global_step"], run.count["update_step"])
+        logger.log(calibration(run), count["global_step"], count["update_step"])
     # ALGORITHM: stage 3
     if run.enter("online"):
-        if "online_start" not in run.count:
-            run.count["online_start"] = run.count["global_step"]
-            run.evaluate(logger, args.eval_episodes, run.acting())
+        if "online_start" not in count:
+            count["online_start"] = count["global_step"]
+            run.evaluate(logger, args.eval_episodes)
             run.save()
         train_online(run, logger)
-        run.evaluate(logger, args.eval_episodes, run.acting())
+        run.evaluate(logger, args.eval_episodes)
 
     # INFRASTRUCTURE: results
     run.clock()
-    run.count["stage"] = "done"
+    count["stage"] = "done"
     run.save()
     logger.close()
     write_json(folder / "summary.json", summarise(run) | {"env_id": args.env_id, "seed": args.seed} | provenance())
     if args.video_episodes:
-        film(run.agent, args, run.acting(), folder / "videos")
-    run.environment().close()
+        film(run.agent, args, run.act, folder / "videos")
+    run.env.close()
     print(f"done: success {run.evals[-1]['eval/success_once']:.2f}, results in {folder}")
     return folder
 
