@@ -156,16 +156,17 @@ class Args:
 
 
 PAPER = dict(
-    control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99, chunk_len=1,
-    num_critics=2, sft_lr=3e-4, q_weight=1.0, offline_q_weight=0.1, q_normalize=False, distill_weight=0.5, temperature=0.1,
-    temperature_adaptive=False, candidate_sigma=0.0, candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, cql_samples=10,
-    offline_updates=20_000, warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50,
+    control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99,
+    chunk_len=1, num_critics=2, sft_lr=3e-4, q_weight=1.0, offline_q_weight=0.1, q_normalize=False,
+    distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0, candidate_noise=0.0,
+    explore_noise=0.0, actor_ema=0.0, cql_samples=10, offline_updates=20_000, warmup_updates=4000,
+    online_steps=30_000, utd_ratio=1.0, num_demos=50,
 )  # fmt: skip
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
-    "at least 1": (lambda x: x >= 1, """K torch_threads control_freq num_envs num_demos hidden_dim num_layers num_critics
-        chunk_len sft_batch_size critic_updates cql_samples eval_episodes eval_interim_episodes eval_freq log_freq
-        checkpoint_freq"""),
+    "at least 1": (lambda x: x >= 1, """K torch_threads control_freq num_envs num_demos hidden_dim num_layers
+        num_critics chunk_len sft_batch_size critic_updates cql_samples eval_episodes eval_interim_episodes eval_freq
+        log_freq checkpoint_freq"""),
     "at least 2": (lambda x: x >= 2, "batch_size"),
     "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature action_range"),
     "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
@@ -179,7 +180,7 @@ def validate(args: Args) -> None:
     """Check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
     check_flags(args, LIMITS)
     if args.checkpoint or args.backbone != "octo-compact":
-        raise UserError("released Octo weights can't be loaded yet: leave out --checkpoint, use --backbone octo-compact")
+        raise UserError("released Octo weights can't be loaded yet: leave out --checkpoint and --backbone")
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
     if args.select == "best-of-k" and args.K < 2:
@@ -287,15 +288,15 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
     from mani_skill.utils import sapien_utils
 
     torch.set_num_threads(args.torch_threads)  # this may be a fresh worker process
-    task, gpu = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda"
+    task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
     camera = dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov)
     try:
         env = gym.make(
-            args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict", reward_mode="none",
+            args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
             control_mode=args.control_mode, robot_uids=args.robot_uids, render_mode="rgb_array" if render else None,
             sim_backend=args.sim_backend, render_backend="gpu" if gpu else "cpu", max_episode_steps=1_000_000,
             reconfiguration_freq=0 if gpu else 1,  # PhysX on the CPU remembers contacts across resets
-            sensor_configs=dict(width=args.image_size, height=args.image_size, shader_pack="minimal", base_camera=camera),
+            sensor_configs=dict(width=side, height=side, shader_pack="minimal", base_camera=camera), reward_mode="none",
             human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
         )  # fmt: skip
     except RuntimeError as error:
@@ -404,7 +405,6 @@ def open_demos(args: Args, path: Path) -> tuple[Path, list[dict]]:
 
 def demo_part(args: Args, path: Path, part: int, parts: int) -> list[dict[str, np.ndarray]]:
     """One worker's episodes: planned (if `path` is a folder) or read, then replayed to see what the policy will see."""
-    torch.set_num_threads(1)
     count, planned = len(range(part, args.num_demos, parts)), path.is_dir()
     if planned:
         path = path / f"part{part}of{parts}.h5"
@@ -463,7 +463,7 @@ def load_demos(args: Args) -> Demos:
     data = np.load(cache)
     obs = {k.removeprefix("obs_"): data[k] for k in data.files if k.startswith("obs_")}
     if len(data["steps"]) < args.num_demos:
-        print(f"using {len(data['steps'])} of {args.num_demos} demonstrations: the rest of {source} fails when replayed")
+        print(f"using {len(data['steps'])} of {args.num_demos} demonstrations; the others of {source} fail in replay")
     return Demos(obs, data["action"], data["lengths"], data["steps"], source)
 
 
@@ -599,7 +599,8 @@ class ConsistencyActor(nn.Module):
         """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] in [-1, 1]."""
         sigma = sigma[..., None]  # [B, N, 1]
         c_skip, c_out, c_in = consistency_scalings(sigma)
-        frequencies = torch.exp(-math.log(10_000) / (self.time_dim // 2 - 1) * torch.arange(self.time_dim // 2, device=x.device))
+        half = self.time_dim // 2
+        frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))
         angle = 250 * torch.log(sigma + 1e-44) * frequencies
         time = self.time(torch.cat([angle.sin(), angle.cos()], -1)).expand(*x.shape[:2], -1)
         h = self.feature_in(feature)[:, None] + self.sample_in(torch.cat([c_in * x, time], -1))  # [B, N, hidden]
@@ -607,7 +608,7 @@ class ConsistencyActor(nn.Module):
             h = layer(torch.tanh(norm(h)))
         return (c_out * h + c_skip * x).clamp(-1, 1)
 
-    def sample(self, feature: Tensor, n: int, generator: torch.Generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
+    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
         """Draw n chunks per state: [B, n, D].
 
         One-step samples lie very close together (the denoiser at sigma 80 nearly ignores its input). With
@@ -636,7 +637,8 @@ class EnsembleCritic(nn.Module):
             return nn.Parameter(torch.empty(num_critics, fan_in, out).uniform_(-bound, bound))
 
         joint = weight(feature_dim + chunk_dim, hidden).data
-        self.feature_in, self.chunk_in = nn.Parameter(joint[:, :feature_dim].clone()), nn.Parameter(joint[:, feature_dim:].clone())
+        self.feature_in = nn.Parameter(joint[:, :feature_dim].clone())
+        self.chunk_in = nn.Parameter(joint[:, feature_dim:].clone())
         self.hidden = nn.ParameterList([weight(hidden, hidden) for _ in range(layers - 1)] + [weight(hidden, 1)])
         self.bias = nn.ParameterList(nn.Parameter(torch.zeros(num_critics, 1, n)) for n in [hidden] * layers + [1])
         self.gain = nn.ParameterList(nn.Parameter(torch.ones(num_critics, 1, hidden)) for _ in range(layers))
@@ -791,7 +793,7 @@ def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool)
     With `adaptive` the temperature is in units of the state's own standard deviation of Q over candidates.
     Shapes: q [B, K], q_buffer [B] -> w [B, K] summing to 1, zeta [B] in {0, 1}.
     """
-    mean = q.mean(-1, keepdim=True).minimum(q.amax(-1, keepdim=True))  # Eq. (13); rounding can lift it past equal values
+    mean = q.mean(-1, keepdim=True).minimum(q.amax(-1, keepdim=True))  # Eq. (13); rounding may lift it past equal Q
     scale = q.std(-1, keepdim=True, correction=0).clamp_min(1e-6) if adaptive else torch.ones_like(mean)
     logits = (q / (temperature * scale)).masked_fill(q < mean, -torch.inf)  # the best candidate always passes
     return torch.softmax(logits, -1), (mean[:, 0] > q_buffer).float()
@@ -816,8 +818,8 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
         target = td_target(batch, next_q, args.return_mix, low, high)
     q_data = agent.critic(batch.feature, batch.chunk)  # [E, B]
     loss_td = (q_data - target).square().mean()
-    logs = {"losses/td": loss_td, "values/q_data": q_data.mean(), "values/td_target": target.mean(),
-            "values/mc_return": batch.mc_return.mean(), "values/critic_std": q_data.std(0, correction=0).mean()}  # fmt: skip
+    logs = {"losses/td": loss_td, "values/q_data": q_data.mean(), "values/td_target": target.mean()}
+    logs |= {"values/mc_return": batch.mc_return.mean(), "values/critic_std": q_data.std(0, correction=0).mean()}
     loss = loss_td
     if cql_alpha:
         with torch.no_grad():
@@ -833,25 +835,28 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
     return logs | {"losses/critic": loss}
 
 
-def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Args, stage: str, generator) -> dict[str, Tensor]:
+def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Args, stage: str, generator) -> dict:
     """One step on the actor's loss of `stage`. expert [B] bool: sample comes from the expert buffer."""
     logs, target = {}, batch.chunk
     if stage == "online" and args.vgpd:
         with torch.no_grad():
-            rows = torch.arange(len(expert), device=expert.device) if args.expert_filter == "filter" else (~expert).nonzero()[:, 0]
-            candidates = agent.actor.sample(batch.feature[rows], args.K, generator, args.candidate_sigma, args.candidate_noise)
-            q = agent.critic(batch.feature[rows], candidates).mean(0)  # [B', K]
-            q_buffer = agent.critic(batch.feature[rows], batch.chunk[rows]).mean(0)  # [B']
+            rows = (~expert | (args.expert_filter == "filter")).nonzero()[:, 0]
+            feature, chunk = batch.feature[rows], batch.chunk[rows]
+            candidates = agent.actor.sample(feature, args.K, generator, args.candidate_sigma, args.candidate_noise)
+            q = agent.critic(feature, candidates).mean(0)  # [B', K]
+            q_buffer = agent.critic(feature, chunk).mean(0)  # [B']
             weight, zeta = vgpd_target(q, q_buffer, args.temperature, args.temperature_adaptive)
             # Eq. (14) asks for the w-weighted sum of losses; one k ~ w per state has the same expected gradient.
             k = torch.multinomial(weight, 1, generator=generator)[:, 0]
             chosen = candidates[torch.arange(len(rows), device=rows.device), k]  # [B', D]
             target = batch.chunk.clone()
-            target[rows] = torch.where(zeta[:, None] > 0, chosen, batch.chunk[rows])
+            target[rows] = torch.where(zeta[:, None] > 0, chosen, chunk)
             own = ~expert[rows]
-            logs |= {"vgpd/zeta": zeta[own].mean(), "vgpd/pass_rate": (weight > 0).float().mean(),
-                     "vgpd/candidate_std": candidates.std(1, correction=0).mean(), "vgpd/ess": (1 / weight.square().sum(-1)).mean(),
-                     "values/q_std": q.std(-1, correction=0).mean()}  # fmt: skip
+            logs |= {
+                "vgpd/zeta": zeta[own].mean(), "vgpd/pass_rate": (weight > 0).float().mean(),
+                "vgpd/candidate_std": candidates.std(1, correction=0).mean(),
+                "vgpd/ess": (1 / weight.square().sum(-1)).mean(), "values/q_std": q.std(-1, correction=0).mean(),
+            }  # fmt: skip
             if args.expert_filter == "filter":
                 logs["vgpd/zeta_expert"] = zeta[expert].mean()
     bc = consistency_loss(agent.actor, batch.feature, target, generator)  # [B]
@@ -945,9 +950,9 @@ def evaluate(env, agent, args: Args, act, episodes: int, rewards: tuple[float, f
             flags += [e.success for e in rollout(env, agent, args, act, seeds, training=False)]
     flags = np.stack(flags[:episodes])  # [episodes, time limit]
     once, first, (fail, success) = flags.any(1), flags.argmax(1), rewards
-    interval = binomtest(int(once.sum()), episodes).proportion_ci(method="wilson")
+    low, high = binomtest(int(once.sum()), episodes).proportion_ci(method="wilson")
     metrics = {
-        "eval/success_once": once.mean(), "eval/success_once_low": interval.low, "eval/success_once_high": interval.high,
+        "eval/success_once": once.mean(), "eval/success_once_low": low, "eval/success_once_high": high,
         "eval/success_at_end": flags[:, -1].mean(), "eval/num_episodes": episodes, "time/eval_s": time.time() - start,
         "eval/episode_len": first[once].mean() + 1 if once.any() else args.max_episode_steps,
         "eval/return": np.where(once, success + fail * first, fail * args.max_episode_steps).mean(),
@@ -1029,8 +1034,7 @@ def save_checkpoint(folder: Path, name: str, weights: dict[str, Tensor], state: 
     while (root / name).exists():  # never in the place of the only good one
         name += "+"
     temporary, final = root / f".{name}.tmp", root / name
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir(parents=True, exist_ok=True)  # it may be there, left half-written by a kill
     try:
         # Through memory: the libraries' own writers hide that a disk is full.
         weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
@@ -1255,7 +1259,8 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
     args, agent = run.args, run.agent
     optimizer, params = run.optimizers["sft"], run.optimizers["sft"].param_groups[0]["params"]
     obs = {k: torch.from_numpy(v) for k, v in run.demos.obs.items()}
-    rows = torch.from_numpy(np.delete(np.arange(run.num_demo_rows), run.demos.starts() + run.demos.lengths))  # to the end
+    last = run.demos.starts() + run.demos.lengths
+    rows = torch.from_numpy(np.delete(np.arange(run.num_demo_rows), last))  # all that have an action
     with run.bar("SFT" if stage == "sft" else "SFT, head only", total, run.count["stage_update"]) as bar:
         while (step := run.count["stage_update"]) < total:
             rate = min((step + 1) / (0.05 * total), 0.5 * (1 + math.cos(math.pi * step / total)))
@@ -1279,7 +1284,8 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
     if stage == "sft":
         with torch.no_grad():  # each observation is embedded once, here
             rows = torch.arange(run.num_demo_rows).split(256)
-            run.expert.data["feature"][: run.num_demo_rows] = torch.cat([agent.feature({k: v[r] for k, v in obs.items()}).cpu() for r in rows])
+            features = [agent.feature({k: v[r] for k, v in obs.items()}).cpu() for r in rows]
+        run.expert.data["feature"][: run.num_demo_rows] = torch.cat(features)
 
 
 def train_updates(run: Run, logger: Logger, stage: str, total: int) -> None:
@@ -1306,9 +1312,12 @@ def train_online(run: Run, logger: Logger) -> None:
                 count["due"] -= 1
                 run.tick(run.update(args.online_cql_alpha), logger)
             success, length = np.mean(run.recent, 0)
-            logger.log({"train/success_once": success, "train/episode_len": length, "buffer/size": run.policy.rows,
-                        "time/rollout_s": collected - start, "time/update_s": time.time() - collected,
-                        "time/env_steps_per_s": steps / (collected - start)}, count["global_step"], count["update_step"])  # fmt: skip
+            logs = {
+                "train/success_once": success, "train/episode_len": length, "buffer/size": run.policy.rows,
+                "time/rollout_s": collected - start, "time/update_s": time.time() - collected,
+                "time/env_steps_per_s": steps / (collected - start),
+            }  # fmt: skip
+            logger.log(logs, count["global_step"], count["update_step"])
             bar.set_postfix(train=f"{success:.2f}", length=f"{length:.0f}")
             if done // args.eval_freq > before // args.eval_freq and done < args.online_steps:
                 run.evaluate(logger, args.eval_interim_episodes)
