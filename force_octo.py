@@ -503,7 +503,7 @@ class ReplayBuffer:
     """Whole episodes, one row per observation; chunked transitions are put together when they are drawn."""
 
     def __init__(self, feature_dim: int, action_dim: int, chunk_len: int, gamma: float):
-        self.chunk_len, self.gamma, self.rows, self.num_starts = chunk_len, gamma, 0, 0
+        self.chunk_len, self.gamma, self.rows = chunk_len, gamma, 0
         shapes = dict(feature=(feature_dim,), action=(action_dim,), reward=(), bootstrap=(), mc_return=(), success=())
         self.data = {k: torch.empty(0, *shape) for k, shape in shapes.items()}
         self.data |= {k: torch.empty(0, dtype=torch.long) for k in ("next", "last")}
@@ -535,12 +535,11 @@ class ReplayBuffer:
             self.data = {k: torch.cat([v, v.new_zeros(size - len(v), *v.shape[1:])]) for k, v in self.data.items()}
         for key, value in new.items():
             self.data[key][self.rows : end] = torch.as_tensor(value)
-        self.starts = torch.cat([self.starts[: self.num_starts], torch.as_tensor(starts)])
-        self.rows, self.num_starts = end, self.num_starts + len(starts)
+        self.starts, self.rows = torch.cat([self.starts, torch.as_tensor(starts)]), end
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` decisions, uniform with replacement: [size] int64."""
-        return self.starts[torch.randint(self.num_starts, (size,), generator=generator)]
+        return self.starts[torch.randint(len(self.starts), (size,), generator=generator)]
 
     def gather(self, t: Tensor, device: str = "cpu") -> Batch:
         """The transitions that start at rows t [B]."""
@@ -551,12 +550,11 @@ class ReplayBuffer:
         return Batch(**{k: x.to(device) for k, x in batch.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
-        data = {k: v[: self.rows].clone() for k, v in self.data.items()}
-        return data | {"starts": self.starts[: self.num_starts].clone()}
+        return {k: v[: self.rows].clone() for k, v in self.data.items()} | {"starts": self.starts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.starts, self.data = state["starts"], {k: state[k] for k in self.data}
-        self.rows, self.num_starts = len(self.data["reward"]), len(self.starts)
+        self.rows = len(self.data["reward"])
 
 
 # --- end shared ---
@@ -1143,7 +1141,7 @@ class Run:
     def batch(self) -> tuple[Batch, Tensor]:
         """A batch and which of it is expert data: demonstrations only (stage 1), or half and half (Eqs. 5-9)."""
         size, g, device = self.args.batch_size, self.generators["batch"], self.args.device
-        own = 0 if self.count["stage"] == "offline" or not self.policy.num_starts else size - size // 2
+        own = 0 if self.count["stage"] == "offline" or not len(self.policy.starts) else size - size // 2
         batch = self.expert.gather(self.expert.draw(size - own, g), device)
         if own:
             batch = batch.cat(self.policy.gather(self.policy.draw(own, g), device))
@@ -1327,10 +1325,10 @@ def train_online(run: Run, logger: Logger) -> None:
 
 def calibration(run: Run) -> dict[str, float]:
     """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
-    if not run.policy.num_starts:
+    if not len(run.policy.starts):
         return {}
     with torch.no_grad():
-        batch = run.policy.gather(run.policy.starts[: run.policy.num_starts], run.args.device)
+        batch = run.policy.gather(run.policy.starts, run.args.device)
         q = run.agent.critic(batch.feature, batch.chunk).mean(0)
     gap, correlation = q - batch.mc_return, torch.corrcoef(torch.stack([q, batch.mc_return]))[0, 1]
     return {"calib/q_minus_return": gap.mean(), "calib/abs_error": gap.abs().mean(), "calib/correlation": correlation}
@@ -1443,6 +1441,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
+# --- shared: entry ---
 if __name__ == "__main__":
     try:
         main(parse_args())
@@ -1454,3 +1453,4 @@ if __name__ == "__main__":
             raise
         print(f"error: the disk is full; free some space, then go on with --resume RUN_DIR ({error})", file=sys.stderr)
         sys.exit(2)
+# --- end shared ---
