@@ -1110,12 +1110,11 @@ class Run:
     def env(self):
         return make_env(self.args, self.args.num_envs)
 
-    def acting(self) -> ConsistencyActor:
-        averaged = self.args.actor_ema and not self.count["stage"].startswith("sft")
-        return self.agent.actor_ema if averaged else self.agent.actor
-
     def act(self, feature: Tensor, generator: torch.Generator, explore: float = 0.0) -> np.ndarray:
-        return self.agent.act(feature, self.acting(), self.args, generator, explore)
+        """`Agent.act` with the actor that stands for the policy: after stage 0 the averaged one."""
+        averaged = self.args.actor_ema and not self.count["stage"].startswith("sft")
+        actor = self.agent.actor_ema if averaged else self.agent.actor
+        return self.agent.act(feature, actor, self.args, generator, explore)
 
     def add_episode(self, buffer: ReplayBuffer, episode: Episode) -> None:
         fail, success, _, _ = return_bounds(self.args)
