@@ -41,14 +41,13 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
-import re
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -59,7 +58,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from scipy.stats import binomtest
 from torch import Tensor, nn
@@ -69,9 +67,7 @@ from backbones.octo import PRESETS as OCTO_PRESETS
 from backbones.octo import Octo
 
 
-# =====================================================================================================================
-# Arguments
-# =====================================================================================================================
+# === Arguments =======================================================================================================
 @dataclass
 class Args:
     # --- experiment ---
@@ -117,8 +113,7 @@ class Args:
     sft_head_updates: int = 0  # further updates of the head alone, on cached embeddings
     sft_lr: float = 1e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
-    proprio_noise: float | None = None  # noise on normalised proprio in every update; default: 0.3 with a camera, else 0
-    image_shift: int = 4  # random shift of images, pixels
+    proprio_noise: float | None = None  # noise on proprio in every update; default: 0.3 std with a camera, else 0
 
     # --- stages 1 to 3 ---
     gamma: float = 0.98  # discount per control step
@@ -162,92 +157,97 @@ class Args:
 
 
 PAPER = dict(
-    control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99, chunk_len=1,
-    num_critics=2,
-    sft_lr=3e-4, q_weight=1.0, offline_q_weight=0.1, q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False,
-    candidate_sigma=0.0, candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, cql_samples=10, offline_updates=20_000,
-    warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50,
+    control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99,
+    chunk_len=1, num_critics=2, sft_lr=3e-4, q_weight=1.0, offline_q_weight=0.1, q_normalize=False,
+    distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0, candidate_noise=0.0,
+    explore_noise=0.0, actor_ema=0.0, cql_samples=10, offline_updates=20_000, warmup_updates=4000,
+    online_steps=30_000, utd_ratio=1.0, num_demos=50,
 )  # fmt: skip
+
+LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
+    "at least 1": (lambda x: x >= 1, """K torch_threads control_freq num_envs num_demos hidden_dim num_layers
+        num_critics chunk_len sft_batch_size critic_updates cql_samples eval_episodes eval_interim_episodes eval_freq
+        log_freq checkpoint_freq"""),
+    "at least 2": (lambda x: x >= 2, "batch_size"),
+    "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature action_range"),
+    "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma actor_ema"),
+    "a multiple of 16": (lambda x: x > 0 and x % 16 == 0, "image_size"),
+    "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
+}  # fmt: skip
+
+
+def validate(args: Args) -> None:
+    """Check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
+    check_flags(args, LIMITS)
+    if args.checkpoint or args.backbone != "octo-compact":
+        raise UserError("released Octo weights can't be loaded yet: leave out --checkpoint and --backbone")
+    if args.warmup and args.warmup_updates and not args.warmup_episodes:
+        raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
+    if args.select == "best-of-k" and args.K < 2:
+        raise UserError(f"--select best-of-k needs --K of at least 2, got {args.K}")
+
+
+# --- shared: tasks ---
+class UserError(Exception):
+    """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
 
 
 @dataclass(frozen=True)
 class Task:
     """What a task needs beyond ManiSkill's registration: instruction, time limit in seconds, camera."""
 
-    instruction: str
-    seconds: float
+    instruction: str = "do the task"
+    seconds: float = 0.0  # 0: ManiSkill's time limit
     eye: tuple[float, float, float] = (0.32, 0.0, 0.42)
     target: tuple[float, float, float] = (0.0, 0.0, 0.06)
     fov: float = 0.95
 
 
 TASKS = {
-    "PushCube-v1": Task("push the cube onto the round target", 5.0, eye=(0.5, 0.0, 0.5), target=(0.05, 0.0, 0.0)),
-    "PullCube-v1": Task("pull the cube onto the round target", 5.0, eye=(0.5, 0.0, 0.5), target=(-0.05, 0.0, 0.0)),
+    "PushCube-v1": Task("push the cube onto the round target", 5.0, (0.5, 0.0, 0.5), (0.05, 0.0, 0.0)),
+    "PullCube-v1": Task("pull the cube onto the round target", 5.0, (0.5, 0.0, 0.5), (-0.05, 0.0, 0.0)),
     "PickCube-v1": Task("pick up the red cube and hold it at the goal position", 8.0),
-    "StackCube-v1": Task("stack the red cube on the green cube", 10.0, eye=(0.42, 0.0, 0.48), target=(-0.02, 0.0, 0.04)),
-    "PlaceSphere-v1": Task("place the blue sphere into the bin", 10.0, eye=(0.42, 0.0, 0.48)),
-    "PullCubeTool-v1": Task("pull the cube closer with the hook", 12.0, eye=(0.7, 0.0, 0.7)),
-    "LiftPegUpright-v1": Task("lift the peg upright", 10.0, eye=(0.5, 0.0, 0.5)),
+    "StackCube-v1": Task("stack the red cube on the green cube", 10.0, (0.42, 0.0, 0.48), (-0.02, 0.0, 0.04)),
+    "PlaceSphere-v1": Task("place the blue sphere into the bin", 10.0, (0.42, 0.0, 0.48)),
+    "PullCubeTool-v1": Task("pull the cube closer with the hook", 12.0, (0.7, 0.0, 0.7)),
+    "LiftPegUpright-v1": Task("lift the peg upright", 10.0, (0.5, 0.0, 0.5)),
 }
 
 
-class UserError(Exception):
-    """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
+def check_flags(args: Args, limits: dict) -> None:
+    """Check the flags that all scripts have, and fill in what depends on the task or the machine.
 
-
-def validate(args: Args) -> None:
-    """Check the flags before anything is built, and fill in what depends on the task.
-
-    Raises: UserError naming the flag and what it may be.
+    `limits` holds {what a number must be: (test, flags)}; other numbers must be at least 0. Raises: UserError.
     """
     import mani_skill.envs  # noqa: F401  registers the tasks
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     if args.env_id not in REGISTERED_ENVS:
-        raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {', '.join(TASKS)}")
-    at_least = dict(
-        K=1, torch_threads=1, control_freq=1, image_size=16, num_envs=1, num_demos=1, hidden_dim=1, num_layers=1,
-        num_critics=1, chunk_len=1, sft_updates=0, sft_head_updates=0, sft_batch_size=1, batch_size=2, critic_updates=1,
-        offline_updates=0, warmup_episodes=0, warmup_updates=0, online_steps=0, utd_ratio=0, cql_alpha=0, cql_samples=1,
-        online_cql_alpha=0, bc_weight=0, distill_weight=0, q_weight=0, offline_q_weight=0, candidate_sigma=0, candidate_noise=0, explore_noise=0, proprio_noise=0, image_shift=0,
-        eval_episodes=1, eval_interim_episodes=1, eval_freq=1, video_episodes=0, log_freq=1, checkpoint_freq=1,
-    )  # fmt: skip
-    for name, low in at_least.items():
-        if getattr(args, name) is not None and not getattr(args, name) >= low:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
-    for name in ("sft_lr", "reinforce_lr", "temperature", "action_range"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("gamma", "tau", "actor_ema", "return_mix"):
-        if not 0 <= getattr(args, name) <= 1 or (name in ("gamma", "actor_ema") and getattr(args, name) == 1):
-            raise UserError(f"--{name.replace('_', '-')} must be within [0, 1], below 1 for gamma and actor-ema, got {getattr(args, name)}")
-    if not 0 <= args.seed < 900:
-        raise UserError(f"--seed must be in 0..899 (training and evaluation episodes stay apart), got {args.seed}")
-    if args.image_size % 16:
-        raise UserError(f"--image-size must be a multiple of 16, got {args.image_size}")
-    if args.checkpoint or args.backbone != "octo-compact":
-        raise UserError("released Octo weights can't be loaded yet; leave out --checkpoint and use --backbone octo-compact")
-    if args.warmup and args.warmup_updates and not args.warmup_episodes:
-        raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave the stage out by --no-warmup")
-    if args.select == "best-of-k" and args.K < 2:
-        raise UserError(f"--select best-of-k needs --K of at least 2, got {args.K}")
-    task = TASKS.get(args.env_id, Task("do the task", REGISTERED_ENVS[args.env_id].max_episode_steps / 10))
+        known = ", ".join(TASKS)
+        raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {known}")
+    rules = {name: (meaning, test) for meaning, (test, names) in limits.items() for name in names.split()}
+    for name, value in vars(args).items():
+        meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
+        if isinstance(value, int | float) and not test(value):
+            raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
     if args.max_episode_steps is None:
-        args.max_episode_steps = round(task.seconds * args.control_freq)
+        seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
+        args.max_episode_steps = round(seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
     if args.proprio_noise is None:
         args.proprio_noise = 0.3 if args.obs_mode == "rgb" else 0.0
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "cuda" in (args.device, args.sim_backend.removeprefix("physx_")) and not torch.cuda.is_available():
+    if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
         raise UserError("no CUDA device found: use --device cpu --sim-backend physx_cpu")
 
 
-# =====================================================================================================================
-# Environment
-# =====================================================================================================================
+# --- end shared ---
+
+
+# === Environment =====================================================================================================
 # --- shared: environment ---
 class ObsWrapper(gym.Wrapper):
     """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
@@ -258,12 +258,16 @@ class ObsWrapper(gym.Wrapper):
     end here: `rollout` looks at info["ended"] and keeps the time limit, so that it can also run past a success.
     """
 
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        env.unwrapped.update_obs_space(self.observation(env.unwrapped._init_raw_obs))
+
     def observation(self, raw: dict) -> dict[str, np.ndarray]:
-        from mani_skill.utils import common
+        from mani_skill.utils.common import flatten_state_dict
 
         agent = {k: v for k, v in raw["agent"].items() if k != "qvel"}
-        flat = common.flatten_state_dict({k: v for k, v in (("agent", agent), ("extra", raw["extra"])) if v}, use_torch=True)
-        obs = {"proprio": flat.float().cpu().numpy()}
+        proprio = flatten_state_dict({"agent": agent, "extra": raw["extra"]}, use_torch=True)
+        obs = {"proprio": proprio.float().cpu().numpy()}
         if "sensor_data" in raw:
             obs["primary"] = next(iter(raw["sensor_data"].values()))["rgb"].cpu().numpy()
         return obs
@@ -278,26 +282,6 @@ class ObsWrapper(gym.Wrapper):
         return self.observation(raw), success, never, never, {"ended": terminated.cpu().numpy()}
 
 
-class SingleEnv(gym.Wrapper):
-    """The only element of an `ObsWrapper` batch, as gymnasium's vector environments want it."""
-
-    def __init__(self, env: ObsWrapper):
-        super().__init__(env)
-        first, limits = self.reset(seed=0)[0], {"proprio": (-np.inf, np.inf), "primary": (0, 255)}
-        boxes = {k: gym.spaces.Box(*limits[k], v.shape, v.dtype.type) for k, v in first.items()}
-        self.observation_space, self.action_space = gym.spaces.Dict(boxes), env.unwrapped.single_action_space
-
-    def reset(self, **kwargs):
-        return {k: v[0] for k, v in self.env.reset(**kwargs)[0].items()}, {}
-
-    def step(self, action):
-        obs, success, _, _, info = self.env.step(action)
-        return {k: v[0] for k, v in obs.items()}, float(success[0]), False, False, {"ended": bool(info["ended"][0])}
-
-    def render(self) -> np.ndarray:
-        return self.env.render()[0].cpu().numpy()
-
-
 def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
     """A batch of ManiSkill environments in this process (physx_cpu: of one).
 
@@ -307,19 +291,19 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
     from mani_skill.utils import sapien_utils
 
     torch.set_num_threads(args.torch_threads)  # this may be a fresh worker process
-    task, gpu = TASKS.get(args.env_id, Task("do the task", 0.0)), args.sim_backend == "physx_cuda"
+    task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
     camera = dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov)
     try:
         env = gym.make(
-            args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict", reward_mode="none",
+            args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
             control_mode=args.control_mode, robot_uids=args.robot_uids, render_mode="rgb_array" if render else None,
             sim_backend=args.sim_backend, render_backend="gpu" if gpu else "cpu", max_episode_steps=1_000_000,
             reconfiguration_freq=0 if gpu else 1,  # PhysX on the CPU remembers contacts across resets
-            sensor_configs=dict(width=args.image_size, height=args.image_size, shader_pack="minimal", base_camera=camera),
+            sensor_configs=dict(width=side, height=side, shader_pack="minimal", base_camera=camera), reward_mode="none",
             human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
         )  # fmt: skip
     except RuntimeError as error:
-        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks Vulkan") from error
+        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
     except (KeyError, AssertionError, NotImplementedError) as error:
         raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
     return ObsWrapper(env)
@@ -331,9 +315,11 @@ def make_env(args: Args, num_envs: int, render: bool = False):
     reset(seed=[num_envs integers]) -> obs, {};  step(action [num_envs, A] in the controller's units) -> obs, success
     [num_envs], unused, unused, {"ended": terminated by success or failure [num_envs]}. Seeds decide the initial states.
     """
+    from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
+
     if args.sim_backend == "physx_cuda":
         return make_maniskill(args, num_envs, render)
-    make, mode = [lambda: SingleEnv(make_maniskill(args, 1, render))] * num_envs, gym.vector.AutoresetMode.DISABLED
+    make, mode = [lambda: CPUGymWrapper(make_maniskill(args, 1, render))] * num_envs, gym.vector.AutoresetMode.DISABLED
     if num_envs == 1:
         return gym.vector.SyncVectorEnv(make, autoreset_mode=mode)
     return gym.vector.AsyncVectorEnv(make, context="spawn", autoreset_mode=mode)
@@ -342,42 +328,23 @@ def make_env(args: Args, num_envs: int, render: bool = False):
 # --- end shared ---
 
 
-# =====================================================================================================================
-# Demonstrations
-# =====================================================================================================================
+# === Demonstrations ==================================================================================================
 # --- shared: demonstrations ---
 @dataclass
 class Demos:
-    """Successful demonstrations as this project's environment sees them.
+    """Successful demonstrations as this project's environment sees them; an episode of T steps has T + 1 rows."""
 
-    obs      {"proprio": [M, P] float32, "primary": [M, H, H, 3] uint8}; an episode of T steps has T + 1 rows
-    action   [M, A] float32 in the controller's units; the row of an episode's last observation is unused
-    lengths  [episodes] T of each, to the end of the recording
-    steps    [episodes] steps to the first success: reinforcement learning episodes end there
-    """
-
-    obs: dict[str, np.ndarray]
-    action: np.ndarray
-    lengths: np.ndarray
-    steps: np.ndarray
+    obs: dict[str, np.ndarray]  # "proprio" [M, P] float32, "primary" [M, H, H, 3] uint8
+    action: np.ndarray  # [M, A] float32, controller's units; the row of an episode's last observation is unused
+    lengths: np.ndarray  # [episodes] T of each, to the end of the recording
+    steps: np.ndarray  # [episodes] steps to the first success: reinforcement learning episodes end there
     source: str
 
     def starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
 
 
-def run_workers(function, jobs: list[tuple], title: str) -> list:
-    """function(*job, counter) for each job in its own process; the workers' counters are shown together."""
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(len(jobs), context) as pool, tqdm(desc=title, unit=" done") as bar:
-        counters = [manager.Value("i", 0) for _ in jobs]
-        futures = [pool.submit(function, *job, counter) for job, counter in zip(jobs, counters)]
-        while wait(futures, timeout=0.5).not_done:
-            bar.update(sum(c.value for c in counters) - bar.n)
-        return [future.result() for future in futures]
-
-
-def plan_demos(args: Args, path: Path, seed: int, count: int, counter) -> None:
+def plan_demos(args: Args, path: Path, seed: int, count: int) -> None:
     """Let ManiSkill's motion planner solve `count` episodes from `seed` on; writes them to `path` (joint positions)."""
     from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
     from mani_skill.utils.wrappers.record import RecordEpisode
@@ -388,175 +355,137 @@ def plan_demos(args: Args, path: Path, seed: int, count: int, counter) -> None:
         sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
     )  # fmt: skip
     env = RecordEpisode(env, str(path.parent), trajectory_name=path.stem, save_video=False, save_on_reset=False)
-    tries = range(seed, seed + 3 * count + 50)
-    for seed in tries:
+    last, bar = seed + 3 * count + 50, tqdm(total=count, desc=f"planning {path.stem}", mininterval=2)
+    while bar.n < count and seed < last:
         try:
             result = MP_SOLUTIONS[args.env_id](env, seed=seed, debug=False, vis=False)
             solved = result != -1 and result[-1]["success"].item()
         except Exception:  # the solutions raise all sorts where no plan exists; the next seed is as good
             solved = False
         env.flush_trajectory(save=solved)
-        count -= solved
-        counter.value += int(solved)
-        if not count:
-            break
+        bar.update(solved)
+        seed += 1
     env.close()
-    if count:
-        raise UserError(f"the motion planner fails on {args.env_id}: {count} episodes missing after {len(tries)} tries")
+    if bar.n < count:
+        raise UserError(f"the motion planner fails on {args.env_id}: {bar.n} of {count} episodes up to seed {last}")
+    path.with_suffix(".done").touch()  # a killed run leaves no half file
 
 
-def convert_demos(path: Path, control_mode: str, counter) -> Path:
-    """Replay joint-position demonstrations under another controller, with ManiSkill's replay tool."""
-    target = path.with_name(f"{path.stem}.none.{control_mode}.physx_cpu.h5")
-    done = target.with_suffix(".done")  # written last: a killed run leaves no half conversion
-    if not done.exists() or done.stat().st_mtime_ns < path.stat().st_mtime_ns:
-        command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path), "--save-traj"]
-        command += ["-c", control_mode, "-o", "none", "--num-envs", "1"]
-        tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        seen, output = set(), b""
-        while piece := tool.stdout.read1():
-            output = output[-300:] + piece
-            for _ in set(re.findall(rb"Replaying (traj_\d+)", output)) - seen:
-                counter.value += 1
-            seen |= set(re.findall(rb"Replaying (traj_\d+)", output))
-        if tool.wait() or not target.exists():
-            raise UserError(f"ManiSkill can't convert {path} to {control_mode}: {output[-300:].decode(errors='replace')}")
-        done.touch()
-    return target
-
-
-def check_demos(args: Args, path: Path) -> dict:
-    """Read a trajectory's .json and check it against the flags. Raises: UserError with the way out."""
+def open_demos(args: Args, path: Path) -> tuple[Path, list[dict]]:
+    """A trajectory file that fits the flags, replayed under their controller if need be, and its list of episodes."""
     try:
         meta = json.loads(path.with_suffix(".json").read_text())
-        kwargs, env_id = meta["env_info"]["env_kwargs"], meta["env_info"]["env_id"]
+        episodes, env_id, kwargs = meta["episodes"], meta["env_info"]["env_id"], meta["env_info"]["env_kwargs"]
+        freq, robot = (kwargs.get("sim_config") or {}).get("control_freq", 20), kwargs.get("robot_uids")
         with h5py.File(path, "r") as file:
-            missing = [e["episode_id"] for e in meta["episodes"] if f"traj_{e['episode_id']}/actions" not in file]
+            missing = sum(f"traj_{e['episode_id']}/actions" not in file for e in episodes)
     except FileNotFoundError as error:
-        raise UserError(f"no demonstrations: {error.filename} doesn't exist (a ManiSkill .h5 has a .json beside it)") from error
+        raise UserError(f"no demonstrations: {error.filename} doesn't exist (a .h5 has a .json beside it)") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no complete ManiSkill trajectory file ({error}); make or copy it again") from error
     if missing:
-        raise UserError(f"{path} is truncated: {len(missing)} of the listed episodes are not stored; make or copy it again")
-    freq = (kwargs.get("sim_config") or {}).get("control_freq", 20)
-    for flag, have, want in (("env-id", env_id, args.env_id), ("control-freq", freq, args.control_freq),
-                             ("robot-uids", kwargs.get("robot_uids") or args.robot_uids, args.robot_uids)):  # fmt: skip
-        if have != want:
-            raise UserError(f"{path} was recorded with --{flag} {have}, not {want}")
-    return meta
+        raise UserError(f"{path} is truncated: {missing} of the listed episodes are not stored; make or copy it again")
+    for flag, have in dict(env_id=env_id, control_freq=freq, robot_uids=robot or args.robot_uids).items():
+        if have != getattr(args, flag):
+            raise UserError(f"{path} was recorded with --{flag.replace('_', '-')} {have}, not {getattr(args, flag)}")
+    if path == Path(args.demo_path or "") and len(episodes) < args.num_demos:
+        raise UserError(f"{path} holds {len(episodes)} episodes; --num-demos asks for {args.num_demos}")
+    if (mode := kwargs.get("control_mode")) == args.control_mode:
+        return path, episodes
+    if mode != "pd_joint_pos":
+        raise UserError(f"{path} has actions for {mode}; only pd_joint_pos can be converted to {args.control_mode}")
+    target = path.with_name(f"{path.stem}.none.{args.control_mode}.physx_cpu.h5")
+    done = target.with_suffix(".done")
+    if not done.exists() or done.stat().st_mtime_ns < path.stat().st_mtime_ns:
+        command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path)]
+        command += ["--save-traj", "-c", args.control_mode, "-o", "none", "--num-envs", "1"]
+        tool = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if tool.returncode or not target.exists():
+            raise UserError(f"ManiSkill can't convert {path} to {args.control_mode}: {tool.stderr[-300:]}")
+        done.touch()
+    return open_demos(args, target)
 
 
-def observe_demos(args: Args, path: Path, episodes: list[dict], count: int, counter) -> dict[str, np.ndarray]:
-    """Replay `count` demonstrations in the policy's own environment: what it observes, and when it succeeds."""
-    env, rows, actions, lengths, steps = make_maniskill(args), [], [], [], []
+def demo_part(args: Args, path: Path, part: int, parts: int) -> list[dict[str, np.ndarray]]:
+    """One worker's episodes: planned (if `path` is a folder) or read, then replayed to see what the policy will see."""
+    count, planned = len(range(part, args.num_demos, parts)), path.is_dir()
+    if planned:
+        path = path / f"part{part}of{parts}.h5"
+        if not path.with_suffix(".done").exists():  # spares, because a few fail when replayed
+            plan_demos(args, path, 100_000 * part, count + 3 + count // 10)
+    path, episodes = open_demos(args, path)
+    episodes = episodes if planned else np.array_split(episodes, parts)[part]
+    env, found = make_maniskill(args), []
     with h5py.File(path, "r") as file:
-        for episode in episodes:
-            action = file[f"traj_{episode['episode_id']}"]["actions"][:].astype(np.float32)
-            obs, flags = [env.reset(seed=episode["reset_kwargs"].get("seed", episode["episode_seed"]))[0]], []
-            for a in action:
-                step_obs, success, _, _, _ = env.step(a)
-                obs.append(step_obs)
-                flags.append(success[0])
-            if any(flags):
-                rows, lengths, steps = rows + obs, [*lengths, len(action)], [*steps, int(np.argmax(flags)) + 1]
-                actions += [action, np.zeros((1, action.shape[1]), np.float32)]
-            counter.value += 1
-            if len(lengths) == count:
+        for episode in tqdm(episodes, f"replaying {path.stem} {part + 1}/{parts}", mininterval=2):
+            action = file[f"traj_{episode['episode_id']}/actions"][:].astype(np.float32)
+            first = env.reset(seed=episode["reset_kwargs"].get("seed", episode["episode_seed"]))[0]
+            steps = [env.step(a) for a in action]
+            success = [bool(step[1]) for step in steps]
+            if any(success):
+                obs = {f"obs_{k}": np.concatenate([first[k], *(step[0][k] for step in steps)]) for k in first}
+                action = np.concatenate([action, np.zeros_like(action[:1])])
+                found.append(obs | {"action": action, "lengths": [len(steps)], "steps": [success.index(True) + 1]})
+            if len(found) == count:
                 break
     env.close()
-    if not lengths:
+    if not found:
         raise UserError(f"no demonstration of {path} succeeds when replayed: recorded with other settings?")
-    obs = {f"obs_{k}": np.concatenate([row[k] for row in rows]) for k in rows[0]}
-    return obs | {"action": np.concatenate(actions), "lengths": np.array(lengths), "steps": np.array(steps)}
-
-
-def demo_part(args: Args, path: Path, part: int, parts: int, counter) -> dict[str, np.ndarray]:
-    """One worker's share of the demonstrations: made (if `path` is a folder) or read from a file, then observed."""
-    torch.set_num_threads(1)
-    count = len(np.array_split(np.arange(args.num_demos), parts)[part])
-    if path.is_dir():
-        planned = path / f"part{part}of{parts}.h5"
-        if not planned.with_suffix(".done").exists():  # spares, because a few fail when replayed
-            plan_demos(args, planned, 100_000 * part, count + 3 + count // 10, counter)
-            planned.with_suffix(".done").touch()
-        path = planned if args.control_mode == "pd_joint_pos" else convert_demos(planned, args.control_mode, counter)
-        episodes = check_demos(args, path)["episodes"]
-    else:
-        episodes = np.array_split(np.array(check_demos(args, path)["episodes"]), parts)[part]
-    return observe_demos(args, path, episodes, count, counter)
+    return found
 
 
 def load_demos(args: Args) -> Demos:
-    """`num_demos` demonstrations from `--demo-path`, or made by ManiSkill's planner; observed once and cached.
-
-    Raises: UserError if the file doesn't fit the flags, or the task has no planner.
-    """
+    """`num_demos` demonstrations from `--demo-path`, or made by ManiSkill's planner; observed once and cached."""
     from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
 
-    source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}"
     view = ["layout 2", args.obs_mode, args.control_mode, args.num_demos]
     view += [args.image_size, TASKS.get(args.env_id)] if args.obs_mode == "rgb" else []
     if args.demo_path:
-        path = Path(args.demo_path)
-        meta = check_demos(args, path)
-        if len(meta["episodes"]) < args.num_demos:
-            raise UserError(f"{path} holds {len(meta['episodes'])} episodes; --num-demos asks for {args.num_demos}")
-        recorded = meta["env_info"]["env_kwargs"].get("control_mode")
-        if recorded not in (args.control_mode, "pd_joint_pos"):
-            raise UserError(f"{path} has actions for {recorded}; only pd_joint_pos can be converted to {args.control_mode}")
-        source, view = str(path), [*view, str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
-        if recorded != args.control_mode:
-            path = convert_demos(path, args.control_mode, multiprocessing.Value("i", 0))
+        source, path = str(Path(args.demo_path)), Path(args.demo_path)
+        open_demos(args, path)  # checked and converted here, before there are workers
+        view += [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
     elif args.env_id in MP_SOLUTIONS:
+        source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}"
         path = Path(args.demo_dir) / source
         path.mkdir(parents=True, exist_ok=True)
     else:
-        raise UserError(f"ManiSkill has no motion planner for {args.env_id}: give demonstrations by --demo-path FILE.h5")
+        raise UserError(f"ManiSkill has no motion planner for {args.env_id}: give demonstrations by --demo-path FILE")
     cache = Path(args.demo_dir) / f"{args.env_id}-{hashlib.sha1(repr((source, view)).encode()).hexdigest()[:12]}.npz"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         workers = min(os.cpu_count() or 1, 8, args.num_demos)
-        jobs = [(args, path, part, workers) for part in range(workers)]
-        parts = run_workers(demo_part, jobs, "demonstrations")
-        temporary = cache.with_suffix(f".tmp{os.getpid()}.npz")  # renamed when complete: a killed run leaves no half cache
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            parts = list(pool.map(partial(demo_part, args, path, parts=workers), range(workers)))
+        found = [episode for part in parts for episode in part]
+        temporary = cache.with_suffix(f".tmp{os.getpid()}.npz")  # renamed when complete: a kill leaves no half cache
         try:
-            np.savez(temporary, **{k: np.concatenate([part[k] for part in parts]) for k in parts[0]})
+            np.savez(temporary, **{k: np.concatenate([episode[k] for episode in found]) for k in found[0]})
             os.replace(temporary, cache)
         finally:
             temporary.unlink(missing_ok=True)
     data = np.load(cache)
     obs = {k.removeprefix("obs_"): data[k] for k in data.files if k.startswith("obs_")}
     if len(data["steps"]) < args.num_demos:
-        print(f"using {len(data['steps'])} of {args.num_demos} demonstrations: the others of {source} fail when replayed")
+        print(f"using {len(data['steps'])} of {args.num_demos} demonstrations; the others of {source} fail in replay")
     return Demos(obs, data["action"], data["lengths"], data["steps"], source)
 
 
 # --- end shared ---
 
 
-# =====================================================================================================================
-# Replay
-# =====================================================================================================================
+# === Replay ==========================================================================================================
 # --- shared: replay ---
 @dataclass
 class Batch:
-    """Transitions between decisions. B samples, F features, H-step chunks of A-dimensional actions.
+    """Transitions between decisions. B samples, F features, H-step chunks of A-dimensional actions."""
 
-    feature, next_feature  [B, F]     embedding and normalised proprio at t and t + n
-    chunk                  [B, H*A]   actions t..t+H-1, normalised to [-1, 1], time-major
-    reward                 [B]        sum over i < n of gamma^i * r_{t+i};  n = H, or fewer where the episode ends
-    bootstrap              [B]        gamma^n, or 0 if the episode terminated at t + n (not: was truncated)
-    mc_return              [B]        discounted return from t on
-    success                [B]        1 if the whole trajectory succeeded
-    """
-
-    feature: Tensor
-    chunk: Tensor
-    reward: Tensor
-    bootstrap: Tensor
-    next_feature: Tensor
-    mc_return: Tensor
-    success: Tensor
+    feature: Tensor  # [B, F] embedding and normalised proprio at t
+    chunk: Tensor  # [B, H*A] actions t..t+H-1, normalised to [-1, 1], time-major
+    reward: Tensor  # [B] sum over i < n of gamma^i * r_{t+i};  n = H, or fewer where the episode ends
+    bootstrap: Tensor  # [B] gamma^n, or 0 if the episode terminated at t + n (not: was truncated)
+    next_feature: Tensor  # [B, F] at t + n
+    mc_return: Tensor  # [B] discounted return from t on
+    success: Tensor  # [B] 1 if the whole trajectory succeeded
 
     def cat(self, other: Batch) -> Batch:
         return Batch(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in dataclasses.fields(self)))
@@ -565,8 +494,7 @@ class Batch:
 def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failure: float) -> np.ndarray:
     """Monte-Carlo returns-to-go, with the lower bound r_fail / (1 - gamma) standing for what follows a truncation.
 
-    Shapes: reward [T] -> [T]. A truncated episode of nothing but r_fail gets r_fail / (1 - gamma) throughout.
-    Source: Cal-QL's rule for sparse rewards, extended to every truncation.
+    Shapes: reward [T] -> [T]. Source: Cal-QL's rule for sparse rewards, extended to every truncation.
     """
     value, out = (0.0 if terminated else reward_failure / (1 - gamma)), np.empty_like(reward)
     for t in reversed(range(len(reward))):
@@ -578,21 +506,18 @@ class ReplayBuffer:
     """Whole episodes, one row per observation; chunked transitions are put together when they are drawn."""
 
     def __init__(self, feature_dim: int, action_dim: int, chunk_len: int, gamma: float):
-        self.chunk_len, self.gamma, self.rows, self.num_starts = chunk_len, gamma, 0, 0
-        self.data = dict(
-            feature=torch.empty(0, feature_dim), action=torch.empty(0, action_dim), reward=torch.empty(0),
-            bootstrap=torch.empty(0), mc_return=torch.empty(0), success=torch.empty(0),
-            next=torch.empty(0, dtype=torch.long), last=torch.empty(0, dtype=torch.long),
-        )  # fmt: skip
+        self.chunk_len, self.gamma, self.rows = chunk_len, gamma, 0
+        shapes = dict(feature=(feature_dim,), action=(action_dim,), reward=(), bootstrap=(), mc_return=(), success=())
+        self.data = {k: torch.empty(0, *shape) for k, shape in shapes.items()}
+        self.data |= {k: torch.empty(0, dtype=torch.long) for k in ("next", "last")}
         self.starts = torch.empty(0, dtype=torch.long)  # rows from which a chunk may be drawn
 
     def add(self, feature: Tensor, action: np.ndarray, reward: np.ndarray, terminated: bool, success: bool,
             reward_failure: float, hold: np.ndarray) -> None:  # fmt: skip
-        """Append one episode of T steps.
+        """Append one episode of T steps. Chunks that a time limit cuts short are left out.
 
         Shapes: feature [L+1, F], action [L, A] normalised, L >= T (actions recorded past the end of the episode fill
         up its last chunks), reward [T], hold [A] the action that keeps still and fills up after those.
-        Chunks that a time limit cuts short are left out.
         """
         T, L, H, g = len(reward), len(action), self.chunk_len, self.gamma
         steps = np.minimum(H, T - np.arange(T))  # n of each row
@@ -613,35 +538,32 @@ class ReplayBuffer:
             self.data = {k: torch.cat([v, v.new_zeros(size - len(v), *v.shape[1:])]) for k, v in self.data.items()}
         for key, value in new.items():
             self.data[key][self.rows : end] = torch.as_tensor(value)
-        self.starts = torch.cat([self.starts[: self.num_starts], torch.as_tensor(starts)])
-        self.rows, self.num_starts = end, self.num_starts + len(starts)
+        self.starts, self.rows = torch.cat([self.starts, torch.as_tensor(starts)]), end
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` decisions, uniform with replacement: [size] int64."""
-        return self.starts[torch.randint(self.num_starts, (size,), generator=generator)]
+        return self.starts[torch.randint(len(self.starts), (size,), generator=generator)]
 
     def gather(self, t: Tensor, device: str = "cpu") -> Batch:
         """The transitions that start at rows t [B]."""
         d = self.data
         steps = torch.minimum(t[:, None] + torch.arange(self.chunk_len), d["last"][t][:, None])  # [B, H]
-        batch = (d["feature"][t], d["action"][steps].flatten(1), d["reward"][t], d["bootstrap"][t],
-                 d["feature"][d["next"][t]], d["mc_return"][t], d["success"][t])  # fmt: skip
-        return Batch(*(x.to(device) for x in batch))
+        same = {k: d[k][t] for k in ("feature", "reward", "bootstrap", "mc_return", "success")}
+        batch = same | {"chunk": d["action"][steps].flatten(1), "next_feature": d["feature"][d["next"][t]]}
+        return Batch(**{k: x.to(device) for k, x in batch.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {k: v[: self.rows].clone() for k, v in self.data.items()} | {"starts": self.starts[: self.num_starts].clone()}
+        return {k: v[: self.rows].clone() for k, v in self.data.items()} | {"starts": self.starts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.starts, self.data = state["starts"], {k: state[k] for k in self.data}
-        self.rows, self.num_starts = len(self.data["reward"]), len(self.starts)
+        self.rows = len(self.data["reward"])
 
 
 # --- end shared ---
 
 
-# =====================================================================================================================
-# Networks
-# =====================================================================================================================
+# === Networks ========================================================================================================
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA, RHO, NUM_SIGMAS = 0.002, 80.0, 0.5, 7.0, 40  # ConRFT, as EDM
 
 
@@ -680,7 +602,8 @@ class ConsistencyActor(nn.Module):
         """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] within the action box, own units."""
         sigma = sigma[..., None]  # [B, N, 1]
         c_skip, c_out, c_in = consistency_scalings(sigma)
-        frequencies = torch.exp(-math.log(10_000) / (self.time_dim // 2 - 1) * torch.arange(self.time_dim // 2, device=x.device))
+        half = self.time_dim // 2
+        frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))
         angle = 250 * torch.log(sigma + 1e-44) * frequencies
         time = self.time(torch.cat([angle.sin(), angle.cos()], -1)).expand(*x.shape[:2], -1)
         h = self.feature_in(feature)[:, None] + self.sample_in(torch.cat([c_in * x, time], -1))  # [B, N, hidden]
@@ -688,7 +611,7 @@ class ConsistencyActor(nn.Module):
             h = layer(torch.tanh(norm(h)))
         return (c_out * h + c_skip * x).clamp(-1 / self.unit, 1 / self.unit)
 
-    def sample(self, feature: Tensor, n: int, generator: torch.Generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
+    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
         """Draw n chunks per state: [B, n, D] in [-1, 1].
 
         One-step samples lie very close together (the denoiser at sigma 80 nearly ignores its input). With
@@ -719,7 +642,8 @@ class EnsembleCritic(nn.Module):
             return nn.Parameter(torch.empty(num_critics, fan_in, out).uniform_(-bound, bound))
 
         joint = weight(feature_dim + len(unit), hidden).data
-        self.feature_in, self.chunk_in = nn.Parameter(joint[:, :feature_dim].clone()), nn.Parameter(joint[:, feature_dim:].clone())
+        self.feature_in = nn.Parameter(joint[:, :feature_dim].clone())
+        self.chunk_in = nn.Parameter(joint[:, feature_dim:].clone())
         self.hidden = nn.ParameterList([weight(hidden, hidden) for _ in range(layers - 1)] + [weight(hidden, 1)])
         self.bias = nn.ParameterList(nn.Parameter(torch.zeros(num_critics, 1, n)) for n in [hidden] * layers + [1])
         self.gain = nn.ParameterList(nn.Parameter(torch.ones(num_critics, 1, hidden)) for _ in range(layers))
@@ -728,7 +652,8 @@ class EnsembleCritic(nn.Module):
     def forward(self, feature: Tensor, chunk: Tensor) -> Tensor:
         """Shapes: feature [B, F], chunk [B, D] or [B, N, D] in [-1, 1] -> Q [E, B] or [E, B, N]."""
         B, N = len(feature), 1 if chunk.dim() == 2 else chunk.shape[1]
-        h = (feature @ self.feature_in)[:, :, None] + ((chunk / self.unit).reshape(B * N, -1) @ self.chunk_in).unflatten(1, (B, N))
+        h = ((chunk / self.unit).reshape(B * N, -1) @ self.chunk_in).unflatten(1, (B, N))
+        h = h + (feature @ self.feature_in)[:, :, None]  # [E, B, N, hidden]
         h = h.flatten(1, 2) + self.bias[0]  # [E, B*N, hidden]
         for layer, (weight, bias) in enumerate(zip(self.hidden, list(self.bias)[1:])):
             h = torch.tanh(F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.gain[layer] + self.shift[layer])
@@ -736,40 +661,33 @@ class EnsembleCritic(nn.Module):
         return h.view(-1, B) if chunk.dim() == 2 else h.view(-1, B, N)
 
 
-class Agent(nn.Module):
-    """Everything that is learned, and the units in which it is learned."""
+# --- shared: octo ---
+class OctoPolicy(nn.Module):
+    """Octo and the units of what goes in and out; scripts add the heads and `act`."""
 
     def __init__(self, args: Args, demos: Demos):
         super().__init__()
-        self.H, self.instruction = args.chunk_len, TASKS.get(args.env_id, Task("do the task", 0.0)).instruction
+        self.H, self.instruction = args.chunk_len, TASKS.get(args.env_id, Task()).instruction
+        self.relative = "delta" in args.control_mode
         proprio, action = demos.obs["proprio"], np.delete(demos.action, demos.starts() + demos.lengths, axis=0)
-        centre = np.zeros(action.shape[1]) if "delta" in args.control_mode else (action.max(0) + action.min(0)) / 2
-        self.register_buffer("proprio_mean", torch.as_tensor(proprio.mean(0)))
-        self.register_buffer("proprio_std", torch.as_tensor(proprio.std(0) + 0.01))  # 0.01: metres, radians
-        self.register_buffer("action_centre", torch.as_tensor(centre, dtype=torch.float32))
-        scale = args.action_range * np.abs(action - centre).max(0)
-        self.register_buffer("action_scale", torch.as_tensor(np.maximum(scale, 1e-3), dtype=torch.float32))
-        hold = np.zeros(action.shape[1], np.float32) if "delta" in args.control_mode else action[-1]
-        self.hold, self.relative = hold, "delta" in args.control_mode
-        P, A = proprio.shape[1], action.shape[1]
+        centre = np.zeros(action.shape[1]) if self.relative else (action.max(0) + action.min(0)) / 2
+        scale = np.maximum(args.action_range * np.abs(action - centre).max(0), 1e-3)
+        units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians
+        for name, value in (units | dict(action_centre=centre, action_scale=scale)).items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
         images = (("primary", args.image_size),) if args.obs_mode == "rgb" else ()
         # Privileged state goes through the transformer; beside a camera, proprio goes to the heads only, as in Octo 1.5.
-        config = dataclasses.replace(OCTO_PRESETS[args.backbone], image_sizes=images, lowdim_dim=0 if images else P)
-        self.backbone = Octo(config)
-        self.feature_dim, self.action_dim, self.proprio_dim = config.embedding_dim + P, A, P
-        # At most a quarter of the box: the gripper's two positions have to count more than their spread says.
-        spread = torch.as_tensor(self.normalise(action).std(0).clip(0.02, 0.25) / SIGMA_DATA).repeat(self.H)  # [H*A]
-        sizes = (self.feature_dim, spread, args.hidden_dim, args.num_layers)
-        self.actor, self.actor_ema = ConsistencyActor(*sizes), ConsistencyActor(*sizes)
-        self.critic, self.target_critic = EnsembleCritic(args.num_critics, *sizes), EnsembleCritic(args.num_critics, *sizes)
-        self.target_critic.load_state_dict(self.critic.state_dict())
-        for copy in (self.actor_ema, self.target_critic):
-            copy.requires_grad_(False)
+        self.proprio_dim, self.action_dim = proprio.shape[1], action.shape[1]
+        lowdim = 0 if images else self.proprio_dim
+        config = dataclasses.replace(OCTO_PRESETS[args.backbone], image_sizes=images, lowdim_dim=lowdim)
+        self.backbone, self.feature_dim = Octo(config), config.embedding_dim + self.proprio_dim
+        # At most a quarter of the box: the gripper's two positions have to count for more than their spread says.
+        spread = self.normalise(action).std(0).clip(0.02, 0.25)
+        self.chunk_unit = torch.as_tensor(spread / SIGMA_DATA).repeat(self.H)  # [H*A]; networks see chunk / unit
 
     def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
         """Observations of N states to [N, F]: the backbone's embedding beside the normalised proprio."""
-        device = self.proprio_mean.device
-        obs = {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
+        obs = {k: torch.as_tensor(v, device=self.proprio_mean.device) for k, v in obs.items()}
         proprio = ((obs["proprio"] - self.proprio_mean) / self.proprio_std).clamp(-5, 5)  # [N, P]
         images = {k: v[:, None] for k, v in obs.items() if k != "proprio"}  # a window of one step
         language = self.backbone.encode_text([self.instruction])
@@ -786,6 +704,38 @@ class Agent(nn.Module):
             return feature
         noise = noise * torch.randn((len(feature), self.proprio_dim), generator=generator, device=feature.device)
         return torch.cat([feature[:, : -self.proprio_dim], feature[:, -self.proprio_dim :] + noise], -1)
+
+    def normalise(self, action: np.ndarray) -> np.ndarray:
+        """Controller units [.., A] to the policy's box [-1, 1]."""
+        centre, scale = self.action_centre.cpu().numpy(), self.action_scale.cpu().numpy()
+        return np.clip((action - centre) / scale, -1, 1).astype(np.float32)
+
+    def denormalise(self, action: np.ndarray) -> np.ndarray:
+        """The policy's box to controller units, clipped to the controller's own box if it is [-1, 1]."""
+        action = action * self.action_scale.cpu().numpy() + self.action_centre.cpu().numpy()
+        return np.clip(action, -1, 1) if self.relative else action
+
+    def hold_action(self, last: np.ndarray) -> np.ndarray:
+        """The normalised action that keeps still, gripper as in `last` [A]."""
+        hold = np.zeros_like(last) if self.relative else last.copy()
+        hold[-1] = last[-1]
+        return hold
+
+
+# --- end shared ---
+
+
+class Agent(OctoPolicy):
+    """Everything that is learned."""
+
+    def __init__(self, args: Args, demos: Demos):
+        super().__init__(args, demos)
+        actor = (self.feature_dim, self.chunk_unit, args.hidden_dim, args.num_layers)
+        self.actor, self.actor_ema = ConsistencyActor(*actor), ConsistencyActor(*actor)
+        self.critic, self.target_critic = (EnsembleCritic(args.num_critics, *actor) for _ in range(2))
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        for copy in (self.actor_ema, self.target_critic):
+            copy.requires_grad_(False)
 
     def act(self, feature: Tensor, actor: ConsistencyActor, args: Args, generator, explore: float = 0.0) -> np.ndarray:
         """One chunk per state: [N, F] -> [N, H, A] normalised; a sample, or the best of K candidates by the critic.
@@ -804,25 +754,8 @@ class Agent(nn.Module):
             chunk = (chunk + explore * push).clamp(-1, 1)
         return chunk.cpu().numpy()
 
-    def normalise(self, action: np.ndarray) -> np.ndarray:
-        """Controller units [.., A] to the policy's box [-1, 1]."""
-        return np.clip((action - self.action_centre.cpu().numpy()) / self.action_scale.cpu().numpy(), -1, 1).astype(np.float32)
 
-    def denormalise(self, action: np.ndarray) -> np.ndarray:
-        """The policy's box to controller units, clipped to the controller's own box if it is [-1, 1]."""
-        action = action * self.action_scale.cpu().numpy() + self.action_centre.cpu().numpy()
-        return np.clip(action, -1, 1) if self.relative else action
-
-    def hold_action(self, last: np.ndarray) -> np.ndarray:
-        """The normalised action that keeps still, gripper as in `last` [A]."""
-        hold = np.zeros_like(last) if self.relative else last.copy()
-        hold[-1] = last[-1]
-        return hold
-
-
-# =====================================================================================================================
-# Losses: pure functions
-# =====================================================================================================================
+# === Losses: pure functions ==========================================================================================
 def td_target(batch: Batch, next_q: Tensor, return_mix: float, low: float, high: float) -> Tensor:
     """y = sum gamma^i r_i + gamma^n * min_k Q'_k(s', a'), a' ~ pi(.|s'), kept within the returns that exist.
 
@@ -884,15 +817,13 @@ def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool)
     With `adaptive` the temperature is in units of the state's own standard deviation of Q over candidates.
     Shapes: q [B, K], q_buffer [B] -> w [B, K] summing to 1, zeta [B] in {0, 1}.
     """
-    mean = q.mean(-1, keepdim=True).minimum(q.amax(-1, keepdim=True))  # Eq. (13); rounding can lift it past equal values
+    mean = q.mean(-1, keepdim=True).minimum(q.amax(-1, keepdim=True))  # Eq. (13); rounding may lift it past equal Q
     scale = q.std(-1, keepdim=True, correction=0).clamp_min(1e-6) if adaptive else torch.ones_like(mean)
     logits = (q / (temperature * scale)).masked_fill(q < mean, -torch.inf)  # the best candidate always passes
     return torch.softmax(logits, -1), (mean[:, 0] > q_buffer).float()
 
 
-# =====================================================================================================================
-# Updates
-# =====================================================================================================================
+# === Updates =========================================================================================================
 def return_bounds(args: Args) -> tuple[float, float, float, float]:
     """reward of a failing step, reward of success, lowest and highest return."""
     fail, success = (0.0, 1.0) if args.reward == "binary" else (-0.05, 10.0)
@@ -911,8 +842,8 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
         target = td_target(batch, next_q, args.return_mix, low, high)
     q_data = agent.critic(batch.feature, batch.chunk)  # [E, B]
     loss_td = (q_data - target).square().mean()
-    logs = {"losses/td": loss_td, "values/q_data": q_data.mean(), "values/td_target": target.mean(),
-            "values/mc_return": batch.mc_return.mean(), "values/critic_std": q_data.std(0, correction=0).mean()}  # fmt: skip
+    logs = {"losses/td": loss_td, "values/q_data": q_data.mean(), "values/td_target": target.mean()}
+    logs |= {"values/mc_return": batch.mc_return.mean(), "values/critic_std": q_data.std(0, correction=0).mean()}
     loss = loss_td
     if cql_alpha:
         with torch.no_grad():
@@ -928,25 +859,28 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
     return logs | {"losses/critic": loss}
 
 
-def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Args, stage: str, generator) -> dict[str, Tensor]:
+def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Args, stage: str, generator) -> dict:
     """One step on the actor's loss of `stage`. expert [B] bool: sample comes from the expert buffer."""
     logs, target = {}, batch.chunk
     if stage == "online" and args.vgpd:
         with torch.no_grad():
-            rows = torch.arange(len(expert), device=expert.device) if args.expert_filter == "filter" else (~expert).nonzero()[:, 0]
-            candidates = agent.actor.sample(batch.feature[rows], args.K, generator, args.candidate_sigma, args.candidate_noise)
-            q = agent.critic(batch.feature[rows], candidates).mean(0)  # [B', K]
-            q_buffer = agent.critic(batch.feature[rows], batch.chunk[rows]).mean(0)  # [B']
+            rows = (~expert | (args.expert_filter == "filter")).nonzero()[:, 0]
+            feature, chunk = batch.feature[rows], batch.chunk[rows]
+            candidates = agent.actor.sample(feature, args.K, generator, args.candidate_sigma, args.candidate_noise)
+            q = agent.critic(feature, candidates).mean(0)  # [B', K]
+            q_buffer = agent.critic(feature, chunk).mean(0)  # [B']
             weight, zeta = vgpd_target(q, q_buffer, args.temperature, args.temperature_adaptive)
             # Eq. (14) asks for the w-weighted sum of losses; one k ~ w per state has the same expected gradient.
             k = torch.multinomial(weight, 1, generator=generator)[:, 0]
             chosen = candidates[torch.arange(len(rows), device=rows.device), k]  # [B', D]
             target = batch.chunk.clone()
-            target[rows] = torch.where(zeta[:, None] > 0, chosen, batch.chunk[rows])
+            target[rows] = torch.where(zeta[:, None] > 0, chosen, chunk)
             own = ~expert[rows]
-            logs |= {"vgpd/zeta": zeta[own].mean(), "vgpd/pass_rate": (weight > 0).float().mean(),
-                     "vgpd/candidate_std": candidates.std(1, correction=0).mean(), "vgpd/ess": (1 / weight.square().sum(-1)).mean(),
-                     "values/q_std": q.std(-1, correction=0).mean()}  # fmt: skip
+            logs |= {
+                "vgpd/zeta": zeta[own].mean(), "vgpd/pass_rate": (weight > 0).float().mean(),
+                "vgpd/candidate_std": candidates.std(1, correction=0).mean(),
+                "vgpd/ess": (1 / weight.square().sum(-1)).mean(), "values/q_std": q.std(-1, correction=0).mean(),
+            }  # fmt: skip
             if args.expert_filter == "filter":
                 logs["vgpd/zeta_expert"] = zeta[expert].mean()
     bc = consistency_loss(agent.actor, batch.feature, target, generator)  # [B]
@@ -977,26 +911,24 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
 # --- end shared ---
 
 
-# =====================================================================================================================
-# Rollouts and evaluation
-# =====================================================================================================================
+# === Rollouts and evaluation =========================================================================================
+# --- shared: rollouts ---
+EVAL_SEED, TRAIN_SEED = 1_000_000_000, 100_000_000  # demonstrations use seeds from 0; the three never meet
+
+
 @dataclass
 class Episode:
-    """feature [T+1, F] (empty if not asked for), action [T, A] normalised, success [T] at each step, terminated at T.
+    """T steps; demonstrations may have more features and actions than that: what was recorded after the success."""
 
-    Demonstrations may have more features and actions than the T steps of `success`: what was recorded after it.
-    """
-
-    feature: Tensor
-    action: np.ndarray
-    success: np.ndarray
-    terminated: bool
+    feature: Tensor  # [T+1, F], empty if not asked for
+    action: np.ndarray  # [T, A] normalised
+    success: np.ndarray  # [T] at each step
+    terminated: bool  # at T
 
 
 @torch.no_grad()
-def rollout(env, agent: Agent, args: Args, seeds: list[int], generator, actor: ConsistencyActor, training: bool,
-            bar: tqdm | None = None, frames: list | None = None) -> list[Episode]:  # fmt: skip
-    """One episode per environment, side by side; the policy is asked once per chunk.
+def rollout(env, agent, args: Args, act, seeds, training: bool, frames: list | None = None) -> list[Episode]:
+    """One episode per environment, side by side; act(feature [N, F]) -> normalised chunk [N, H, A], asked once a chunk.
 
     training=True ends an episode at success or failure and keeps features; otherwise episodes run to the time limit,
     so that success at the end can be told from success on the way. `frames` collects the first environment's video.
@@ -1008,18 +940,15 @@ def rollout(env, agent: Agent, args: Args, seeds: list[int], generator, actor: C
         if training or t % H == 0:
             features.append(agent.feature(obs))
         if t % H == 0:
-            chunk = agent.act(features[-1], actor, args, generator, args.explore_noise if training else 0.0)  # [N, H, A]
+            chunk = act(features[-1])
         actions.append(chunk[:, t % H])
         obs, success, _, _, info = env.step(agent.denormalise(actions[-1]))
         successes.append(success > 0)
-        if bar is not None:
-            bar.update(int((~ended).sum()))
         if frames is not None:
             frames.append(env.call("render")[0])
         if training:
-            now = np.asarray(info["ended"], dtype=bool)
-            length[now & ~ended] = t + 1
-            ended |= now
+            length[info["ended"] & ~ended] = t + 1
+            ended |= info["ended"]
             if ended.all():
                 break
     stacked = torch.stack([*features, agent.feature(obs)], 1).cpu() if training else torch.empty(N, 0)
@@ -1027,27 +956,27 @@ def rollout(env, agent: Agent, args: Args, seeds: list[int], generator, actor: C
     return [Episode(stacked[i, : n + 1], action[i, :n], success[i, :n], bool(ended[i])) for i, n in enumerate(length)]
 
 
-EVAL_SEED, TRAIN_SEED = 1_000_000_000, 100_000_000  # demonstrations use seeds from 0; the three never meet
+# --- end shared ---
 
 
-def evaluate(env, agent: Agent, args: Args, actor: ConsistencyActor, episodes: int) -> dict[str, float]:
+# --- shared: evaluation ---
+def evaluate(env, agent, args: Args, act, episodes: int, rewards: tuple[float, float] = (0.0, 1.0)) -> dict[str, float]:
     """Success over the fixed evaluation episodes: the same initial states and policy noise every time.
 
-    Uses an environment and a generator of its own and leaves torch's global one alone, so training doesn't depend on
-    when it is called. Returns: both success rates, Wilson's 95 % interval, mean env steps to success (over successes).
+    act(feature, generator) gives chunks; `rewards` of a failing step and of success make up the return. Uses a
+    generator of its own and leaves torch's global one alone, so training doesn't depend on when it is called.
+    Returns: both success rates, Wilson's 95 % interval, mean env steps to success (over successes), return.
     """
-    start, flags = time.time(), []
-    generator = torch.Generator(args.device).manual_seed(0)
+    start, flags, act = time.time(), [], partial(act, generator=torch.Generator(args.device).manual_seed(0))
     with torch.random.fork_rng(devices=[]):
         for first in range(EVAL_SEED, EVAL_SEED + episodes, args.num_envs):
             seeds = range(first, first + args.num_envs)
-            flags += [e.success for e in rollout(env, agent, args, seeds, generator, actor, training=False)]
+            flags += [e.success for e in rollout(env, agent, args, act, seeds, training=False)]
     flags = np.stack(flags[:episodes])  # [episodes, time limit]
-    once, first = flags.any(1), flags.argmax(1)
-    interval = binomtest(int(once.sum()), episodes).proportion_ci(method="wilson")
-    fail, success, _, _ = return_bounds(args)
+    once, first, (fail, success) = flags.any(1), flags.argmax(1), rewards
+    low, high = binomtest(int(once.sum()), episodes).proportion_ci(method="wilson")
     metrics = {
-        "eval/success_once": once.mean(), "eval/success_once_low": interval.low, "eval/success_once_high": interval.high,
+        "eval/success_once": once.mean(), "eval/success_once_low": low, "eval/success_once_high": high,
         "eval/success_at_end": flags[:, -1].mean(), "eval/num_episodes": episodes, "time/eval_s": time.time() - start,
         "eval/episode_len": first[once].mean() + 1 if once.any() else args.max_episode_steps,
         "eval/return": np.where(once, success + fail * first, fail * args.max_episode_steps).mean(),
@@ -1055,48 +984,45 @@ def evaluate(env, agent: Agent, args: Args, actor: ConsistencyActor, episodes: i
     return {name: float(value) for name, value in metrics.items()}
 
 
-def film(agent: Agent, args: Args, actor: ConsistencyActor, folder: Path) -> None:
+def film(agent, args: Args, act, folder: Path) -> None:
     """Film the first evaluation episodes to folder/episode-I-{success,failure}.mp4."""
     import imageio
 
-    env, generator = make_env(args, 1, render=True), torch.Generator(args.device).manual_seed(0)
+    env, act = make_env(args, 1, render=True), partial(act, generator=torch.Generator(args.device).manual_seed(0))
     folder.mkdir(exist_ok=True)
     for i in range(args.video_episodes):
-        episode = rollout(env, agent, args, [EVAL_SEED + i], generator, actor, training=False, frames=(frames := []))[0]
+        (episode,) = rollout(env, agent, args, act, [EVAL_SEED + i], training=False, frames=(frames := []))
         name = f"episode-{i}-{'success' if episode.success.any() else 'failure'}.mp4"
         imageio.mimsave(folder / name, frames, fps=args.control_freq, macro_block_size=1)
     env.close()
 
 
-# =====================================================================================================================
-# Logging and checkpoints
-# =====================================================================================================================
+# --- end shared ---
+
+
+# === Logging and checkpoints =========================================================================================
 # --- shared: logging ---
 class Logger:
     """The same rows to metrics.csv (global_step, update_step, name, value), TensorBoard and, if asked, wandb."""
 
-    def __init__(self, folder: Path, args, update_step: int):
+    def __init__(self, folder: Path, args: Args, update_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path, self.wandb = folder / "metrics.csv", None
-        self.file = self.path.open("a", newline="")
+        self.file, self.wandb = (folder / "metrics.csv").open("a", newline="", buffering=1), None  # flushed by line
         if not self.file.tell():
             csv.writer(self.file).writerow(["global_step", "update_step", "name", "value"])
-            self.file.flush()
         self.board = SummaryWriter(folder / "tensorboard", purge_step=update_step + 1)
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(project="vla-rl", name=folder.name, id=folder.name, resume="allow",
-                                    dir=str(folder), config=dataclasses.asdict(args))  # fmt: skip
+            names = dict(project="vla-rl", name=folder.name, id=folder.name)
+            self.wandb = wandb.init(**names, resume="allow", dir=str(folder), config=dataclasses.asdict(args))
 
     def log(self, values: dict, global_step: int, update_step: int) -> None:
-        values = {name: value.item() if isinstance(value, Tensor) else float(value) for name, value in values.items()}
-        csv.writer(self.file).writerows([global_step, update_step, name, f"{value:.6g}"] for name, value in values.items())
-        self.file.flush()
-        for name, value in values.items():
+        values = {name: x.item() if isinstance(x, Tensor) else float(x) for name, x in values.items()}
+        csv.writer(self.file).writerows([global_step, update_step, name, f"{x:.6g}"] for name, x in values.items())
+        for name, value in (values | {"time/global_step": global_step}).items():
             self.board.add_scalar(name, value, update_step)
-        self.board.add_scalar("time/global_step", global_step, update_step)
         if self.wandb:
             self.wandb.log(values | {"global_step": global_step, "update_step": update_step})
 
@@ -1115,14 +1041,11 @@ def write_json(path: Path, content: dict) -> None:
 
 def provenance() -> dict:
     """Git commit, package versions and machine, for config.json and summary.json."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
+    commit = subprocess.getoutput(git) or "unknown"
     packages = {name: version(name) for name in ("torch", "mani_skill", "sapien", "numpy", "gymnasium")}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"git_commit": commit, "python": sys.version.split()[0], "packages": packages, "cpus": os.cpu_count(), "gpu": gpu}
+    machine = {"cpus": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    return {"git_commit": commit, "python": sys.version.split()[0], "packages": packages} | machine
 
 
 # --- end shared ---
@@ -1135,11 +1058,11 @@ def save_checkpoint(folder: Path, name: str, weights: dict[str, Tensor], state: 
     while (root / name).exists():  # never in the place of the only good one
         name += "+"
     temporary, final = root / f".{name}.tmp", root / name
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir(parents=True, exist_ok=True)  # it may be there, left half-written by a kill
     try:
         # Through memory: the libraries' own writers hide that a disk is full.
-        (temporary / "weights.safetensors").write_bytes(save({k: v.detach().cpu().contiguous() for k, v in weights.items()}))
+        weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        (temporary / "weights.safetensors").write_bytes(save(weights))
         torch.save(state, buffer := io.BytesIO())
         (temporary / "training.pt").write_bytes(buffer.getbuffer())
         os.replace(temporary, final)
@@ -1157,8 +1080,16 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
         return load_file(here / "weights.safetensors"), torch.load(here / "training.pt", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
+    except Exception as error:  # the readers raise all sorts
         raise UserError(f"{folder} holds no readable checkpoint ({error})") from error
+
+
+def load_weights(agent: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Strict load. Raises: UserError that begins with the misfits (another task, observation mode or network size)."""
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{source} is a checkpoint of another task or network: {str(error)[:300]}") from error
 
 
 def load_config(cls, folder: Path):
@@ -1175,9 +1106,7 @@ def load_config(cls, folder: Path):
 # --- end shared ---
 
 
-# =====================================================================================================================
-# Training
-# =====================================================================================================================
+# === Training ========================================================================================================
 STAGES = ("sft", "sft-head", "offline", "warmup", "online", "done")
 
 
@@ -1185,29 +1114,33 @@ class Run:
     """The state of a run that a checkpoint holds, and the bookkeeping between updates."""
 
     def __init__(self, args: Args, folder: Path, demos: Demos):
-        self.args, self.folder, self.demos = args, folder, demos
+        self.args, self.folder, self.demos, self.mark = args, folder, demos, time.time()
         torch.manual_seed(args.seed)
         self.agent = Agent(args, demos).to(args.device)
         sizes = (self.agent.feature_dim, self.agent.action_dim, args.chunk_len, args.gamma)
         self.expert, self.policy = ReplayBuffer(*sizes), ReplayBuffer(*sizes)
-        self.generators = {
-            "batch": torch.Generator().manual_seed(args.seed),
-            "update": torch.Generator(args.device).manual_seed(args.seed + 1),
-            "rollout": torch.Generator(args.device).manual_seed(args.seed + 2),
-        }
+        devices = {"batch": "cpu", "update": args.device, "rollout": args.device}
+        self.generators = {k: torch.Generator(d).manual_seed(args.seed + i) for i, (k, d) in enumerate(devices.items())}
         self.count = {"stage": "sft", "stage_update": 0, "update_step": 0, "global_step": 0, "episodes": 0, "due": 0.0}
         self.evals: list[dict] = []  # one entry per evaluation: stage, global_step and the metrics
         self.seconds = dict.fromkeys(STAGES, 0.0)
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.average: nn.Module | None = None  # stage 0's averaged weights
         self.recent: list[tuple[float, int]] = []  # success and length of the last training episodes
-        self.env = None
-        self.mark = time.time()
-        for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):  # rows of `expert` = rows of `demos`
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):  # the same rows as in `demos`
             action = self.agent.normalise(demos.action[start : start + length])
             empty = torch.zeros(length + 1, self.agent.feature_dim)  # embeddings come after stage 0
             self.add_episode(self.expert, Episode(empty, action, np.arange(1, steps + 1) == steps, True))
         self.num_demo_rows = self.expert.rows
+
+    @cached_property
+    def env(self):
+        return make_env(self.args, self.args.num_envs)
+
+    def act(self, feature: Tensor, generator: torch.Generator, explore: float = 0.0) -> np.ndarray:
+        """`Agent.act` with the actor that stands for the policy: after stage 0 the averaged one."""
+        averaged = self.args.actor_ema and not self.count["stage"].startswith("sft")
+        actor = self.agent.actor_ema if averaged else self.agent.actor
+        return self.agent.act(feature, actor, self.args, generator, explore)
 
     def add_episode(self, buffer: ReplayBuffer, episode: Episode) -> None:
         fail, success, _, _ = return_bounds(self.args)
@@ -1215,75 +1148,66 @@ class Run:
         hold = self.agent.hold_action(episode.action[-1])
         buffer.add(episode.feature, episode.action, reward, episode.terminated, bool(episode.success.any()), fail, hold)
 
-    def collect(self, bar: tqdm | None = None) -> int:
-        """One training episode per environment into the buffers; successes go to the expert buffer too. Returns steps."""
-        args, n = self.args, self.args.num_envs
-        seeds = [TRAIN_SEED + 1_000_000 * args.seed + self.count["episodes"] + i for i in range(n)]
-        episodes = rollout(self.environment(), self.agent, args, seeds, self.generators["rollout"], self.acting(),
-                           training=True, bar=bar)  # fmt: skip
+    def collect(self) -> int:
+        """An episode per environment into the policy buffer, successes into the expert buffer too. Returns steps."""
+        args, first = self.args, TRAIN_SEED + 1_000_000 * self.args.seed + self.count["episodes"]
+        act = partial(self.act, generator=self.generators["rollout"], explore=args.explore_noise)
+        episodes = rollout(self.env, self.agent, args, act, range(first, first + args.num_envs), training=True)
         for episode in episodes:
             self.add_episode(self.policy, episode)
             if episode.success.any():
                 self.add_episode(self.expert, episode)
             self.recent = [*self.recent, (float(episode.success.any()), len(episode.action))][-20:]
-        self.count["episodes"] += n
-        steps = sum(len(e.action) for e in episodes)
+        steps = sum(len(episode.action) for episode in episodes)
+        self.count["episodes"] += args.num_envs
         self.count["global_step"] += steps
         return steps
 
-    def environment(self):
-        self.env = self.env or make_env(self.args, self.args.num_envs)
-        return self.env
-
-    def acting(self) -> ConsistencyActor:
-        return self.agent.actor_ema if self.args.actor_ema and not self.count["stage"].startswith("sft") else self.agent.actor
-
-    def batch(self, stage: str) -> tuple[Batch, Tensor]:
-        """A batch and which of it is expert data: demonstrations only (offline), or half and half (Eqs. 5-9)."""
+    def batch(self) -> tuple[Batch, Tensor]:
+        """A batch and which of it is expert data: demonstrations only (stage 1), or half and half (Eqs. 5-9)."""
         size, g, device = self.args.batch_size, self.generators["batch"], self.args.device
-        if stage == "offline" or not self.policy.num_starts:
-            batch = self.expert.gather(self.expert.draw(size, g), device)
-            return batch, torch.ones(size, dtype=torch.bool, device=device)
-        half = size // 2
-        batch = self.expert.gather(self.expert.draw(half, g), device)
-        batch = batch.cat(self.policy.gather(self.policy.draw(size - half, g), device))
-        return batch, torch.arange(size, device=device) < half
+        own = 0 if self.count["stage"] == "offline" or not len(self.policy.starts) else size - size // 2
+        batch = self.expert.gather(self.expert.draw(size - own, g), device)
+        if own:
+            batch = batch.cat(self.policy.gather(self.policy.draw(own, g), device))
+        return batch, torch.arange(size, device=device) < size - own
 
-    def update(self, stage: str, cql_alpha: float, train_actor: bool) -> dict[str, Tensor]:
+    def update(self, cql_alpha: float, train_actor: bool = True) -> dict[str, Tensor]:
         """`critic_updates` critic steps on fresh batches and one actor step on the last of them."""
-        a, g, logs = self.agent, self.generators["update"], {}
-        for _ in range(self.args.critic_updates):
-            batch, expert = self.batch(stage)
-            batch.feature = a.perturb(batch.feature, self.args.proprio_noise, g)
-            batch.next_feature = a.perturb(batch.next_feature, self.args.proprio_noise, g)
-            logs |= update_critic(a, self.optimizers["critic"], batch, self.args, cql_alpha, g)
+        agent, args, g, logs = self.agent, self.args, self.generators["update"], {}
+        for _ in range(args.critic_updates):
+            batch, expert = self.batch()
+            batch.feature = agent.perturb(batch.feature, args.proprio_noise, g)
+            batch.next_feature = agent.perturb(batch.next_feature, args.proprio_noise, g)
+            logs |= update_critic(agent, self.optimizers["critic"], batch, args, cql_alpha, g)
         if train_actor:
-            logs |= update_actor(a, self.optimizers["actor"], batch, expert, self.args, stage, g)
-        logs["buffer/policy_ratio"] = 1 - expert.float().mean()
-        return logs
+            logs |= update_actor(agent, self.optimizers["actor"], batch, expert, args, self.count["stage"], g)
+        return logs | {"buffer/policy_ratio": 1 - expert.float().mean()}
 
-    def enter(self, stage: str, loading: bool = False) -> bool:
-        """True if `stage` is still to be done; sets up its optimizers (ConRFT starts each stage with a fresh Adam)."""
+    def enter(self, stage: str) -> bool:
+        """True if `stage` is still to be done; if it begins here, the one before is saved and optimizers are new."""
         if STAGES.index(self.count["stage"]) > STAGES.index(stage):
             return False
-        if self.count["stage"] == stage and self.optimizers:  # resumed: `load` has set them up
-            return True
-        self.clock()
-        self.count |= {"stage": stage, "stage_update": 0}
-        a, lr = self.agent, self.args.reinforce_lr
-        if stage.startswith("sft"):
-            trained = nn.ModuleList([a.backbone, a.actor] if stage == "sft" else [a.actor])
-            self.trained = trained
-            self.optimizers = {"sft": torch.optim.AdamW(trained.parameters(), lr=self.args.sft_lr, weight_decay=1e-4)}
-            average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-            self.average = torch.optim.swa_utils.AveragedModel(trained, multi_avg_fn=average)
-        else:
-            self.optimizers = {"critic": torch.optim.Adam(a.critic.parameters(), lr=lr),
-                               "actor": torch.optim.Adam(a.actor.parameters(), lr=lr)}  # fmt: skip
-            self.average = None
-        if self.count["update_step"] and not loading:
-            self.save()  # the end of the stage before
+        if self.count["stage"] != stage or not self.optimizers:
+            self.clock()
+            self.count |= {"stage": stage, "stage_update": 0}
+            self.make_optimizers()
+            if self.count["update_step"]:
+                self.save()
         return True
+
+    def make_optimizers(self) -> None:
+        """Those of the present stage (ConRFT starts each stage with a fresh Adam), and stage 0's averaged weights."""
+        args, agent, stage = self.args, self.agent, self.count["stage"]
+        self.average = None
+        if stage.startswith("sft"):
+            self.trained = nn.ModuleList([agent.backbone, agent.actor] if stage == "sft" else [agent.actor])
+            self.optimizers = {"sft": torch.optim.AdamW(self.trained.parameters(), lr=args.sft_lr, weight_decay=1e-4)}
+            decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+            self.average = torch.optim.swa_utils.AveragedModel(self.trained, multi_avg_fn=decay)
+        else:
+            nets = {"critic": agent.critic, "actor": agent.actor}
+            self.optimizers = {k: torch.optim.Adam(net.parameters(), lr=args.reinforce_lr) for k, net in nets.items()}
 
     def tick(self, logs: dict, logger: Logger) -> None:
         """After each update: count it, log now and then, write a checkpoint now and then."""
@@ -1295,19 +1219,20 @@ class Run:
         if self.count["stage_update"] % self.args.checkpoint_freq == 0 and self.count["stage"] != "online":
             self.save()
 
-    def evaluate(self, logger: Logger, episodes: int, actor: ConsistencyActor) -> float:
-        metrics = evaluate(self.environment(), self.agent, self.args, actor, episodes)
-        logger.log(metrics, self.count["global_step"], self.count["update_step"])
-        self.evals.append({"stage": self.count["stage"], "global_step": self.count["global_step"]} | metrics)
-        low, high = metrics["eval/success_once_low"], metrics["eval/success_once_high"]
-        tqdm.write(f"{self.count['stage']:>8} | env steps {self.count['global_step']:6d} | success {metrics['eval/success_once']:.2f}"
-                   f" [{low:.2f}, {high:.2f}] | steps to success {metrics['eval/episode_len']:.1f}")  # fmt: skip
-        return metrics["eval/success_once"]
+    def evaluate(self, logger: Logger, episodes: int) -> None:
+        stage, step = self.count["stage"], self.count["global_step"]
+        metrics = evaluate(self.env, self.agent, self.args, self.act, episodes, return_bounds(self.args)[:2])
+        logger.log(metrics, step, self.count["update_step"])
+        self.evals.append({"stage": stage, "global_step": step} | metrics)
+        once, low, high = (metrics[f"eval/success_once{end}"] for end in ("", "_low", "_high"))
+        line = f"{stage:>8} | env steps {step:6d} | success {once:.2f} [{low:.2f}, {high:.2f}]"
+        tqdm.write(f"{line} | steps to success {metrics['eval/episode_len']:.1f}")
 
     def bar(self, title: str, total: int, done: int = 0) -> tqdm:
         """Progress of a stage; the title carries the latest evaluation."""
         latest = f" | success {self.evals[-1]['eval/success_once']:.2f}" if self.evals else ""
-        return tqdm(total=total, initial=done, desc=f"[{STAGES.index(self.count['stage'])}/4] {title}{latest}", mininterval=2)
+        title = f"[{STAGES.index(self.count['stage'])}/4] {title}{latest}"
+        return tqdm(total=total, initial=done, desc=title, mininterval=2)
 
     def clock(self) -> None:
         """Book the time since the last call on the present stage."""
@@ -1316,45 +1241,34 @@ class Run:
 
     def save(self) -> None:
         self.clock()
-        state = {
-            "count": self.count, "evals": self.evals, "seconds": self.seconds, "recent": self.recent,
+        state = {name: getattr(self, name) for name in ("count", "evals", "seconds", "recent")} | {
             "generators": {k: g.get_state() for k, g in self.generators.items()},
             "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
-            "expert": self.expert.state_dict(), "policy": self.policy.state_dict(),
             "average": self.average and self.average.state_dict(),
+            "expert": self.expert.state_dict(),
+            "policy": self.policy.state_dict(),
             "log_size": (self.folder / "metrics.csv").stat().st_size,
-        }  # fmt: skip
+        }
         save_checkpoint(self.folder, f"update-{self.count['update_step']}", self.agent.state_dict(), state)
 
     def load(self) -> None:
         weights, state = load_checkpoint(self.folder)
         load_weights(self.agent, weights, self.folder)
-        self.enter(state["count"]["stage"], loading=True)
         self.count, self.evals, self.seconds, self.recent = (state[k] for k in ("count", "evals", "seconds", "recent"))
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        self.make_optimizers()
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name])
-        self.expert.load_state_dict(state["expert"])
-        self.policy.load_state_dict(state["policy"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        for name in ("average", "expert", "policy"):
+            if getattr(self, name) is not None:
+                getattr(self, name).load_state_dict(state[name])
         if not self.args.eval_only:  # what a killed run logged after its last checkpoint
             os.truncate(self.folder / "metrics.csv", state["log_size"])
 
 
-def load_weights(agent: Agent, weights: dict[str, Tensor], source: Path) -> None:
-    """Strict load. Raises: UserError naming the first misfit (another task, observation mode, chunk or network size)."""
-    own = agent.state_dict()
-    wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [k for k in weights if k not in own]
-    if wrong:
-        have = tuple(weights[wrong[0]].shape) if wrong[0] in weights else "nothing"
-        want = tuple(own[wrong[0]].shape) if wrong[0] in own else "nothing"
-        raise UserError(f"{source} is a checkpoint of another task or network: {wrong[0]} is {have}, expected {want}")
-    agent.load_state_dict(weights)
-
-
-def random_shift(image: Tensor, generator: torch.Generator, pad: int) -> Tensor:
+# --- shared: random shift ---
+def random_shift(image: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Shift each image by up to `pad` pixels, edges repeated. Shapes: [B, H, H, 3] uint8 -> same."""
     B, side = image.shape[:2]
     shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator)
@@ -1362,12 +1276,16 @@ def random_shift(image: Tensor, generator: torch.Generator, pad: int) -> Tensor:
     return image[torch.arange(B, device=image.device)[:, None, None], rows[:, :, None], cols[:, None, :]]
 
 
+# --- end shared ---
+
+
 def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
     """Stage 0: behaviour cloning of backbone and head ("sft"), then of the head on cached embeddings ("sft-head")."""
     args, agent = run.args, run.agent
     optimizer, params = run.optimizers["sft"], run.optimizers["sft"].param_groups[0]["params"]
     obs = {k: torch.from_numpy(v) for k, v in run.demos.obs.items()}
-    rows = torch.from_numpy(np.delete(np.arange(run.num_demo_rows), run.demos.starts() + run.demos.lengths))  # to the end
+    last = run.demos.starts() + run.demos.lengths
+    rows = torch.from_numpy(np.delete(np.arange(run.num_demo_rows), last))  # all that have an action
     with run.bar("SFT" if stage == "sft" else "SFT, head only", total, run.count["stage_update"]) as bar:
         while (step := run.count["stage_update"]) < total:
             rate = min((step + 1) / (0.05 * total), 0.5 * (1 + math.cos(math.pi * step / total)))
@@ -1376,7 +1294,7 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
             batch = run.expert.gather(t, args.device)
             feature = batch.feature
             if stage == "sft":
-                images = {k: random_shift(v[t], run.generators["batch"], args.image_shift) for k, v in obs.items() if k != "proprio"}
+                images = {k: random_shift(v[t], run.generators["batch"]) for k, v in obs.items() if k != "proprio"}
                 feature = agent.feature({"proprio": obs["proprio"][t]} | images)
             feature = agent.perturb(feature, args.proprio_noise, run.generators["update"])
             loss = consistency_loss(agent.actor, feature, batch.chunk, run.generators["update"]).mean()
@@ -1392,7 +1310,8 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
     if stage == "sft":
         with torch.no_grad():  # each observation is embedded once, here
             rows = torch.arange(run.num_demo_rows).split(256)
-            run.expert.data["feature"][: run.num_demo_rows] = torch.cat([agent.feature({k: v[r] for k, v in obs.items()}).cpu() for r in rows])
+            features = [agent.feature({k: v[r] for k, v in obs.items()}).cpu() for r in rows]
+        run.expert.data["feature"][: run.num_demo_rows] = torch.cat(features)
 
 
 def train_updates(run: Run, logger: Logger, stage: str, total: int) -> None:
@@ -1400,76 +1319,75 @@ def train_updates(run: Run, logger: Logger, stage: str, total: int) -> None:
     with run.bar("offline Cal-QL" if stage == "offline" else "warm-up", total, run.count["stage_update"]) as bar:
         while (step := run.count["stage_update"]) < total:
             actor = stage == "offline" or (run.args.warmup_train_actor and step >= total // 2)
-            run.tick(run.update(stage, run.args.cql_alpha, actor), logger)
+            run.tick(run.update(run.args.cql_alpha, actor), logger)
             bar.update()
 
 
 def train_online(run: Run, logger: Logger) -> None:
     """Stage 3: an episode per environment, then utd_ratio actor updates per step of it."""
     args, count = run.args, run.count
-    with run.bar("online VGPD", args.online_steps, count["global_step"] - count["online_start"]) as bar:
-        while count["global_step"] - count["online_start"] < args.online_steps:
-            before, start = count["global_step"], time.time()
-            steps = run.collect(bar)
-            collected = time.time()
+    done = count["global_step"] - count["online_start"]
+    with run.bar("online VGPD", args.online_steps, done) as bar:
+        while done < args.online_steps:
+            before, start = done, time.time()
+            steps = run.collect()
+            done, collected = before + steps, time.time()
+            bar.update(steps)
             count["due"] += args.utd_ratio * steps
             while count["due"] >= 1:
                 count["due"] -= 1
-                run.tick(run.update("online", args.online_cql_alpha, True), logger)
+                run.tick(run.update(args.online_cql_alpha), logger)
             success, length = np.mean(run.recent, 0)
-            logger.log({"train/success_once": success, "train/episode_len": length, "buffer/size": run.policy.rows,
-                        "time/rollout_s": collected - start, "time/update_s": time.time() - collected,
-                        "time/env_steps_per_s": steps / (collected - start)}, count["global_step"], count["update_step"])  # fmt: skip
+            logs = {
+                "train/success_once": success, "train/episode_len": length, "buffer/size": run.policy.rows,
+                "time/rollout_s": collected - start, "time/update_s": time.time() - collected,
+                "time/env_steps_per_s": steps / (collected - start),
+            }  # fmt: skip
+            logger.log(logs, count["global_step"], count["update_step"])
             bar.set_postfix(train=f"{success:.2f}", length=f"{length:.0f}")
-            done = count["global_step"] - count["online_start"]
-            if done // args.eval_freq > (before - count["online_start"]) // args.eval_freq and done < args.online_steps:
-                value = run.evaluate(logger, args.eval_interim_episodes, run.acting())
-                bar.set_description(f"[4/4] online VGPD | success {value:.2f}")
+            if done // args.eval_freq > before // args.eval_freq and done < args.online_steps:
+                run.evaluate(logger, args.eval_interim_episodes)
+                bar.set_description(f"[4/4] online VGPD | success {run.evals[-1]['eval/success_once']:.2f}")
                 run.save()
 
 
 def calibration(run: Run) -> dict[str, float]:
     """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
-    if not run.policy.num_starts:
+    if not len(run.policy.starts):
         return {}
     with torch.no_grad():
-        batch = run.policy.gather(run.policy.starts[: run.policy.num_starts], run.args.device)
+        batch = run.policy.gather(run.policy.starts, run.args.device)
         q = run.agent.critic(batch.feature, batch.chunk).mean(0)
-    gap = q - batch.mc_return
-    correlation = torch.corrcoef(torch.stack([q, batch.mc_return]))[0, 1]
+    gap, correlation = q - batch.mc_return, torch.corrcoef(torch.stack([q, batch.mc_return]))[0, 1]
     return {"calib/q_minus_return": gap.mean(), "calib/abs_error": gap.abs().mean(), "calib/correlation": correlation}
 
 
 def summarise(run: Run) -> dict:
     """summary.json: what happened, from the recorded evaluations."""
     online = [e for e in run.evals if e["stage"] in ("online", "done")]
-    start = run.count.get("online_start", 0)
-    steady = [a["global_step"] - start for a, b in zip(online, online[1:] + online[-1:])
-              if min(a["eval/success_once"], b["eval/success_once"]) >= 0.8]  # fmt: skip
-    handover = online[0]["eval/success_once"]
-    last = run.evals[-1]
+    first, handover, last, start = run.evals[0], online[0], run.evals[-1], run.count.get("online_start", 0)
+    once, interval = "eval/success_once", ("eval/success_once_low", "eval/success_once_high")
+    steady = [a["global_step"] - start for a, b in zip(online, online[1:] + [last]) if min(a[once], b[once]) >= 0.8]
     return {
-        "success_once": last["eval/success_once"], "success_interval": [last["eval/success_once_low"], last["eval/success_once_high"]],
+        "success_once": last[once], "success_interval": [last[k] for k in interval],
         "success_at_end": last["eval/success_at_end"], "steps_to_success": last["eval/episode_len"],
         "demo_steps_to_success": float(run.demos.steps.mean()),
-        "sft_success_once": run.evals[0]["eval/success_once"],
-        "sft_success_interval": [run.evals[0]["eval/success_once_low"], run.evals[0]["eval/success_once_high"]],
-        "handover_success_once": handover, "largest_drop": max(handover - e["eval/success_once"] for e in online),
+        "sft_success_once": first[once], "sft_success_interval": [first[k] for k in interval],
+        "handover_success_once": handover[once], "largest_drop": max(handover[once] - e[once] for e in online),
         "online_env_steps": run.count["global_step"] - start, "env_steps": run.count["global_step"],
         "online_env_steps_at_80": steady[0] if steady else None, "seconds_per_stage": run.seconds,
         "seconds": sum(run.seconds.values()), "evaluations": run.evals, "demonstrations": run.demos.source,
     }  # fmt: skip
 
 
-def main(args: Args) -> Path:
-    """Run or resume all stages; returns the run's folder."""
-    # INFRASTRUCTURE: flags, folder, demonstrations, networks
-    resumed = args.resume or args.eval_only
+def begin(args: Args) -> Run:
+    """A run in a new folder, or one resumed from its last checkpoint."""
     if args.resume and args.eval_only:
         raise UserError("--resume and --eval-only exclude each other")
+    resumed = args.resume or args.eval_only
     if resumed:
-        flags, args = args, load_config(Args, Path(resumed))
-        args.resume, args.eval_only, args.device = flags.resume, flags.eval_only, flags.device
+        places = dict(resume=args.resume, eval_only=args.eval_only, device=args.device)
+        args = dataclasses.replace(load_config(Args, Path(resumed)), **places)
     validate(args)
     torch.set_num_threads(args.torch_threads)
     started = time.time()
@@ -1487,50 +1405,58 @@ def main(args: Args) -> Path:
     if resumed:
         run.load()
     run.seconds.setdefault("demonstrations", time.time() - started)
+    return run
+
+
+def main(args: Args) -> Path:
+    """Run or resume all stages; returns the run's folder."""
+    # INFRASTRUCTURE: flags, folder, demonstrations, networks
+    run = begin(args)
+    args, count, folder = run.args, run.count, run.folder
     if args.eval_only:
-        metrics = evaluate(run.environment(), run.agent, args, run.acting(), args.eval_episodes)
+        metrics = evaluate(run.env, run.agent, args, run.act, args.eval_episodes, return_bounds(args)[:2])
         print(json.dumps(metrics, indent=2))
         return folder
-    logger = Logger(folder, args, run.count["update_step"])
+    logger = Logger(folder, args, count["update_step"])
 
     # ALGORITHM: stage 0
     if run.enter("sft"):
         train_sft(run, logger, "sft", args.sft_updates)
     if run.enter("sft-head"):
         train_sft(run, logger, "sft-head", args.sft_head_updates)
-        run.evaluate(logger, args.eval_episodes, run.agent.actor)
+        run.evaluate(logger, args.eval_episodes)
     # ALGORITHM: stage 1
     if run.enter("offline"):
         train_updates(run, logger, "offline", args.offline_updates)
-        run.evaluate(logger, args.eval_interim_episodes, run.acting())
+        run.evaluate(logger, args.eval_interim_episodes)
     # ALGORITHM: stage 2
     if args.warmup and run.enter("warmup"):
-        with run.bar("warm-up rollouts", args.warmup_episodes, run.count["episodes"]) as bar:
-            while run.count["episodes"] < args.warmup_episodes:
+        with run.bar("warm-up rollouts", args.warmup_episodes, count["episodes"]) as bar:
+            while count["episodes"] < args.warmup_episodes:
                 run.collect()
                 bar.update(args.num_envs)
-        if not run.count["stage_update"]:
-            logger.log(calibration(run), run.count["global_step"], run.count["update_step"])
+        if not count["stage_update"]:
+            logger.log(calibration(run), count["global_step"], count["update_step"])
         train_updates(run, logger, "warmup", args.warmup_updates)
-        logger.log(calibration(run), run.count["global_step"], run.count["update_step"])
+        logger.log(calibration(run), count["global_step"], count["update_step"])
     # ALGORITHM: stage 3
     if run.enter("online"):
-        if "online_start" not in run.count:
-            run.count["online_start"] = run.count["global_step"]
-            run.evaluate(logger, args.eval_episodes, run.acting())
+        if "online_start" not in count:
+            count["online_start"] = count["global_step"]
+            run.evaluate(logger, args.eval_episodes)
             run.save()
         train_online(run, logger)
-        run.evaluate(logger, args.eval_episodes, run.acting())
+        run.evaluate(logger, args.eval_episodes)
 
     # INFRASTRUCTURE: results
     run.clock()
-    run.count["stage"] = "done"
+    count["stage"] = "done"
     run.save()
     logger.close()
     write_json(folder / "summary.json", summarise(run) | {"env_id": args.env_id, "seed": args.seed} | provenance())
     if args.video_episodes:
-        film(run.agent, args, run.acting(), folder / "videos")
-    run.environment().close()
+        film(run.agent, args, run.act, folder / "videos")
+    run.env.close()
     print(f"done: success {run.evals[-1]['eval/success_once']:.2f}, results in {folder}")
     return folder
 
@@ -1543,6 +1469,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
+# --- shared: entry ---
 if __name__ == "__main__":
     try:
         main(parse_args())
@@ -1554,3 +1481,4 @@ if __name__ == "__main__":
             raise
         print(f"error: the disk is full; free some space, then go on with --resume RUN_DIR ({error})", file=sys.stderr)
         sys.exit(2)
+# --- end shared ---

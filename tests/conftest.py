@@ -60,6 +60,22 @@ def as_flags(args: force_octo.Args) -> list[str]:
     return flags
 
 
+class InlinePool:
+    """In the place of ProcessPoolExecutor: demonstration workers run in this process."""
+
+    def __init__(self, workers, context):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, function, parts):
+        return map(function, parts)
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Run the script as `python force_octo.py FLAGS` does, but in this process: (exit code, stdout, stderr)."""

@@ -12,12 +12,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, as_flags, tiny_args
+from conftest import ROOT, SCRIPT, InlinePool, as_flags, tiny_args
 
 import force_octo as script
 from force_octo import UserError
@@ -151,8 +150,7 @@ def test_no_vulkan_with_demonstrations_at_hand(place, no_vulkan, command, tmp_pa
 
 
 def test_no_vulkan_while_making_demonstrations(no_vulkan, monkeypatch, tmp_path):
-    counter = SimpleNamespace(value=0)
-    monkeypatch.setattr(script, "run_workers", lambda f, jobs, title: [f(*job, counter) for job in jobs])
+    monkeypatch.setattr(script, "ProcessPoolExecutor", InlinePool)
     with pytest.raises(UserError, match=r"simulator can't start .*setup\.sh"):
         script.load_demos(tiny_args(tmp_path))
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]

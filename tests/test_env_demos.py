@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_args
+from conftest import InlinePool, tiny_args
 
 import force_octo as script
 from force_octo import UserError
@@ -20,10 +20,7 @@ from force_octo import UserError
 def inline(monkeypatch):
     """Demonstration workers run in this process."""
 
-    def run(function, jobs, title):
-        return [function(*job, SimpleNamespace(value=0)) for job in jobs]
-
-    monkeypatch.setattr(script, "run_workers", run)
+    monkeypatch.setattr(script, "ProcessPoolExecutor", InlinePool)
 
 
 @pytest.fixture
@@ -113,11 +110,11 @@ def test_an_episode_does_not_depend_on_the_ones_before(place, planned):
 def test_a_cache_is_used_again_and_only_for_the_same_flags(place, demos, monkeypatch):
     asked = []
 
-    def workers(function, jobs, title):
-        asked.append(len(jobs))
+    def pool(workers, context):
+        asked.append(workers)
         raise InterruptedError
 
-    monkeypatch.setattr(script, "run_workers", workers)
+    monkeypatch.setattr(script, "ProcessPoolExecutor", pool)
     again = script.load_demos(tiny_args(place, seed=7, K=3, hidden_dim=99))
     assert np.array_equal(again.action, demos.action) and not asked
     for change in ({"control_mode": "pd_ee_delta_pose"}, {"num_demos": 3}, {"control_freq": 20}, {"obs_mode": "rgb"}):
@@ -285,8 +282,12 @@ def test_worker_processes_equal_this_process(place, demos):
                 assert np.array_equal(own["proprio"][0], obs["proprio"][i])
                 assert (reached[0], own_info["ended"][0]) == (success[i], info["ended"][i])
         assert not np.array_equal(first["proprio"][0], first["proprio"][1])
-        args.max_episode_steps, agent = 4, script.Agent(args, demos)
-        episodes = script.rollout(pair, agent, args, seeds, torch.Generator(), agent.actor, training=True)
+        args.max_episode_steps, agent, g = 4, script.Agent(args, demos), torch.Generator()
+
+        def act(feature):
+            return agent.act(feature, agent.actor, args, g)
+
+        episodes = script.rollout(pair, agent, args, act, seeds, training=True)
         for episode, seed in zip(episodes, seeds, strict=True):
             start = agent.feature(alone.reset(seed=[seed])[0])
             assert len(episode.action) == 4 and episode.feature.shape == (5, agent.feature_dim)
@@ -321,14 +322,11 @@ class ScriptedEnv:
 
 def scripted_agent(H=3):
     """Its chunk at time t is t + 0.1, t + 0.2, ...; its feature is the observation."""
-    explored = []
 
-    def act(feature, actor, args, generator, explore):
-        explored.append(explore)
+    def act(feature, generator=None):
         return feature.numpy()[:, 1:, None] + (0.1 * np.arange(1, H + 1))[:, None]
 
     return SimpleNamespace(
-        explored=explored,
         H=H,
         feature=lambda obs: torch.as_tensor(obs["proprio"]),
         act=act,
@@ -338,15 +336,14 @@ def scripted_agent(H=3):
 
 def test_training_rollout():
     env, args, agent = ScriptedEnv({7: {4}, 8: set()}), script.Args(max_episode_steps=5), scripted_agent()
-    done, cut = script.rollout(env, agent, args, [7, 8], None, None, training=True)
-    assert agent.explored == [args.explore_noise] * 2
+    done, cut = script.rollout(env, agent, args, agent.act, [7, 8], training=True)
     assert done.success.tolist() == [False, False, False, True] and done.terminated
     assert done.action[:, 0].tolist() == pytest.approx([0.1, 0.2, 0.3, 3.1])  # the policy is asked at 0 and 3
     assert done.feature.tolist() == [[7, t] for t in range(5)]  # up to the state after the success
     assert len(cut.action) == 5 and not cut.terminated and not cut.success.any()
     assert cut.feature.tolist() == [[8, t] for t in range(6)]
     assert env.actions[3][0].item() == pytest.approx(31)  # in the controller's units
-    early = script.rollout(ScriptedEnv({7: {2}}), scripted_agent(), args, [7], None, None, training=True)
+    early = script.rollout(ScriptedEnv({7: {2}}), agent, args, agent.act, [7], training=True)
     assert len(early[0].action) == 2
 
 
@@ -358,10 +355,9 @@ def test_evaluation_numbers():
     plan[script.EVAL_SEED + 4] = {1, 2, 3, 4, 5, 6}
     plan[script.EVAL_SEED + 5] = {1}  # beyond the five episodes asked for
     env = ScriptedEnv(plan)
-    args = script.Args(max_episode_steps=limit, num_envs=2, reward="conrft", device="cpu")
+    args = script.Args(max_episode_steps=limit, num_envs=2, device="cpu")
     before, agent = torch.get_rng_state(), scripted_agent(H)
-    metrics = script.evaluate(env, agent, args, None, 5)
-    assert set(agent.explored) == {0.0}
+    metrics = script.evaluate(env, agent, args, agent.act, 5, rewards=(-0.05, 10.0))
     assert torch.equal(torch.get_rng_state(), before)
     p, n, z = 3 / 5, 5, 1.959964
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -373,7 +369,7 @@ def test_evaluation_numbers():
     assert metrics["eval/return"] == pytest.approx(sum(returns) / 5)
     assert [list(s) for s in env.resets] == [[script.EVAL_SEED + i, script.EVAL_SEED + i + 1] for i in (0, 2, 4)]
     assert len(env.actions) == 3 * limit  # to the time limit, also past a success
-    nothing = script.evaluate(ScriptedEnv({k: set() for k in plan}), scripted_agent(H), args, None, 2)
+    nothing = script.evaluate(ScriptedEnv({k: set() for k in plan}), agent, args, agent.act, 2)
     assert nothing["eval/success_once"] == 0 == nothing["eval/success_once_low"]
     assert nothing["eval/episode_len"] == limit
 

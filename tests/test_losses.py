@@ -128,19 +128,21 @@ def test_consistency_scalings(sigma):
 
 
 def test_the_least_noise_is_the_identity():
-    actor = script.ConsistencyActor(5, 6, hidden=16, layers=2)
-    x = torch.rand(3, 4, 6, generator=rng()) * 2 - 1
+    unit = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 0.25])
+    actor = script.ConsistencyActor(5, unit, hidden=16, layers=2)
+    x = (torch.rand(3, 4, 6, generator=rng()) * 2 - 1) / unit
     feature, least = torch.randn(3, 5, generator=rng(1)), torch.full((1, 1), script.SIGMA_MIN)
     assert torch.equal(actor.denoise(feature, x, least), x)
     assert not torch.allclose(actor.denoise(feature, x, torch.full((1, 1), 0.5)), x, atol=0.01)
-    assert actor.denoise(feature, 9 * x, torch.full((1, 1), 0.1)).abs().max() == 1  # stays in the box
+    far = actor.denoise(feature, 9 * x, torch.full((1, 1), 0.1))
+    assert torch.equal(far.abs().amax((0, 1)), 1 / unit)  # stays in the box, whose side depends on the unit
 
 
 class StubActor:
     """Denoises to what it is told; remembers what it was asked."""
 
-    def __init__(self, answer):
-        self.answer, self.asked = answer, []
+    def __init__(self, answer, unit=1.0):
+        self.answer, self.unit, self.asked = answer, torch.tensor(unit), []
 
     def denoise(self, feature, x, sigma):
         self.asked.append((x, sigma))
@@ -159,6 +161,17 @@ def test_consistency_loss_weights_and_noise():
     assert loss.shape == (4000,) and loss.tolist() == pytest.approx(by_hand, rel=1e-4)
     drawn, levels = set(sigma[:, 0].tolist()), script.karras_sigmas().tolist()
     assert drawn == set(levels[:39])  # 80 ... 0.0037; the least is the identity and is never drawn
+
+
+def test_consistency_loss_is_in_units_of_the_spread():
+    actor, chunk = StubActor(torch.tensor([0.6, -0.2]), unit=[0.2, 0.5]), torch.tensor([[0.1, -0.2]]).repeat(2000, 1)
+    loss = script.consistency_loss(actor, torch.zeros(2000, 1), chunk, rng())
+    ((x, sigma),) = actor.asked
+    clean = [0.1 / 0.2, -0.2 / 0.5]
+    noise = (x[:, 0] - torch.tensor(clean)) / sigma
+    assert noise.mean().abs() < 0.05 and noise.std().item() == pytest.approx(1, abs=0.05)  # noise isn't scaled
+    error = ((0.6 - clean[0]) ** 2 + (-0.2 - clean[1]) ** 2) / 2
+    assert loss.tolist() == pytest.approx([(s**-2 + 4) * error for s in sigma[:, 0].tolist()], rel=1e-4)
 
 
 @pytest.mark.parametrize("sigma", FLATNESS)
@@ -182,13 +195,14 @@ def one_by_one(actor, feature, x, sigma):
     for norm, layer in zip(actor.norms, [*actor.hidden, actor.out], strict=True):
         h = (h - h.mean()) / ((h - h.mean()).square().mean() + 1e-6).sqrt() * norm.weight + norm.bias
         h = layer(torch.tanh(h))
-    return (c_out * h + c_skip * x).clamp(-1, 1)
+    return (c_out * h + c_skip * x).clamp(-1 / actor.unit, 1 / actor.unit)
 
 
 @pytest.mark.parametrize("second", [0.0, 0.7])
 def test_samples_equal_one_by_one_denoising(second):
     torch.manual_seed(0)
-    actor = script.ConsistencyActor(5, 4, hidden=16, layers=3)
+    unit = torch.tensor([1.0, 0.5, 2.0, 0.8])
+    actor = script.ConsistencyActor(5, unit, hidden=16, layers=3)
     with torch.no_grad():
         for norm in actor.norms:
             norm.weight.uniform_(0.5, 1.5)
@@ -205,7 +219,7 @@ def test_samples_equal_one_by_one_denoising(second):
                 x = one_by_one(actor, feature[b], first[b, 0 if second else k], 80.0)
                 if second:
                     x = one_by_one(actor, feature[b], x + second * again[b, k], second)
-                x = (x + 0.05 * jitter[b, k]).clamp(-1, 1)
+                x = (unit * x + 0.05 * jitter[b, k]).clamp(-1, 1)
                 # The angles reach 1100 radians, where float32 leaves about 1e-4.
                 torch.testing.assert_close(samples[b, k], x, atol=1e-3, rtol=0)
         assert torch.equal(samples, actor.sample(feature, 6, rng(7), second_sigma=second, noise=0.05))
@@ -213,7 +227,7 @@ def test_samples_equal_one_by_one_denoising(second):
 
 def test_two_steps_spread_and_one_step_does_not():
     """A head that knows two modes, and says the mean of what its noisy input leaves possible."""
-    actor = script.ConsistencyActor(1, 1, hidden=8, layers=2)
+    actor = script.ConsistencyActor(1, torch.ones(1), hidden=8, layers=2)
 
     def posterior_mean(feature, x, sigma):
         far = (x[..., None] - torch.tensor([-0.8, 0.8])).square() / (2 * sigma[..., None, None] ** 2)
@@ -308,7 +322,8 @@ def test_polyak_update():
 
 def test_ensemble_equals_separate_critics():
     torch.manual_seed(0)
-    ensemble = script.EnsembleCritic(3, feature_dim=5, chunk_dim=4, hidden=8, layers=2)
+    unit = torch.tensor([0.5, 2.0, 1.0, 0.25])
+    ensemble = script.EnsembleCritic(3, feature_dim=5, unit=unit, hidden=8, layers=2)
     with torch.no_grad():
         for parameter in (*ensemble.bias, *ensemble.gain, *ensemble.shift):
             parameter.uniform_(-1, 1)
@@ -322,7 +337,7 @@ def test_ensemble_equals_separate_critics():
             for b in range(6):
                 for n in range(7):
                     first = torch.cat([ensemble.feature_in[e], ensemble.chunk_in[e]])
-                    h = torch.cat([feature[b], chunk[b, n]]) @ first + ensemble.bias[0][e, 0]
+                    h = torch.cat([feature[b], chunk[b, n] / unit]) @ first + ensemble.bias[0][e, 0]
                     for layer in range(2):
                         h = (h - h.mean()) / ((h - h.mean()).square().mean() + 1e-6).sqrt()
                         h = torch.tanh(h * ensemble.gain[layer][e, 0] + ensemble.shift[layer][e, 0])
@@ -331,6 +346,40 @@ def test_ensemble_equals_separate_critics():
     first, second = ensemble.feature_in[0], ensemble.feature_in[1]
     assert not torch.allclose(first, second)  # an ensemble of equals would be pointless
     assert not torch.allclose(ensemble.hidden[0][0], ensemble.hidden[0][1])
+
+
+# --- units, and noise on proprio ---
+
+
+def toy_policy(obs_mode="state"):
+    """OctoPolicy on two demonstrations of four steps; actions of different spreads, the last one a gripper."""
+    action = np.array([[0.2, 0.01, 1], [-0.2, 0.01, 1], [0.2, 0.01, -1], [-0.2, 0.01, -1], [9, 9, 9]] * 2, np.float32)
+    obs = {"proprio": np.random.default_rng(0).normal(size=(10, 5)).astype(np.float32)}
+    if obs_mode == "rgb":
+        obs["primary"] = np.zeros((10, 32, 32, 3), np.uint8)
+    demos = script.Demos(obs, action, np.array([4, 4]), np.array([4, 4]), "toy")
+    return script.OctoPolicy(script.Args(obs_mode=obs_mode, image_size=32, chunk_len=2), demos), obs
+
+
+def test_networks_see_chunks_in_units_of_twice_the_spread():
+    policy, _ = toy_policy()
+    # In the box, actions are +-1/1.5 in every dimension. Spread: 0.667 is cut at a quarter of the box, 0 raised to 0.02.
+    assert policy.chunk_unit.tolist() == pytest.approx([0.5, 0.04, 0.5] * 2)
+    actor = script.ConsistencyActor(policy.feature_dim, policy.chunk_unit, 8, 1)
+    assert actor.chunk_dim == 6
+
+
+def test_proprio_noise_touches_proprio_alone():
+    policy, obs = toy_policy("rgb")
+    feature = policy.feature({k: v[:4] for k, v in obs.items()})
+    assert feature.shape == (4, policy.feature_dim) and policy.perturb(feature, 0.0, rng()) is feature
+    many = feature[:1].expand(4000, -1)
+    noisy = policy.perturb(many, 0.3, rng())
+    assert torch.equal(noisy[:, :-5], many[:, :-5])
+    assert (noisy - many)[:, -5:].std(0).tolist() == pytest.approx([0.3] * 5, abs=0.02)
+    # Beside a camera the embedding knows nothing of proprio, so the noise is no use without this.
+    moved = policy.feature({"primary": obs["primary"][:4], "proprio": obs["proprio"][4:8]})
+    assert torch.equal(moved[:, :-5], feature[:, :-5]) and not torch.equal(moved[:, -5:], feature[:, -5:])
 
 
 # --- updates on stubs whose numbers can be followed ---

@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from backbones import t5
-from backbones.octo import PRESETS, DiffusionHead, HashText, Octo, OctoError, attention_pattern, load_octo
+from backbones.octo import (
+    PRESETS,
+    DiffusionHead,
+    HashText,
+    Octo,
+    OctoError,
+    SpatialPoints,
+    attention_pattern,
+    load_octo,
+)
 from backbones.octo_weights import flax_layout, read_flax, save_octo
 
 torch.set_num_threads(1)
@@ -396,8 +405,9 @@ def test_embedding_is_the_readout_of_the_whole_trunk(change):
     images, lowdim = compact_inputs(config)
     language = model.encode_text(["stack the red cube on the green cube"])
     embedding, outputs = model(images, language, lowdim), model.trunk(images, language, lowdim)
-    assert embedding.shape == (3, config.token_dim)
-    torch.testing.assert_close(embedding, outputs["readout"][:, -1].mean(1), atol=2e-6, rtol=0)
+    assert embedding.shape == (3, config.embedding_dim)
+    readout = embedding[:, : config.token_dim]  # the cameras' points follow
+    torch.testing.assert_close(readout, outputs["readout"][:, -1].mean(1), atol=2e-6, rtol=0)
     assert outputs["readout"].shape == (3, config.window, config.readout_tokens, config.token_dim)
     # One instruction for all samples is the same as one each, and an all-true mask the same as none.
     each = model(images, language.expand(3, -1, -1), lowdim, torch.ones(3, config.window, dtype=torch.bool))
@@ -566,3 +576,31 @@ check_weights({str(tmp_path)!r})
     print(done.stdout)
     assert int(re.search(r"peak (\d+)", done.stdout)[1]) < limit
     assert "366 arrays, all used" in done.stdout and "109,628,544 in the frozen text encoder" in done.stdout
+
+
+def test_points_are_where_the_object_is():
+    """Heat on one pixel: its coordinates. Heat on two: the middle between them."""
+    points = SpatialPoints(3, 2)
+    with torch.no_grad():
+        points.heat.weight.copy_(torch.tensor([[100.0, 0, 0], [0, 100.0, 0]])[..., None, None])
+        points.heat.bias.zero_()
+        image = torch.zeros(1, 3, 5, 5)
+        image[0, 0, 1, 3] = 1  # row 1, column 3 of 0..4
+        image[0, 1, 0, 4] = image[0, 1, 4, 4] = 1
+        assert points(image)[0].tolist() == pytest.approx([0.5, 1.0, -0.5, 0.0], abs=1e-4)  # columns, then rows
+
+
+def test_points_follow_the_embedding():
+    config = dataclasses.replace(PRESETS["octo-compact"], image_sizes=(("primary", 32),))
+    torch.manual_seed(0)
+    model = Octo(config)
+    image = torch.randint(0, 256, (3, 1, 32, 32, 3), dtype=torch.uint8)
+    language = model.encode_text(["pick up the cube"])
+    embedding = model({"primary": image}, language)
+    assert embedding.shape == (3, config.embedding_dim) == (3, 128 + 2 * 32)
+    without = Octo(dataclasses.replace(config, points=0))
+    without.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("points.")})
+    torch.testing.assert_close(embedding[:, :128], without({"primary": image}, language))
+    embedding[:, 128:].square().sum().backward()
+    assert model.points["primary"].sharpness.grad.abs().sum() > 0 and model.stems["primary"].convs[0].weight.grad.abs().sum() > 0
+    assert not model.stems["primary"].convs[3].weight.grad.any()  # they are read off the second convolution

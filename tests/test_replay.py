@@ -23,7 +23,7 @@ def add(replay, rewards, terminated, base=0, recorded=None, success=True, failur
 
 
 def everything(replay) -> script.Batch:
-    return replay.gather(replay.starts[: replay.num_starts])
+    return replay.gather(replay.starts)
 
 
 def test_termination_inside_a_chunk():
@@ -68,7 +68,7 @@ def test_single_steps():
 def test_episodes_shorter_than_a_chunk():
     replay = buffer(4)
     add(replay, [0.0, 0.0], terminated=False)
-    assert replay.num_starts == 0
+    assert len(replay.starts) == 0
     add(replay, [0.0, 1.0], terminated=True, base=10)
     batch = everything(replay)
     assert batch.chunk.tolist() == [[10, 11, -7, -7], [11, -7, -7, -7]]
@@ -94,7 +94,7 @@ def test_chunks_stay_within_their_episode_while_the_buffer_grows():
     assert replay.rows == sum(lengths + 1)
     batch = everything(replay)
     expected = sum(n if e % 3 else max(n - 2, 0) for e, n in enumerate(lengths))
-    assert len(batch.reward) == replay.num_starts == expected
+    assert len(batch.reward) == len(replay.starts) == expected
     episode = batch.feature[:, 0] / 1000
     assert torch.equal(batch.next_feature[:, 0] / 1000, episode)
     owner = torch.where(batch.chunk == -7, episode[:, None], (batch.chunk / 1000).floor())
@@ -117,7 +117,7 @@ def test_draws_are_uniform_and_follow_the_generator():
     add(replay, [0.0] * 3, terminated=True, base=10)
     rows = replay.draw(6000, torch.Generator().manual_seed(0))
     counts = torch.bincount(rows, minlength=replay.rows)
-    assert (counts > 0).nonzero()[:, 0].tolist() == replay.starts[: replay.num_starts].tolist() == [0, 1, 2, 5, 6, 7]
+    assert (counts > 0).nonzero()[:, 0].tolist() == replay.starts.tolist() == [0, 1, 2, 5, 6, 7]
     assert (counts[counts > 0] / 6000 - 1 / 6).abs().max() < 0.03
     assert torch.equal(rows, replay.draw(6000, torch.Generator().manual_seed(0)))
 
@@ -128,7 +128,7 @@ def test_state_round_trip():
     state = replay.state_dict()
     add(replay, [0.0] * 5, terminated=False, base=10, success=False)  # a saved state is not a view
     copy.load_state_dict(state)
-    assert copy.rows == 4 and copy.num_starts == 3
+    assert copy.rows == 4 and len(copy.starts) == 3
     add(copy, [0.0] * 5, terminated=False, base=10, success=False)
     for name, value in everything(replay).__dict__.items():
         assert torch.equal(value, getattr(everything(copy), name)), name

@@ -50,8 +50,10 @@ def reaching(monkeypatch, demos):
 
 @pytest.fixture(scope="module")
 def whole(place, demos):
-    """An undisturbed run: its folder, the weights at the start of each stage and at the end, evaluation actions."""
+    """An undisturbed run: its folder, the weights at the start of each stage and at the end, evaluation actions, and
+    the exploration noise in training and in evaluation."""
     starts, evaluations, enter, evaluate = {}, [], script.Run.enter, script.evaluate
+    explored, evaluating = {True: [], False: []}, []
 
     def watched_enter(self, stage):
         if self.count["stage"] != stage or stage == "sft":
@@ -60,20 +62,29 @@ def whole(place, demos):
 
     def watched_evaluate(env, agent, *rest):
         inside, step = [], env.step
+        evaluating.append(True)
         env.step = lambda action: (inside.append(action.copy()), step(action))[1]
         try:
             return evaluate(env, agent, *rest)
         finally:
             del env.step
+            evaluating.pop()
             evaluations.append(np.stack(inside))
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         follow_demonstrations(monkeypatch, demos)
+        act = script.Agent.act
+
+        def watched_act(self, feature, actor, args, generator, explore=0.0):
+            explored[bool(evaluating)].append(explore)
+            return act(self, feature, actor, args, generator, explore)
+
+        monkeypatch.setattr(script.Agent, "act", watched_act)
         monkeypatch.setattr(script.Run, "enter", watched_enter)
         monkeypatch.setattr(script, "evaluate", watched_evaluate)
         folder = script.main(tiny_args(place, run_name="whole", **REACHING))
     starts["end"] = script.load_checkpoint(folder)[0]
-    return SimpleNamespace(folder=folder, starts=starts, evaluations=evaluations)
+    return SimpleNamespace(folder=folder, starts=starts, evaluations=evaluations, explored=explored)
 
 
 def rows(folder, prefixes=("losses/", "values/", "vgpd/", "calib/", "grad_norm/", "lr/", "train/", "eval/", "buffer/")):
@@ -139,6 +150,11 @@ def test_every_network_learns_in_its_stages_only(whole, stage):
 def test_the_units_stay(whole):
     for name in ("proprio_mean", "proprio_std", "action_centre", "action_scale"):
         assert torch.equal(whole.starts["sft"][name], whole.starts["end"][name])
+
+
+def test_only_training_episodes_are_pushed(whole, place):
+    assert set(whole.explored[True]) == {0.0} and set(whole.explored[False]) == {tiny_args(place).explore_noise}
+    assert tiny_args(place).explore_noise > 0
 
 
 def test_metrics(whole):
