@@ -399,7 +399,7 @@ def open_demos(args: Args, path: Path) -> tuple[Path, list[dict]]:
     if not done.exists() or done.stat().st_mtime_ns < path.stat().st_mtime_ns:
         command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path)]
         command += ["--save-traj", "-c", args.control_mode, "-o", "none", "--num-envs", "1"]
-        tool = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        tool = subprocess.run(command, capture_output=True, errors="replace", env=os.environ | {"OMP_NUM_THREADS": "1"})
         if tool.returncode or not target.exists():
             raise UserError(f"ManiSkill can't convert {path} to {args.control_mode}: {tool.stderr[-300:]}")
         done.touch()
