@@ -81,7 +81,7 @@ class Args:
     eval_only: str | None = None  # run folder to evaluate, without training
     track: bool = False  # log to Weights & Biases too (works offline)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto", "cpu" or "cuda"
-    torch_threads: int = 1  # CPU threads of torch
+    torch_threads: int = 0  # CPU threads of torch; 0: one, but all cores (up to 8) for stage 0 with a camera
 
     # --- environment ---
     obs_mode: Literal["rgb", "state"] = "rgb"  # camera + proprio, or privileged state (fast)
@@ -89,10 +89,10 @@ class Args:
     control_freq: int = 10  # control steps per second (ManiSkill's default is 20, the paper's robot runs at 10)
     max_episode_steps: int | None = None  # time limit in control steps; default: per task, see TASKS
     robot_uids: str = "panda"  # robot model; panda_wristcam renders several times slower without a GPU
-    image_size: int = 96  # side of the camera image in pixels, a multiple of 16
+    image_size: int = 64  # side of the camera image in pixels, a multiple of 16
     reward: Literal["binary", "conrft"] = "binary"  # 1 or 0 a step; ConRFT: +10 or -0.05
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
-    num_envs: int = 1  # environments stepped side by side (physx_cpu: one worker process each)
+    num_envs: int | None = None  # environments side by side (physx_cpu: a process each); default: 2 for rgb, else 1
 
     # --- demonstrations ---
     demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
@@ -113,7 +113,7 @@ class Args:
     sft_head_updates: int = 0  # further updates of the head alone, on cached embeddings
     sft_lr: float = 1e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
-    proprio_noise: float | None = None  # noise on proprio in every update; default: 0.3 std with a camera, else 0
+    proprio_noise: float | None = None  # noise on proprio in every update; default: 0.1 std with a camera, else 0
 
     # --- stages 1 to 3 ---
     gamma: float = 0.98  # discount per control step
@@ -143,7 +143,7 @@ class Args:
     expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12) or gated (Eq. 14)
     candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
     candidate_noise: float = 0.03  # Gaussian noise added to candidates, in units of the action box
-    explore_noise: float = 0.03  # Gaussian push on the chunks of training episodes, in units of the action box
+    explore_noise: float = 0.02  # Gaussian push on the chunks of training episodes, in units of the action box
     actor_ema: float = 0.995  # decay of the averaged actor that acts and is evaluated in stages 2 and 3 (0 = off)
     select: Literal["sample", "best-of-k"] = "sample"  # best of K by the critic isn't in the paper
 
@@ -165,7 +165,7 @@ PAPER = dict(
 )  # fmt: skip
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
-    "at least 1": (lambda x: x >= 1, """K torch_threads control_freq num_envs num_demos hidden_dim num_layers
+    "at least 1": (lambda x: x >= 1, """K control_freq num_envs num_demos hidden_dim num_layers
         num_critics chunk_len sft_batch_size critic_updates cql_samples eval_episodes eval_interim_episodes eval_freq
         log_freq checkpoint_freq"""),
     "at least 2": (lambda x: x >= 2, "batch_size"),
@@ -236,8 +236,9 @@ def check_flags(args: Args, limits: dict) -> None:
         args.max_episode_steps = round(seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
-    if args.proprio_noise is None:
-        args.proprio_noise = 0.3 if args.obs_mode == "rgb" else 0.0
+    camera = args.obs_mode == "rgb"
+    args.proprio_noise = (0.1 if camera else 0.0) if args.proprio_noise is None else args.proprio_noise
+    args.num_envs = args.num_envs or (2 if camera else 1)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
@@ -256,11 +257,15 @@ class ObsWrapper(gym.Wrapper):
     adds its privileged state. Joint velocities are left out: a policy that sees them learns to go on with what it is
     doing, and stops for good once it has slowed down (docs/force.md). The reward is the success flag. Episodes never
     end here: `rollout` looks at info["ended"] and keeps the time limit, so that it can also run past a success.
+    After reset(options={"every": n}) only each n-th step is observed, and the others repeat what was seen last: most
+    of a step's time is rendering, and a policy that acts in chunks needs no image within one.
     """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
-        env.unwrapped.update_obs_space(self.observation(env.unwrapped._init_raw_obs))
+        self.mode, self.every, self.steps = env.unwrapped.obs_mode, 1, 0
+        self.seen = self.observation(env.unwrapped._init_raw_obs)
+        env.unwrapped.update_obs_space(self.seen)
 
     def observation(self, raw: dict) -> dict[str, np.ndarray]:
         from mani_skill.utils.common import flatten_state_dict
@@ -272,14 +277,20 @@ class ObsWrapper(gym.Wrapper):
             obs["primary"] = next(iter(raw["sensor_data"].values()))["rgb"].cpu().numpy()
         return obs
 
-    def reset(self, **kwargs):
-        return self.observation(self.env.reset(**kwargs)[0]), {}
+    def reset(self, *, seed=None, options=None):
+        self.every, self.steps, self.unwrapped._obs_mode = (options or {}).get("every", 1), 0, self.mode
+        self.seen = self.observation(self.env.reset(seed=seed)[0])
+        return self.seen, {}
 
     def step(self, action):
+        self.steps += 1
+        look = self.steps % self.every == 0
+        self.unwrapped._obs_mode = self.mode if look else "none"
         raw, _, terminated, _, info = self.env.step(action)
+        self.seen = self.observation(raw) if look else self.seen
         success = info.get("success", torch.zeros_like(terminated)).bool().cpu().numpy()
         never = np.zeros_like(success)
-        return self.observation(raw), success, never, never, {"ended": terminated.cpu().numpy()}
+        return self.seen, success, never, never, {"ended": terminated.cpu().numpy()}
 
 
 def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
@@ -290,7 +301,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
     import mani_skill.envs  # noqa: F401  registers the tasks
     from mani_skill.utils import sapien_utils
 
-    torch.set_num_threads(args.torch_threads)  # this may be a fresh worker process
+    torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
     task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
     camera = dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov)
     try:
@@ -934,10 +945,11 @@ def rollout(env, agent, args: Args, act, seeds, training: bool, frames: list | N
     so that success at the end can be told from success on the way. `frames` collects the first environment's video.
     """
     N, H = len(seeds), agent.H
-    obs, ended = env.reset(seed=list(seeds))[0], np.zeros(N, dtype=bool)
+    every = 1 if training else H  # replay stores each step's observation
+    obs, ended = env.reset(seed=list(seeds), options={"every": every})[0], np.zeros(N, dtype=bool)
     length, features, actions, successes = np.full(N, args.max_episode_steps), [], [], []
     for t in range(args.max_episode_steps):
-        if training or t % H == 0:
+        if t % every == 0:
             features.append(agent.feature(obs))
         if t % H == 0:
             chunk = act(features[-1])
@@ -1284,6 +1296,8 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
     args, agent = run.args, run.agent
     optimizer, params = run.optimizers["sft"], run.optimizers["sft"].param_groups[0]["params"]
     obs = {k: torch.from_numpy(v) for k, v in run.demos.obs.items()}
+    if "primary" in obs and stage == "sft":
+        torch.set_num_threads(args.torch_threads or min(os.cpu_count() or 1, 8))
     last = run.demos.starts() + run.demos.lengths
     rows = torch.from_numpy(np.delete(np.arange(run.num_demo_rows), last))  # all that have an action
     with run.bar("SFT" if stage == "sft" else "SFT, head only", total, run.count["stage_update"]) as bar:
@@ -1312,6 +1326,7 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
             rows = torch.arange(run.num_demo_rows).split(256)
             features = [agent.feature({k: v[r] for k, v in obs.items()}).cpu() for r in rows]
         run.expert.data["feature"][: run.num_demo_rows] = torch.cat(features)
+    torch.set_num_threads(args.torch_threads or 1)
 
 
 def train_updates(run: Run, logger: Logger, stage: str, total: int) -> None:
@@ -1389,7 +1404,7 @@ def begin(args: Args) -> Run:
         places = dict(resume=args.resume, eval_only=args.eval_only, device=args.device)
         args = dataclasses.replace(load_config(Args, Path(resumed)), **places)
     validate(args)
-    torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(args.torch_threads or 1)
     started = time.time()
     demos = load_demos(args)
     name = args.run_name or f"{args.env_id}-force_octo-{args.obs_mode}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
