@@ -109,9 +109,9 @@ class Args:
     action_range: float = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
 
     # --- stage 0: supervised fine-tuning ---
-    sft_updates: int = 4000  # updates of backbone and head
+    sft_updates: int = 6000  # updates of backbone and head
     sft_head_updates: int = 0  # further updates of the head alone, on cached embeddings
-    sft_lr: float = 1e-3  # peak learning rate, cosine decay after 5 % warm-up
+    sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
     proprio_noise: float | None = None  # noise on proprio in every update; default: 0.1 std with a camera, else 0
 
