@@ -149,8 +149,8 @@ class Args:
 
     # --- evaluation and logging ---
     eval_episodes: int = 100  # episodes of the last evaluation and of the one at hand-over to stage 3
-    eval_interim_episodes: int = 50  # episodes of every other evaluation
-    eval_freq: int = 2500  # control steps between evaluations in stage 3
+    eval_interim_episodes: int = 100  # episodes of every other evaluation
+    eval_freq: int = 2000  # control steps between evaluations in stage 3
     video_episodes: int = 4  # episodes filmed after training (0 = none)
     log_freq: int = 100  # updates between logged rows
     checkpoint_freq: int = 1000  # updates between checkpoints (also written at the end of each stage and evaluation)

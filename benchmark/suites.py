@@ -66,8 +66,8 @@ NO_WARMUP = ("w/o Pre-Cal",)
 NEITHER = ("w/o Pre-Cal & VGPD",)
 
 PUSH = "python force_octo.py --env-id PushCube-v1 --obs-mode state --online-steps 8000 --q-weight 0.1"
-PICK = "python force_octo.py --env-id PickCube-v1 --obs-mode state --online-steps 15000"
-STACK = "python force_octo.py --env-id StackCube-v1 --obs-mode state --online-steps 25000"
+PICK = "python force_octo.py --env-id PickCube-v1 --obs-mode state --online-steps 5000"
+STACK = "python force_octo.py --env-id StackCube-v1 --obs-mode state --online-steps 8000"
 
 PUSH_STATE = Row("force-push-state", "FORCE", PUSH, Bars(success=0.95, steps_ratio=0.5, minutes=15, drop=0.1), FORCE)
 PICK_STATE = Row("force-pick-state", "FORCE", PICK, Bars(success=0.90, drop=0.1), FORCE)

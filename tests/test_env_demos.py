@@ -267,6 +267,21 @@ def test_pick_cube_images_and_goal(place):
     env.close()
 
 
+def test_steps_that_nobody_looks_at(place):
+    """With every=2, odd steps repeat the last observation; physics, success and the other steps are the same."""
+    args = tiny_args(place, env_id="PickCube-v1", obs_mode="rgb", image_size=32)
+    env, actions = script.make_env(args, 1), np.random.default_rng(0).uniform(-1, 1, (4, 1, 4)).astype(np.float32)
+    full = [env.reset(seed=[3])[0]] + [env.step(a)[0] for a in actions]
+    some = [env.reset(seed=[3], options={"every": 2})[0]] + [env.step(a)[0] for a in actions]
+    for key in ("proprio", "primary"):
+        assert not np.array_equal(full[0][key], full[1][key])
+        for t, source in enumerate((0, 0, 2, 2, 4)):
+            assert np.array_equal(some[t][key], full[source][key])
+    env.reset(seed=[3])
+    assert np.array_equal(env.step(actions[0])[0]["proprio"], full[1]["proprio"])  # every step again
+    env.close()
+
+
 @torch.no_grad()
 def test_worker_processes_equal_this_process(place, demos):
     args, seeds = tiny_args(place), [5, 9]
@@ -306,8 +321,8 @@ class ScriptedEnv:
     def __init__(self, plan):
         self.plan, self.actions, self.resets = plan, [], []
 
-    def reset(self, seed):
-        self.seeds, self.t = seed, 0
+    def reset(self, seed, options):
+        self.seeds, self.t, self.every = seed, 0, options["every"]
         self.resets.append(seed)
         return {"proprio": np.array([[s, 0.0] for s in seed], np.float32)}, {}
 
@@ -315,7 +330,8 @@ class ScriptedEnv:
         self.t += 1
         self.actions.append(action.copy())
         success = np.array([self.t in self.plan[s] for s in self.seeds])
-        obs = {"proprio": np.array([[s, self.t] for s in self.seeds], np.float32)}
+        shown = self.t if self.t % self.every == 0 else -1  # what isn't observed mustn't be used
+        obs = {"proprio": np.array([[s, shown] for s in self.seeds], np.float32)}
         never = np.zeros(len(success), bool)
         return obs, success.astype(float), never, never, {"ended": success.copy()}
 
