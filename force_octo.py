@@ -105,6 +105,7 @@ class Args:
     hidden_dim: int = 256  # width of actor and critic
     num_layers: int = 2  # hidden layers of actor and critic
     num_critics: int = 4  # critics in the ensemble; TD targets take the minimum of two random ones
+    noise_levels: int = 8  # noise levels drawn per sample in the policy's loss
     chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
     action_range: float = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
 
@@ -158,14 +159,14 @@ class Args:
 
 PAPER = dict(
     control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99,
-    chunk_len=1, num_critics=2, sft_lr=3e-4, q_weight=1.0, offline_q_weight=0.1, q_normalize=False,
+    chunk_len=1, num_critics=2, noise_levels=1, sft_lr=3e-4, q_weight=1.0, offline_q_weight=0.1, q_normalize=False,
     distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0, candidate_noise=0.0,
     explore_noise=0.0, actor_ema=0.0, cql_samples=10, offline_updates=20_000, warmup_updates=4000,
     online_steps=30_000, utd_ratio=1.0, num_demos=50,
 )  # fmt: skip
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
-    "at least 1": (lambda x: x >= 1, """K control_freq num_envs num_demos hidden_dim num_layers
+    "at least 1": (lambda x: x >= 1, """K control_freq num_envs num_demos noise_levels hidden_dim num_layers
         num_critics chunk_len sft_batch_size critic_updates cql_samples eval_episodes eval_interim_episodes eval_freq
         log_freq checkpoint_freq"""),
     "at least 2": (lambda x: x >= 2, "batch_size"),
@@ -793,18 +794,21 @@ def calql_loss(q_data: Tensor, q_sampled: Tensor, mc_return: Tensor) -> tuple[Te
     return gap.mean(), (q_sampled < mc_return[None, :, None]).float().mean()
 
 
-def consistency_loss(actor: ConsistencyActor, feature: Tensor, chunk: Tensor, generator: torch.Generator) -> Tensor:
-    """The policy's surrogate of -log pi(chunk|s): weighted reconstruction of the chunk from a random noise level.
+def consistency_loss(
+    actor: ConsistencyActor, feature: Tensor, chunk: Tensor, generator: torch.Generator, n: int = 1
+) -> Tensor:
+    """The policy's surrogate of -log pi(chunk|s): weighted reconstruction of the chunk from n random noise levels.
 
     Shapes: feature [B, F], chunk [B, D] in [-1, 1] -> [B].
-    Source: ConRFT's L_BC; w(sigma) = sigma^-2 + sigma_data^-2 makes it flat in the raw network output.
+    Source: ConRFT's L_BC (there n = 1; more share the feature, which is what costs time while the backbone is trained);
+    w(sigma) = sigma^-2 + sigma_data^-2 makes it flat in the raw network output.
     """
     sigmas = karras_sigmas()[:-1].to(chunk.device)  # sigma_min itself is the identity
-    sigma = sigmas[torch.randint(len(sigmas), (len(chunk),), generator=generator, device=chunk.device)]  # [B]
-    noise = torch.randn(chunk.shape, generator=generator, device=chunk.device)
-    clean = chunk / actor.unit
-    denoised = actor.denoise(feature, (clean + sigma[:, None] * noise)[:, None], sigma[:, None])[:, 0]
-    return (sigma**-2 + SIGMA_DATA**-2) * (denoised - clean).square().mean(-1)
+    sigma = sigmas[torch.randint(len(sigmas), (len(chunk), n), generator=generator, device=chunk.device)]  # [B, n]
+    clean = (chunk / actor.unit)[:, None]  # [B, 1, D]
+    noise = torch.randn((len(chunk), n, chunk.shape[1]), generator=generator, device=chunk.device)
+    denoised = actor.denoise(feature, clean + sigma[..., None] * noise, sigma)  # [B, n, D]
+    return ((sigma**-2 + SIGMA_DATA**-2) * (denoised - clean).square().mean(-1)).mean(-1)
 
 
 def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
@@ -894,7 +898,7 @@ def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Ar
             }  # fmt: skip
             if args.expert_filter == "filter":
                 logs["vgpd/zeta_expert"] = zeta[expert].mean()
-    bc = consistency_loss(agent.actor, batch.feature, target, generator)  # [B]
+    bc = consistency_loss(agent.actor, batch.feature, target, generator, args.noise_levels)  # [B]
     loss_bc = success_weighted_bc(bc, batch.success) if stage == "warmup" else bc.mean()
     weight_bc = args.distill_weight if stage == "online" else args.bc_weight
     weight_q = args.q_weight if stage == "online" else args.offline_q_weight
@@ -1311,7 +1315,8 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
                 images = {k: random_shift(v[t], run.generators["batch"]) for k, v in obs.items() if k != "proprio"}
                 feature = agent.feature({"proprio": obs["proprio"][t]} | images)
             feature = agent.perturb(feature, args.proprio_noise, run.generators["update"])
-            loss = consistency_loss(agent.actor, feature, batch.chunk, run.generators["update"]).mean()
+            bc = consistency_loss(agent.actor, feature, batch.chunk, run.generators["update"], args.noise_levels)
+            loss = bc.mean()
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(params, 1.0)

@@ -163,6 +163,19 @@ def test_consistency_loss_weights_and_noise():
     assert drawn == set(levels[:39])  # 80 ... 0.0037; the least is the identity and is never drawn
 
 
+def test_consistency_loss_averages_over_noise_levels():
+    """Several levels per sample: one feature each, their own noise, and the mean of what one level alone would give."""
+    chunk, answer = torch.tensor([[0.5, -0.5], [0.1, 0.2]]), torch.tensor([0.6, -0.2])
+    actor = StubActor(answer)
+    loss = script.consistency_loss(actor, torch.zeros(2, 1), chunk, rng(), 5)
+    ((x, sigma),) = actor.asked
+    assert x.shape == (2, 5, 2) and sigma.shape == (2, 5) and len(sigma.unique()) > 3
+    assert len(((x - chunk[:, None]) / sigma[..., None]).unique()) == 20
+    for row, error in enumerate((0.05, (0.5**2 + 0.4**2) / 2)):
+        by_hand = sum((s**-2 + 4) * error for s in sigma[row].tolist()) / 5
+        assert loss[row].item() == pytest.approx(by_hand, rel=1e-4)
+
+
 def test_consistency_loss_is_in_units_of_the_spread():
     actor, chunk = StubActor(torch.tensor([0.6, -0.2]), unit=[0.2, 0.5]), torch.tensor([[0.1, -0.2]]).repeat(2000, 1)
     loss = script.consistency_loss(actor, torch.zeros(2000, 1), chunk, rng())
@@ -484,7 +497,8 @@ def actor_step(monkeypatch, stage="online", expert=(True, False), **flags):
     agent, batch = stub_agent()
     targets = []
 
-    def surrogate(actor, feature, chunk, generator):
+    def surrogate(actor, feature, chunk, generator, n):
+        assert n == script.Args().noise_levels
         targets.append(chunk)
         return (actor.shift - chunk).square().mean(-1)
 
@@ -524,7 +538,7 @@ def test_candidate_choice_follows_the_weights(monkeypatch):
     agent, batch = stub_agent()
     many = [torch.cat([getattr(batch, f)[1:]] * 3000) for f in batch.__dataclass_fields__]
     batch, targets = script.Batch(*many), []
-    monkeypatch.setattr(script, "consistency_loss", lambda a, f, c, g: (targets.append(c), a.shift + 0 * c[:, 0])[1])
+    monkeypatch.setattr(script, "consistency_loss", lambda a, f, c, g, n: (targets.append(c), a.shift + 0 * c[:, 0])[1])
     args = script.Args(K=5, temperature=0.5)
     optimizer = torch.optim.SGD(agent.actor.parameters(), lr=0.0)
     script.update_actor(agent, optimizer, batch, torch.zeros(3000, dtype=torch.bool), args, "online", rng())

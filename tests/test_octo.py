@@ -602,5 +602,8 @@ def test_points_follow_the_embedding():
     without.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("points.")})
     torch.testing.assert_close(embedding[:, :128], without({"primary": image}, language))
     embedding[:, 128:].square().sum().backward()
-    assert model.points["primary"].sharpness.grad.abs().sum() > 0 and model.stems["primary"].convs[0].weight.grad.abs().sum() > 0
+    assert (
+        model.points["primary"].sharpness.grad.abs().sum() > 0
+        and model.stems["primary"].convs[0].weight.grad.abs().sum() > 0
+    )
     assert not model.stems["primary"].convs[3].weight.grad.any()  # they are read off the second convolution
