@@ -21,13 +21,15 @@ Commands
   python force_octo.py --resume runs/NAME | --eval-only runs/NAME    # go on after a kill | evaluate the last checkpoint
 
 Where the default differs from the paper (--preset paper: without 2-8; reasons and measurements: docs/force.md)
-  1 the critic reads the frozen backbone's embedding and proprio, not images; TD targets stay within possible returns
+  1 the critic reads the frozen backbone's embedding and proprio, not images; TD targets stay within possible returns;
+    the networks see actions in units of their spread; beside a camera, proprio is noisy while networks train
   2 10 Hz position control, chunks of 4 actions with chunked TD     5 temperature in units of the candidates' Q spread
   3 reward 0/1, discount 0.98 per step                              6 candidates re-noised once, episodes pushed a little
   4 half of the critic's target is the Monte-Carlo return           7 Q loss normalised, small, and in stage 3 only
                                                                     8 an averaged actor acts and is evaluated
-  and in budgets and step sizes (PAPER below): demonstrations, updates, batch, tau, sampled actions, number of critics
-Measured: docs/force.md (state observations, CPU). Learning from images is still weak at the default budget.
+  and in budgets and step sizes (PAPER below): demonstrations, updates, batch, tau, sampled actions, number of critics,
+  noise levels per sample
+Measured: docs/force.md (CPU)
 """
 
 from __future__ import annotations
@@ -1004,6 +1006,7 @@ def film(agent, args: Args, act, folder: Path) -> None:
     """Film the first evaluation episodes to folder/episode-I-{success,failure}.mp4."""
     import imageio
 
+    args = dataclasses.replace(args, sim_backend="physx_cpu")  # one episode at a time
     env, act = make_env(args, 1, render=True), partial(act, generator=torch.Generator(args.device).manual_seed(0))
     folder.mkdir(exist_ok=True)
     for i in range(args.video_episodes):
