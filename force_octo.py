@@ -18,6 +18,7 @@ Commands
   python force_octo.py --env-id StackCube-v1 --K 20                  # RGB, makes its demonstrations on the first run
   python force_octo.py --env-id PushCube-v1 --obs-mode state         # privileged state: minutes on one core
   python force_octo.py --preset paper --env-id PickCube-v1           # the paper's reading, where it is known
+  python force_octo.py --sft-checkpoint runs/NAME                    # start from a run of bc.py
   python force_octo.py --resume runs/NAME | --eval-only runs/NAME    # go on after a kill | evaluate the last checkpoint
 
 Where the default differs from the paper (--preset paper: without 2-8; reasons and measurements: docs/force.md)
@@ -112,6 +113,7 @@ class Args:
     action_range: float = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
 
     # --- stage 0: supervised fine-tuning ---
+    sft_checkpoint: str | None = None  # run folder of bc.py (consistency head) to start from in the place of stage 0
     sft_updates: int = 6000  # updates of backbone and head
     sft_head_updates: int = 0  # further updates of the head alone, on cached embeddings
     sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
@@ -187,6 +189,8 @@ def validate(args: Args) -> None:
         raise UserError("released Octo weights can't be loaded yet: leave out --checkpoint and --backbone")
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
+    if args.sft_checkpoint:
+        args.sft_updates = args.sft_head_updates = 0
     if args.select == "best-of-k" and args.K < 2:
         raise UserError(f"--select best-of-k needs --K of at least 2, got {args.K}")
 
@@ -578,6 +582,7 @@ class ReplayBuffer:
 
 
 # === Networks ========================================================================================================
+# --- shared: consistency head ---
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA, RHO, NUM_SIGMAS = 0.002, 80.0, 0.5, 7.0, 40  # ConRFT, as EDM
 
 
@@ -598,7 +603,8 @@ class ConsistencyActor(nn.Module):
     """One-step consistency policy over action chunks: f(x, sigma | feature) is the denoised chunk.
 
     It works in its own units, in which each dimension's standard deviation is SIGMA_DATA, as the scalings assume:
-    chunk in [-1, 1] = unit * x. With the standard deviation at a third of that, learning takes ten times longer. The part of the first layer that reads the feature is computed once per state and shared by its N samples.
+    chunk in [-1, 1] = unit * x. With the standard deviation at a third of that, learning takes ten times longer.
+    The part of the first layer that reads the feature is computed once per state and shared by its N samples.
     """
 
     def __init__(self, feature_dim: int, unit: Tensor, hidden: int, layers: int, time_dim: int = 16):
@@ -642,6 +648,9 @@ class ConsistencyActor(nn.Module):
         if noise:
             x = (x + noise * torch.randn(x.shape, generator=generator, device=x.device)).clamp(-1, 1)
         return x
+
+
+# --- end shared ---
 
 
 class EnsembleCritic(nn.Module):
@@ -796,6 +805,7 @@ def calql_loss(q_data: Tensor, q_sampled: Tensor, mc_return: Tensor) -> tuple[Te
     return gap.mean(), (q_sampled < mc_return[None, :, None]).float().mean()
 
 
+# --- shared: consistency loss ---
 def consistency_loss(
     actor: ConsistencyActor, feature: Tensor, chunk: Tensor, generator: torch.Generator, n: int = 1
 ) -> Tensor:
@@ -811,6 +821,9 @@ def consistency_loss(
     noise = torch.randn((len(chunk), n, chunk.shape[1]), generator=generator, device=chunk.device)
     denoised = actor.denoise(feature, clean + sigma[..., None] * noise, sigma)  # [B, n, D]
     return ((sigma**-2 + SIGMA_DATA**-2) * (denoised - clean).square().mean(-1)).mean(-1)
+
+
+# --- end shared ---
 
 
 def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
@@ -1136,6 +1149,9 @@ class Run:
         self.args, self.folder, self.demos, self.mark = args, folder, demos, time.time()
         torch.manual_seed(args.seed)
         self.agent = Agent(args, demos).to(args.device)
+        if args.sft_checkpoint and not (args.resume or args.eval_only):
+            weights = load_checkpoint(Path(args.sft_checkpoint))[0]  # backbone, actor and units; not the critics
+            load_weights(self.agent, self.agent.state_dict() | weights, Path(args.sft_checkpoint))
         sizes = (self.agent.feature_dim, self.agent.action_dim, args.chunk_len, args.gamma)
         self.expert, self.policy = ReplayBuffer(*sizes), ReplayBuffer(*sizes)
         devices = {"batch": "cpu", "update": args.device, "rollout": args.device}
@@ -1417,14 +1433,14 @@ def begin(args: Args) -> Run:
     demos = load_demos(args)
     name = args.run_name or f"{args.env_id}-force_octo-{args.obs_mode}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(resumed) if resumed else Path(args.runs) / name
+    if not resumed and (folder / "config.json").exists():
+        raise UserError(f"{folder} exists: choose another --run-name, or go on with it by --resume {folder}")
+    run = Run(args, folder, demos)
     if not resumed:
-        if (folder / "config.json").exists():
-            raise UserError(f"{folder} exists: choose another --run-name, or go on with it by --resume {folder}")
         make_env(args, 1).close()  # fails here or not at all
         folder.mkdir(parents=True, exist_ok=True)
         config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "demonstrations": demos.source}
-        write_json(folder / "config.json", config | {"weights": "random initialisation"} | provenance())
-    run = Run(args, folder, demos)
+        write_json(folder / "config.json", config | {"weights": args.sft_checkpoint or "random"} | provenance())
     if resumed:
         run.load()
     run.seconds.setdefault("demonstrations", time.time() - started)

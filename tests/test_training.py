@@ -197,7 +197,7 @@ def test_config_and_summary(whole, place):
     config = json.loads((whole.folder / "config.json").read_text())
     assert config["script"] == "force_octo.py"
     assert config["args"]["K"] == 4 and config["args"]["env_id"] == "PushCube-v1"
-    assert config["demonstrations"] and config["weights"] == "random initialisation"
+    assert config["demonstrations"] and config["weights"] == "random"
     assert config["packages"]["torch"] == torch.__version__ and config["packages"]["mani_skill"]
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", config["git_commit"])
     summary = json.loads((whole.folder / "summary.json").read_text())

@@ -1,0 +1,1067 @@
+"""BC: behaviour cloning (supervised fine-tuning) of Octo on demonstrations, the baseline and start of the RL scripts.
+
+A policy imitates the demonstrated action chunks. Nothing else: no reward, no critic, no interaction.
+
+Losses (--head), all on chunks in units of the demonstrations' spread      where
+  consistency   reconstruct the chunk from a random noise level (ConRFT)     consistency_loss
+  diffusion     predict the noise that was added, 20 steps (Octo's head)     DiffusionHead.loss
+  mse-chunk     squared error of one deterministic chunk (CO-RFT, stage 1)   mse_loss
+
+Commands
+  python bc.py --env-id PickCube-v1 --obs-mode state                 # privileged state: minutes on one core
+  python bc.py --env-id StackCube-v1 --head diffusion                # RGB, makes its demonstrations on the first run
+  python bc.py --env-id PickCube-v1 --obs-mode state --chunk-len 1   # single steps instead of chunks
+  python bc.py --resume runs/NAME | --eval-only runs/NAME            # go on after a kill | evaluate the last checkpoint
+  python force_octo.py --sft-checkpoint runs/NAME                    # reinforcement learning from here
+
+The last averaged weights (EMA) are evaluated, never the best of several. Measured: docs/bc.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import torch
+import tyro
+from safetensors.torch import load_file, save
+from scipy.stats import binomtest
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from backbones.octo import PRESETS as OCTO_PRESETS
+from backbones.octo import DiffusionHead, Octo
+
+
+# === Arguments =======================================================================================================
+@dataclass
+class Args:
+    # --- experiment ---
+    env_id: str = "StackCube-v1"  # ManiSkill task
+    seed: int = 1  # seed of networks and batches
+    runs: str = "runs"  # folder for runs
+    run_name: str | None = None  # name of the run's folder; default: task, head, observation mode, seed and time
+    resume: str | None = None  # run folder to go on with; all other flags are taken from its config.json
+    eval_only: str | None = None  # run folder to evaluate, without training
+    track: bool = False  # log to Weights & Biases too (works offline)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto", "cpu" or "cuda"
+    torch_threads: int = 0  # CPU threads of torch; 0: one, but all cores (up to 8) to train with a camera
+
+    # --- environment ---
+    obs_mode: Literal["rgb", "state"] = "rgb"  # camera + proprio, or privileged state (fast)
+    control_mode: str = "pd_ee_delta_pos"  # ManiSkill controller
+    control_freq: int = 10  # control steps per second (ManiSkill's default is 20)
+    max_episode_steps: int | None = None  # time limit in control steps; default: per task, see TASKS
+    robot_uids: str = "panda"  # robot model
+    image_size: int = 64  # side of the camera image in pixels, a multiple of 16
+    sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
+    num_envs: int | None = None  # environments side by side (physx_cpu: a process each); default: 2 for rgb, else 1
+
+    # --- demonstrations ---
+    demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
+    num_demos: int = 300  # demonstrations to make or to use
+    demo_dir: str = "demos"  # cache for demonstrations
+    holdout: float = 0.0  # share of the demonstrations that is kept out of training, for the validation loss
+
+    # --- model ---
+    backbone: Literal["octo-compact", "octo-small", "octo-base"] = "octo-compact"  # size of the Octo backbone
+    checkpoint: str | None = None  # released Octo weights to start from
+    head: Literal["consistency", "diffusion", "mse-chunk"] = "consistency"  # action head
+    finetune: Literal["full", "head"] = "full"  # train backbone and head, or the head alone
+    hidden_dim: int = 256  # width of the head
+    num_layers: int = 2  # hidden layers of the head
+    chunk_len: int = 4  # H: actions per decision, executed open loop (1 = single steps)
+    action_range: float = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
+    noise_levels: int = 8  # noise levels drawn per sample in the loss (consistency, diffusion)
+
+    # --- training ---
+    updates: int = 6000  # gradient steps
+    batch_size: int = 64  # transitions per batch
+    lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
+    weight_decay: float = 1e-4  # of AdamW
+    max_grad_norm: float = 1.0  # gradient clipping
+    ema: float = 0.998  # decay of the averaged weights that act
+    proprio_noise: float | None = None  # noise on proprio while training; default: 0.1 std with a camera, else 0
+
+    # --- evaluation and logging ---
+    eval_episodes: int = 100  # episodes of the last evaluation
+    eval_freq: int = 0  # updates between evaluations on the way (0 = none)
+    val_freq: int = 500  # updates between validation losses (with --holdout)
+    video_episodes: int = 4  # episodes filmed after training (0 = none)
+    log_freq: int = 100  # updates between logged rows
+    checkpoint_freq: int = 1000  # updates between checkpoints
+
+
+LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
+    "at least 1": (lambda x: x >= 1, """control_freq num_envs num_demos noise_levels hidden_dim num_layers chunk_len
+        updates batch_size eval_episodes val_freq log_freq checkpoint_freq"""),
+    "positive": (lambda x: x > 0, "lr action_range max_grad_norm"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "ema holdout"),
+    "a multiple of 16": (lambda x: x > 0 and x % 16 == 0, "image_size"),
+    "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
+}  # fmt: skip
+
+
+def validate(args: Args) -> None:
+    """Check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
+    check_flags(args, LIMITS)
+    if args.checkpoint or args.backbone != "octo-compact":
+        raise UserError("released Octo weights can't be loaded yet: leave out --checkpoint and --backbone")
+
+
+# --- shared: tasks ---
+class UserError(Exception):
+    """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task needs beyond ManiSkill's registration: instruction, time limit in seconds, camera."""
+
+    instruction: str = "do the task"
+    seconds: float = 0.0  # 0: ManiSkill's time limit
+    eye: tuple[float, float, float] = (0.32, 0.0, 0.42)
+    target: tuple[float, float, float] = (0.0, 0.0, 0.06)
+    fov: float = 0.95
+
+
+TASKS = {
+    "PushCube-v1": Task("push the cube onto the round target", 5.0, (0.5, 0.0, 0.5), (0.05, 0.0, 0.0)),
+    "PullCube-v1": Task("pull the cube onto the round target", 5.0, (0.5, 0.0, 0.5), (-0.05, 0.0, 0.0)),
+    "PickCube-v1": Task("pick up the red cube and hold it at the goal position", 8.0),
+    "StackCube-v1": Task("stack the red cube on the green cube", 10.0, (0.42, 0.0, 0.48), (-0.02, 0.0, 0.04)),
+    "PlaceSphere-v1": Task("place the blue sphere into the bin", 10.0, (0.42, 0.0, 0.48)),
+    "PullCubeTool-v1": Task("pull the cube closer with the hook", 12.0, (0.7, 0.0, 0.7)),
+    "LiftPegUpright-v1": Task("lift the peg upright", 10.0, (0.5, 0.0, 0.5)),
+}
+
+
+def check_flags(args: Args, limits: dict) -> None:
+    """Check the flags that all scripts have, and fill in what depends on the task or the machine.
+
+    `limits` holds {what a number must be: (test, flags)}; other numbers must be at least 0. Raises: UserError.
+    """
+    import mani_skill.envs  # noqa: F401  registers the tasks
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    if args.env_id not in REGISTERED_ENVS:
+        known = ", ".join(TASKS)
+        raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {known}")
+    rules = {name: (meaning, test) for meaning, (test, names) in limits.items() for name in names.split()}
+    for name, value in vars(args).items():
+        meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
+        if isinstance(value, int | float) and not test(value):
+            raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
+    if args.max_episode_steps is None:
+        seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
+        args.max_episode_steps = round(seconds * args.control_freq)
+    if args.max_episode_steps < args.chunk_len:
+        raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
+    camera = args.obs_mode == "rgb"
+    args.proprio_noise = (0.1 if camera else 0.0) if args.proprio_noise is None else args.proprio_noise
+    args.num_envs = args.num_envs or (2 if camera else 1)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
+        raise UserError("no CUDA device found: use --device cpu --sim-backend physx_cpu")
+
+
+# --- end shared ---
+
+
+# === Environment =====================================================================================================
+# --- shared: environment ---
+class ObsWrapper(gym.Wrapper):
+    """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
+
+    Proprio is joint positions, gripper pose, and what the task adds (PickCube's goal position); in state mode the task
+    adds its privileged state. Joint velocities are left out: a policy that sees them learns to go on with what it is
+    doing, and stops for good once it has slowed down (docs/force.md). The reward is the success flag. Episodes never
+    end here: `rollout` looks at info["ended"] and keeps the time limit, so that it can also run past a success.
+    After reset(options={"every": n}) only each n-th step is observed, and the others repeat what was seen last: most
+    of a step's time is rendering, and a policy that acts in chunks needs no image within one.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.mode, self.every, self.steps = env.unwrapped.obs_mode, 1, 0
+        self.seen = self.observation(env.unwrapped._init_raw_obs)
+        env.unwrapped.update_obs_space(self.seen)
+
+    def observation(self, raw: dict) -> dict[str, np.ndarray]:
+        from mani_skill.utils.common import flatten_state_dict
+
+        agent = {k: v for k, v in raw["agent"].items() if k != "qvel"}
+        proprio = flatten_state_dict({"agent": agent, "extra": raw["extra"]}, use_torch=True)
+        obs = {"proprio": proprio.float().cpu().numpy()}
+        if "sensor_data" in raw:
+            obs["primary"] = next(iter(raw["sensor_data"].values()))["rgb"].cpu().numpy()
+        return obs
+
+    def reset(self, *, seed=None, options=None):
+        self.every, self.steps, self.unwrapped._obs_mode = (options or {}).get("every", 1), 0, self.mode
+        self.seen = self.observation(self.env.reset(seed=seed)[0])
+        return self.seen, {}
+
+    def step(self, action):
+        self.steps += 1
+        look = self.steps % self.every == 0
+        self.unwrapped._obs_mode = self.mode if look else "none"
+        raw, _, terminated, _, info = self.env.step(action)
+        self.seen = self.observation(raw) if look else self.seen
+        success = info.get("success", torch.zeros_like(terminated)).bool().cpu().numpy()
+        never = np.zeros_like(success)
+        return self.seen, success, never, never, {"ended": terminated.cpu().numpy()}
+
+
+def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
+    """A batch of ManiSkill environments in this process (physx_cpu: of one).
+
+    Raises: UserError if the simulator can't start, which nearly always means Vulkan, or refuses the flags.
+    """
+    import mani_skill.envs  # noqa: F401  registers the tasks
+    from mani_skill.utils import sapien_utils
+
+    torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
+    task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
+    camera = dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov)
+    try:
+        env = gym.make(
+            args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
+            control_mode=args.control_mode, robot_uids=args.robot_uids, render_mode="rgb_array" if render else None,
+            sim_backend=args.sim_backend, render_backend="gpu" if gpu else "cpu", max_episode_steps=1_000_000,
+            reconfiguration_freq=0 if gpu else 1,  # PhysX on the CPU remembers contacts across resets
+            sensor_configs=dict(width=side, height=side, shader_pack="minimal", base_camera=camera), reward_mode="none",
+            human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
+    except (KeyError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
+    return ObsWrapper(env)
+
+
+def make_env(args: Args, num_envs: int, render: bool = False):
+    """num_envs environments without auto-reset, the same for every backend.
+
+    reset(seed=[num_envs integers]) -> obs, {};  step(action [num_envs, A] in the controller's units) -> obs, success
+    [num_envs], unused, unused, {"ended": terminated by success or failure [num_envs]}. Seeds decide the initial states.
+    """
+    from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
+
+    if args.sim_backend == "physx_cuda":
+        return make_maniskill(args, num_envs, render)
+    make, mode = [lambda: CPUGymWrapper(make_maniskill(args, 1, render))] * num_envs, gym.vector.AutoresetMode.DISABLED
+    if num_envs == 1:
+        return gym.vector.SyncVectorEnv(make, autoreset_mode=mode)
+    return gym.vector.AsyncVectorEnv(make, context="spawn", autoreset_mode=mode)
+
+
+# --- end shared ---
+
+
+# === Demonstrations ==================================================================================================
+# --- shared: demonstrations ---
+@dataclass
+class Demos:
+    """Successful demonstrations as this project's environment sees them; an episode of T steps has T + 1 rows."""
+
+    obs: dict[str, np.ndarray]  # "proprio" [M, P] float32, "primary" [M, H, H, 3] uint8
+    action: np.ndarray  # [M, A] float32, controller's units; the row of an episode's last observation is unused
+    lengths: np.ndarray  # [episodes] T of each, to the end of the recording
+    steps: np.ndarray  # [episodes] steps to the first success: reinforcement learning episodes end there
+    source: str
+
+    def starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
+
+
+def plan_demos(args: Args, path: Path, seed: int, count: int) -> None:
+    """Let ManiSkill's motion planner solve `count` episodes from `seed` on; writes them to `path` (joint positions)."""
+    from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
+    from mani_skill.utils.wrappers.record import RecordEpisode
+
+    make_maniskill(args).close()  # says what is wrong with the simulator or the flags
+    env = gym.make(
+        args.env_id, obs_mode="none", control_mode="pd_joint_pos", robot_uids=args.robot_uids, reward_mode="sparse",
+        sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
+    )  # fmt: skip
+    env = RecordEpisode(env, str(path.parent), trajectory_name=path.stem, save_video=False, save_on_reset=False)
+    last, bar = seed + 3 * count + 50, tqdm(total=count, desc=f"planning {path.stem}", mininterval=2)
+    while bar.n < count and seed < last:
+        try:
+            result = MP_SOLUTIONS[args.env_id](env, seed=seed, debug=False, vis=False)
+            solved = result != -1 and result[-1]["success"].item()
+        except Exception:  # the solutions raise all sorts where no plan exists; the next seed is as good
+            solved = False
+        env.flush_trajectory(save=solved)
+        bar.update(solved)
+        seed += 1
+    env.close()
+    if bar.n < count:
+        raise UserError(f"the motion planner fails on {args.env_id}: {bar.n} of {count} episodes up to seed {last}")
+    path.with_suffix(".done").touch()  # a killed run leaves no half file
+
+
+def open_demos(args: Args, path: Path) -> tuple[Path, list[dict]]:
+    """A trajectory file that fits the flags, replayed under their controller if need be, and its list of episodes."""
+    try:
+        meta = json.loads(path.with_suffix(".json").read_text())
+        episodes, env_id, kwargs = meta["episodes"], meta["env_info"]["env_id"], meta["env_info"]["env_kwargs"]
+        freq, robot = (kwargs.get("sim_config") or {}).get("control_freq", 20), kwargs.get("robot_uids")
+        with h5py.File(path, "r") as file:
+            missing = sum(f"traj_{e['episode_id']}/actions" not in file for e in episodes)
+    except FileNotFoundError as error:
+        raise UserError(f"no demonstrations: {error.filename} doesn't exist (a .h5 has a .json beside it)") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no complete ManiSkill trajectory file ({error}); make or copy it again") from error
+    if missing:
+        raise UserError(f"{path} is truncated: {missing} of the listed episodes are not stored; make or copy it again")
+    for flag, have in dict(env_id=env_id, control_freq=freq, robot_uids=robot or args.robot_uids).items():
+        if have != getattr(args, flag):
+            raise UserError(f"{path} was recorded with --{flag.replace('_', '-')} {have}, not {getattr(args, flag)}")
+    if path == Path(args.demo_path or "") and len(episodes) < args.num_demos:
+        raise UserError(f"{path} holds {len(episodes)} episodes; --num-demos asks for {args.num_demos}")
+    if (mode := kwargs.get("control_mode")) == args.control_mode:
+        return path, episodes
+    if mode != "pd_joint_pos":
+        raise UserError(f"{path} has actions for {mode}; only pd_joint_pos can be converted to {args.control_mode}")
+    target = path.with_name(f"{path.stem}.none.{args.control_mode}.physx_cpu.h5")
+    done = target.with_suffix(".done")
+    if not done.exists() or done.stat().st_mtime_ns < path.stat().st_mtime_ns:
+        command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path)]
+        command += ["--save-traj", "-c", args.control_mode, "-o", "none", "--num-envs", "1"]
+        tool = subprocess.run(command, capture_output=True, errors="replace", env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if tool.returncode or not target.exists():
+            raise UserError(f"ManiSkill can't convert {path} to {args.control_mode}: {tool.stderr[-300:]}")
+        done.touch()
+    return open_demos(args, target)
+
+
+def demo_part(args: Args, path: Path, part: int, parts: int) -> list[dict[str, np.ndarray]]:
+    """One worker's episodes: planned (if `path` is a folder) or read, then replayed to see what the policy will see."""
+    count, planned = len(range(part, args.num_demos, parts)), path.is_dir()
+    if planned:
+        path = path / f"part{part}of{parts}.h5"
+        if not path.with_suffix(".done").exists():  # spares, because a few fail when replayed
+            plan_demos(args, path, 100_000 * part, count + 3 + count // 10)
+    path, episodes = open_demos(args, path)
+    episodes = episodes if planned else np.array_split(episodes, parts)[part]
+    env, found = make_maniskill(args), []
+    with h5py.File(path, "r") as file:
+        for episode in tqdm(episodes, f"replaying {path.stem} {part + 1}/{parts}", mininterval=2):
+            action = file[f"traj_{episode['episode_id']}/actions"][:].astype(np.float32)
+            first = env.reset(seed=episode["reset_kwargs"].get("seed", episode["episode_seed"]))[0]
+            steps = [env.step(a) for a in action]
+            success = [bool(step[1]) for step in steps]
+            if any(success):
+                obs = {f"obs_{k}": np.concatenate([first[k], *(step[0][k] for step in steps)]) for k in first}
+                action = np.concatenate([action, np.zeros_like(action[:1])])
+                found.append(obs | {"action": action, "lengths": [len(steps)], "steps": [success.index(True) + 1]})
+            if len(found) == count:
+                break
+    env.close()
+    if not found:
+        raise UserError(f"no demonstration of {path} succeeds when replayed: recorded with other settings?")
+    return found
+
+
+def load_demos(args: Args) -> Demos:
+    """`num_demos` demonstrations from `--demo-path`, or made by ManiSkill's planner; observed once and cached."""
+    from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
+
+    view = ["layout 2", args.obs_mode, args.control_mode, args.num_demos]
+    view += [args.image_size, TASKS.get(args.env_id)] if args.obs_mode == "rgb" else []
+    if args.demo_path:
+        source, path = str(Path(args.demo_path)), Path(args.demo_path)
+        open_demos(args, path)  # checked and converted here, before there are workers
+        view += [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+    elif args.env_id in MP_SOLUTIONS:
+        source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}"
+        path = Path(args.demo_dir) / source
+        path.mkdir(parents=True, exist_ok=True)
+    else:
+        raise UserError(f"ManiSkill has no motion planner for {args.env_id}: give demonstrations by --demo-path FILE")
+    cache = Path(args.demo_dir) / f"{args.env_id}-{hashlib.sha1(repr((source, view)).encode()).hexdigest()[:12]}.npz"
+    if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        workers = min(os.cpu_count() or 1, 8, args.num_demos)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            parts = list(pool.map(partial(demo_part, args, path, parts=workers), range(workers)))
+        found = [episode for part in parts for episode in part]
+        temporary = cache.with_suffix(f".tmp{os.getpid()}.npz")  # renamed when complete: a kill leaves no half cache
+        try:
+            np.savez(temporary, **{k: np.concatenate([episode[k] for episode in found]) for k in found[0]})
+            os.replace(temporary, cache)
+        finally:
+            temporary.unlink(missing_ok=True)
+    data = np.load(cache)
+    obs = {k.removeprefix("obs_"): data[k] for k in data.files if k.startswith("obs_")}
+    if len(data["steps"]) < args.num_demos:
+        print(f"using {len(data['steps'])} of {args.num_demos} demonstrations; the others of {source} fail in replay")
+    return Demos(obs, data["action"], data["lengths"], data["steps"], source)
+
+
+# --- end shared ---
+
+
+class Chunks:
+    """The demonstrations as (observation, action chunk) pairs, split into training and held-out episodes."""
+
+    def __init__(self, demos: Demos, policy: Policy, holdout: float):
+        """Chunks that reach past the recording's end are filled up with the action that keeps still."""
+        self.obs = {k: torch.from_numpy(v) for k, v in demos.obs.items()}
+        action, ends = policy.normalise(demos.action), demos.starts() + demos.lengths
+        action[ends] = [policy.hold_action(action[end - 1]) for end in ends]
+        self.action, self.last = torch.from_numpy(action), torch.from_numpy(np.repeat(ends, demos.lengths + 1))
+        self.H, rows = policy.H, np.delete(np.arange(len(action)), ends)
+        first_held = np.append(demos.starts(), len(action))[len(ends) - math.ceil(holdout * len(ends))]
+        self.train, self.held = torch.from_numpy(rows[rows < first_held]), torch.from_numpy(rows[rows >= first_held])
+
+    def chunk(self, rows: Tensor) -> Tensor:
+        """Chunks that start at rows [B]: [B, H*A] normalised, time-major."""
+        steps = torch.minimum(rows[:, None] + torch.arange(self.H), self.last[rows][:, None])
+        return self.action[steps].flatten(1)
+
+
+# === Networks ========================================================================================================
+# --- shared: consistency head ---
+SIGMA_MIN, SIGMA_MAX, SIGMA_DATA, RHO, NUM_SIGMAS = 0.002, 80.0, 0.5, 7.0, 40  # ConRFT, as EDM
+
+
+def karras_sigmas() -> Tensor:
+    """The 40 noise levels, descending from 80 to 0.002."""
+    i = torch.arange(NUM_SIGMAS) / (NUM_SIGMAS - 1)
+    return (SIGMA_MAX ** (1 / RHO) + i * (SIGMA_MIN ** (1 / RHO) - SIGMA_MAX ** (1 / RHO))) ** RHO
+
+
+def consistency_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in with f(x, sigma_min) = x exactly. Source: ConRFT's consistency policy."""
+    c_skip = SIGMA_DATA**2 / ((sigma - SIGMA_MIN) ** 2 + SIGMA_DATA**2)
+    c_out = (sigma - SIGMA_MIN) * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2).sqrt()
+    return c_skip, c_out, 1 / (sigma**2 + SIGMA_DATA**2).sqrt()
+
+
+class ConsistencyActor(nn.Module):
+    """One-step consistency policy over action chunks: f(x, sigma | feature) is the denoised chunk.
+
+    It works in its own units, in which each dimension's standard deviation is SIGMA_DATA, as the scalings assume:
+    chunk in [-1, 1] = unit * x. With the standard deviation at a third of that, learning takes ten times longer.
+    The part of the first layer that reads the feature is computed once per state and shared by its N samples.
+    """
+
+    def __init__(self, feature_dim: int, unit: Tensor, hidden: int, layers: int, time_dim: int = 16):
+        super().__init__()
+        self.chunk_dim, self.time_dim = (chunk_dim := len(unit)), time_dim
+        self.register_buffer("unit", unit.clone())  # [D]
+        self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Tanh(), nn.Linear(2 * time_dim, time_dim))
+        self.feature_in = nn.Linear(feature_dim, hidden)
+        self.sample_in = nn.Linear(chunk_dim + time_dim, hidden, bias=False)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden, eps=1e-6) for _ in range(layers))
+        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
+        self.out = nn.Linear(hidden, chunk_dim)
+
+    def denoise(self, feature: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] within the action box, own units."""
+        sigma = sigma[..., None]  # [B, N, 1]
+        c_skip, c_out, c_in = consistency_scalings(sigma)
+        half = self.time_dim // 2
+        frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))
+        angle = 250 * torch.log(sigma + 1e-44) * frequencies
+        time = self.time(torch.cat([angle.sin(), angle.cos()], -1)).expand(*x.shape[:2], -1)
+        h = self.feature_in(feature)[:, None] + self.sample_in(torch.cat([c_in * x, time], -1))  # [B, N, hidden]
+        for norm, layer in zip(self.norms, [*self.hidden, self.out]):
+            h = layer(torch.tanh(norm(h)))
+        return (c_out * h + c_skip * x).clamp(-1 / self.unit, 1 / self.unit)
+
+    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
+        """Draw n chunks per state: [B, n, D] in [-1, 1].
+
+        One-step samples lie very close together (the denoiser at sigma 80 nearly ignores its input). With
+        second_sigma > 0 each one is re-noised to that level and denoised once more, which spreads them over what
+        the policy knows; the first step is then shared by all n. `noise` is Gaussian, in units of the action box.
+        """
+        shape = (len(feature), 1 if second_sigma else n, self.chunk_dim)
+        x = SIGMA_MAX * torch.randn(shape, generator=generator, device=feature.device)
+        x = self.denoise(feature, x, torch.full((1, 1), SIGMA_MAX, device=x.device))
+        if second_sigma:
+            z = torch.randn((len(feature), n, self.chunk_dim), generator=generator, device=x.device)
+            x = self.denoise(feature, x + second_sigma * z, torch.full((1, 1), second_sigma, device=x.device))
+        x = self.unit * x
+        if noise:
+            x = (x + noise * torch.randn(x.shape, generator=generator, device=x.device)).clamp(-1, 1)
+        return x
+
+
+# --- end shared ---
+
+
+class MSEHead(nn.Module):
+    """Deterministic chunk: an MLP on the feature. Works in units of the spread, as the other heads."""
+
+    def __init__(self, feature_dim: int, unit: Tensor, hidden: int, layers: int):
+        super().__init__()
+        self.register_buffer("unit", unit.clone())  # [D]
+        sizes = [feature_dim] + [hidden] * layers
+        parts = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.LayerNorm(b, eps=1e-6), nn.Tanh())]
+        self.net = nn.Sequential(*parts, nn.Linear(hidden, len(unit)))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """[B, F] -> [B, D] in units of the spread."""
+        return self.net(feature)
+
+
+# --- shared: octo ---
+class OctoPolicy(nn.Module):
+    """Octo and the units of what goes in and out; scripts add the heads and `act`."""
+
+    def __init__(self, args: Args, demos: Demos):
+        super().__init__()
+        self.H, self.instruction = args.chunk_len, TASKS.get(args.env_id, Task()).instruction
+        self.relative = "delta" in args.control_mode
+        proprio, action = demos.obs["proprio"], np.delete(demos.action, demos.starts() + demos.lengths, axis=0)
+        centre = np.zeros(action.shape[1]) if self.relative else (action.max(0) + action.min(0)) / 2
+        scale = np.maximum(args.action_range * np.abs(action - centre).max(0), 1e-3)
+        units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians
+        for name, value in (units | dict(action_centre=centre, action_scale=scale)).items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
+        images = (("primary", args.image_size),) if args.obs_mode == "rgb" else ()
+        # Privileged state goes through the transformer; beside a camera, proprio goes to the heads only, as in Octo 1.5.
+        self.proprio_dim, self.action_dim = proprio.shape[1], action.shape[1]
+        lowdim = 0 if images else self.proprio_dim
+        config = dataclasses.replace(OCTO_PRESETS[args.backbone], image_sizes=images, lowdim_dim=lowdim)
+        self.backbone, self.feature_dim = Octo(config), config.embedding_dim + self.proprio_dim
+        # At most a quarter of the box: the gripper's two positions have to count for more than their spread says.
+        spread = self.normalise(action).std(0).clip(0.02, 0.25)
+        self.chunk_unit = torch.as_tensor(spread / SIGMA_DATA).repeat(self.H)  # [H*A]; networks see chunk / unit
+
+    def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
+        """Observations of N states to [N, F]: the backbone's embedding beside the normalised proprio."""
+        obs = {k: torch.as_tensor(v, device=self.proprio_mean.device) for k, v in obs.items()}
+        proprio = ((obs["proprio"] - self.proprio_mean) / self.proprio_std).clamp(-5, 5)  # [N, P]
+        images = {k: v[:, None] for k, v in obs.items() if k != "proprio"}  # a window of one step
+        language = self.backbone.encode_text([self.instruction])
+        lowdim = None if images else proprio[:, None]
+        return torch.cat([self.backbone(images, language, lowdim=lowdim), proprio], -1)
+
+    def perturb(self, feature: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+        """Gaussian noise on the proprio within features [B, F], in standard deviations of the demonstrations.
+
+        The joint angles at the start give a demonstration away to a few digits, and a policy that recognises it needs
+        no image. With noise it has to look.
+        """
+        if not noise:
+            return feature
+        noise = noise * torch.randn((len(feature), self.proprio_dim), generator=generator, device=feature.device)
+        return torch.cat([feature[:, : -self.proprio_dim], feature[:, -self.proprio_dim :] + noise], -1)
+
+    def normalise(self, action: np.ndarray) -> np.ndarray:
+        """Controller units [.., A] to the policy's box [-1, 1]."""
+        centre, scale = self.action_centre.cpu().numpy(), self.action_scale.cpu().numpy()
+        return np.clip((action - centre) / scale, -1, 1).astype(np.float32)
+
+    def denormalise(self, action: np.ndarray) -> np.ndarray:
+        """The policy's box to controller units, clipped to the controller's own box if it is [-1, 1]."""
+        action = action * self.action_scale.cpu().numpy() + self.action_centre.cpu().numpy()
+        return np.clip(action, -1, 1) if self.relative else action
+
+    def hold_action(self, last: np.ndarray) -> np.ndarray:
+        """The normalised action that keeps still, gripper as in `last` [A]."""
+        hold = np.zeros_like(last) if self.relative else last.copy()
+        hold[-1] = last[-1]
+        return hold
+
+
+# --- end shared ---
+
+
+class Policy(OctoPolicy):
+    """Octo with one of the heads. The consistency head is the RL scripts' actor, under the same name."""
+
+    def __init__(self, args: Args, demos: Demos):
+        super().__init__(args, demos)
+        sizes = (self.feature_dim, self.chunk_unit, args.hidden_dim, args.num_layers)
+        if args.head == "diffusion":
+            # Octo's head: unit variance, actions up to +-5
+            self.actor = DiffusionHead(self.feature_dim, self.H, self.action_dim, args.hidden_dim, args.num_layers + 1)
+            self.actor.register_buffer("unit", SIGMA_DATA * self.chunk_unit)
+        else:
+            self.actor = {"consistency": ConsistencyActor, "mse-chunk": MSEHead}[args.head](*sizes)
+
+    def loss(self, feature: Tensor, chunk: Tensor, generator: torch.Generator, n: int) -> Tensor:
+        """Features [B, F], chunks [B, H*A] in [-1, 1] -> [B], or a scalar (diffusion)."""
+        if isinstance(self.actor, ConsistencyActor):
+            return consistency_loss(self.actor, feature, chunk, generator, n)
+        if isinstance(self.actor, MSEHead):
+            return mse_loss(self.actor(feature), chunk / self.actor.unit)
+        chunk = (chunk / self.actor.unit).unflatten(1, (self.H, -1))
+        return self.actor.loss(feature.repeat(n, 1), chunk.repeat(n, 1, 1), generator)
+
+    def act(self, feature: Tensor, generator: torch.Generator) -> np.ndarray:
+        """One chunk per state: [N, F] -> [N, H, A] in [-1, 1]."""
+        if isinstance(self.actor, ConsistencyActor):
+            chunk = self.actor.sample(feature, 1, generator)[:, 0]
+        elif isinstance(self.actor, MSEHead):
+            chunk = self.actor.unit * self.actor(feature)
+        else:
+            chunk = self.actor.unit * self.actor.sample(feature, 1, generator)[:, 0].flatten(1)
+        return chunk.clamp(-1, 1).unflatten(1, (self.H, -1)).cpu().numpy()
+
+
+# === Losses: pure functions ==========================================================================================
+def mse_loss(predicted: Tensor, chunk: Tensor) -> Tensor:
+    """Mean squared error of a chunk. Shapes: [B, D], [B, D] -> [B]. Source: CO-RFT (arXiv:2508.02219), stage 1."""
+    return (predicted - chunk).square().mean(-1)
+
+
+# --- shared: consistency loss ---
+def consistency_loss(
+    actor: ConsistencyActor, feature: Tensor, chunk: Tensor, generator: torch.Generator, n: int = 1
+) -> Tensor:
+    """The policy's surrogate of -log pi(chunk|s): weighted reconstruction of the chunk from n random noise levels.
+
+    Shapes: feature [B, F], chunk [B, D] in [-1, 1] -> [B].
+    Source: ConRFT's L_BC (there n = 1; more share the feature, which is what costs time while the backbone is trained);
+    w(sigma) = sigma^-2 + sigma_data^-2 makes it flat in the raw network output.
+    """
+    sigmas = karras_sigmas()[:-1].to(chunk.device)  # sigma_min itself is the identity
+    sigma = sigmas[torch.randint(len(sigmas), (len(chunk), n), generator=generator, device=chunk.device)]  # [B, n]
+    clean = (chunk / actor.unit)[:, None]  # [B, 1, D]
+    noise = torch.randn((len(chunk), n, chunk.shape[1]), generator=generator, device=chunk.device)
+    denoised = actor.denoise(feature, clean + sigma[..., None] * noise, sigma)  # [B, n, D]
+    return ((sigma**-2 + SIGMA_DATA**-2) * (denoised - clean).square().mean(-1)).mean(-1)
+
+
+# --- end shared ---
+
+
+def action_error(predicted: Tensor, chunk: Tensor, spread: Tensor) -> Tensor:
+    """Squared error of predicted chunks in units of the demonstrations' variance: 0 perfect, about 1 the mean action.
+
+    Shapes: [B, H, A], [B, H, A], spread [A] (standard deviations) -> [A].
+    """
+    return ((predicted - chunk) / spread).square().mean((0, 1))
+
+
+# === Rollouts and evaluation =========================================================================================
+# --- shared: rollouts ---
+EVAL_SEED, TRAIN_SEED = 1_000_000_000, 100_000_000  # demonstrations use seeds from 0; the three never meet
+
+
+@dataclass
+class Episode:
+    """T steps; demonstrations may have more features and actions than that: what was recorded after the success."""
+
+    feature: Tensor  # [T+1, F], empty if not asked for
+    action: np.ndarray  # [T, A] normalised
+    success: np.ndarray  # [T] at each step
+    terminated: bool  # at T
+
+
+@torch.no_grad()
+def rollout(env, agent, args: Args, act, seeds, training: bool, frames: list | None = None) -> list[Episode]:
+    """One episode per environment, side by side; act(feature [N, F]) -> normalised chunk [N, H, A], asked once a chunk.
+
+    training=True ends an episode at success or failure and keeps features; otherwise episodes run to the time limit,
+    so that success at the end can be told from success on the way. `frames` collects the first environment's video.
+    """
+    N, H = len(seeds), agent.H
+    every = 1 if training else H  # replay stores each step's observation
+    obs, ended = env.reset(seed=list(seeds), options={"every": every})[0], np.zeros(N, dtype=bool)
+    length, features, actions, successes = np.full(N, args.max_episode_steps), [], [], []
+    for t in range(args.max_episode_steps):
+        if t % every == 0:
+            features.append(agent.feature(obs))
+        if t % H == 0:
+            chunk = act(features[-1])
+        actions.append(chunk[:, t % H])
+        obs, success, _, _, info = env.step(agent.denormalise(actions[-1]))
+        successes.append(success > 0)
+        if frames is not None:
+            frames.append(env.call("render")[0])
+        if training:
+            length[info["ended"] & ~ended] = t + 1
+            ended |= info["ended"]
+            if ended.all():
+                break
+    stacked = torch.stack([*features, agent.feature(obs)], 1).cpu() if training else torch.empty(N, 0)
+    action, success = np.stack(actions, 1), np.stack(successes, 1)  # [N, T, A], [N, T]
+    return [Episode(stacked[i, : n + 1], action[i, :n], success[i, :n], bool(ended[i])) for i, n in enumerate(length)]
+
+
+# --- end shared ---
+
+
+# --- shared: evaluation ---
+def evaluate(env, agent, args: Args, act, episodes: int, rewards: tuple[float, float] = (0.0, 1.0)) -> dict[str, float]:
+    """Success over the fixed evaluation episodes: the same initial states and policy noise every time.
+
+    act(feature, generator) gives chunks; `rewards` of a failing step and of success make up the return. Uses a
+    generator of its own and leaves torch's global one alone, so training doesn't depend on when it is called.
+    Returns: both success rates, Wilson's 95 % interval, mean env steps to success (over successes), return.
+    """
+    start, flags, act = time.time(), [], partial(act, generator=torch.Generator(args.device).manual_seed(0))
+    with torch.random.fork_rng(devices=[]):
+        for first in range(EVAL_SEED, EVAL_SEED + episodes, args.num_envs):
+            seeds = range(first, first + args.num_envs)
+            flags += [e.success for e in rollout(env, agent, args, act, seeds, training=False)]
+    flags = np.stack(flags[:episodes])  # [episodes, time limit]
+    once, first, (fail, success) = flags.any(1), flags.argmax(1), rewards
+    low, high = binomtest(int(once.sum()), episodes).proportion_ci(method="wilson")
+    metrics = {
+        "eval/success_once": once.mean(), "eval/success_once_low": low, "eval/success_once_high": high,
+        "eval/success_at_end": flags[:, -1].mean(), "eval/num_episodes": episodes, "time/eval_s": time.time() - start,
+        "eval/episode_len": first[once].mean() + 1 if once.any() else args.max_episode_steps,
+        "eval/return": np.where(once, success + fail * first, fail * args.max_episode_steps).mean(),
+    }  # fmt: skip
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def film(agent, args: Args, act, folder: Path) -> None:
+    """Film the first evaluation episodes to folder/episode-I-{success,failure}.mp4."""
+    import imageio
+
+    args = dataclasses.replace(args, sim_backend="physx_cpu")  # one episode at a time
+    env, act = make_env(args, 1, render=True), partial(act, generator=torch.Generator(args.device).manual_seed(0))
+    folder.mkdir(exist_ok=True)
+    for i in range(args.video_episodes):
+        (episode,) = rollout(env, agent, args, act, [EVAL_SEED + i], training=False, frames=(frames := []))
+        name = f"episode-{i}-{'success' if episode.success.any() else 'failure'}.mp4"
+        imageio.mimsave(folder / name, frames, fps=args.control_freq, macro_block_size=1)
+    env.close()
+
+
+# --- end shared ---
+
+
+# === Logging and checkpoints =========================================================================================
+# --- shared: logging ---
+class Logger:
+    """The same rows to metrics.csv (global_step, update_step, name, value), TensorBoard and, if asked, wandb."""
+
+    def __init__(self, folder: Path, args: Args, update_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file, self.wandb = (folder / "metrics.csv").open("a", newline="", buffering=1), None  # flushed by line
+        if not self.file.tell():
+            csv.writer(self.file).writerow(["global_step", "update_step", "name", "value"])
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=update_step + 1)
+        if args.track:
+            import wandb
+
+            names = dict(project="vla-rl", name=folder.name, id=folder.name)
+            self.wandb = wandb.init(**names, resume="allow", dir=str(folder), config=dataclasses.asdict(args))
+
+    def log(self, values: dict, global_step: int, update_step: int) -> None:
+        values = {name: x.item() if isinstance(x, Tensor) else float(x) for name, x in values.items()}
+        csv.writer(self.file).writerows([global_step, update_step, name, f"{x:.6g}"] for name, x in values.items())
+        for name, value in (values | {"time/global_step": global_step}).items():
+            self.board.add_scalar(name, value, update_step)
+        if self.wandb:
+            self.wandb.log(values | {"global_step": global_step, "update_step": update_step})
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Atomic: the file is the old one or the new one, never half of it."""
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def provenance() -> dict:
+    """Git commit, package versions and machine, for config.json and summary.json."""
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
+    commit = subprocess.getoutput(git) or "unknown"
+    packages = {name: version(name) for name in ("torch", "mani_skill", "sapien", "numpy", "gymnasium")}
+    machine = {"cpus": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    return {"git_commit": commit, "python": sys.version.split()[0], "packages": packages} | machine
+
+
+# --- end shared ---
+
+
+# --- shared: checkpoints ---
+def save_checkpoint(folder: Path, name: str, weights: dict[str, Tensor], state: dict) -> None:
+    """Write folder/checkpoints/NAME, point `latest` at it, then drop the older ones; each step is atomic."""
+    root = folder / "checkpoints"
+    while (root / name).exists():  # never in the place of the only good one
+        name += "+"
+    temporary, final = root / f".{name}.tmp", root / name
+    temporary.mkdir(parents=True, exist_ok=True)  # it may be there, left half-written by a kill
+    try:
+        # Through memory: the libraries' own writers hide that a disk is full.
+        weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        (temporary / "weights.safetensors").write_bytes(save(weights))
+        torch.save(state, buffer := io.BytesIO())
+        (temporary / "training.pt").write_bytes(buffer.getbuffer())
+        os.replace(temporary, final)
+        (root / "latest.tmp").write_text(name)
+        os.replace(root / "latest.tmp", root / "latest")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk the last complete checkpoint stays
+    for old in root.iterdir():
+        if old.is_dir() and old != final:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    """Weights and training state of the last checkpoint. Raises: UserError if the folder holds no readable one."""
+    try:
+        here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
+        return load_file(here / "weights.safetensors"), torch.load(here / "training.pt", weights_only=True)
+    except Exception as error:  # the readers raise all sorts
+        raise UserError(f"{folder} holds no readable checkpoint ({error})") from error
+
+
+def load_weights(agent: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Strict load. Raises: UserError that begins with the misfits (another task, observation mode or network size)."""
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{source} is a checkpoint of another task or network: {str(error)[:300]}") from error
+
+
+def load_config(cls, folder: Path):
+    """The flags a run was started with. Raises: UserError if `folder` isn't a run of this script."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config["script"] != Path(__file__).name:
+            raise UserError(f"{folder} is a run of {config['script']}, not of {Path(__file__).name}")
+        return cls(**config["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is no run folder of {Path(__file__).name} (config.json: {error})") from error
+
+
+# --- end shared ---
+
+
+# === Training ========================================================================================================
+# --- shared: random shift ---
+def random_shift(image: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
+    """Shift each image by up to `pad` pixels, edges repeated. Shapes: [B, H, H, 3] uint8 -> same."""
+    B, side = image.shape[:2]
+    shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator)
+    rows, cols = (torch.arange(side) + shift).clamp(0, side - 1).to(image.device)
+    return image[torch.arange(B, device=image.device)[:, None, None], rows[:, :, None], cols[:, None, :]]
+
+
+# --- end shared ---
+
+
+class Run:
+    """The state of a run that a checkpoint holds."""
+
+    def __init__(self, args: Args, folder: Path, demos: Demos):
+        self.args, self.folder, self.demos, self.mark = args, folder, demos, time.time()
+        torch.manual_seed(args.seed)
+        self.policy = Policy(args, demos).to(args.device)
+        self.chunks = Chunks(demos, self.policy, args.holdout)
+        self.trained = self.policy if args.finetune == "full" else self.policy.actor
+        self.optimizer = torch.optim.AdamW(self.trained.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        decay = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema)
+        self.average = torch.optim.swa_utils.AveragedModel(self.policy, multi_avg_fn=decay)
+        devices = {"batch": "cpu", "update": args.device}
+        self.generators = {k: torch.Generator(d).manual_seed(args.seed + i) for i, (k, d) in enumerate(devices.items())}
+        self.update, self.evals, self.seconds = 0, [], 0.0
+
+    @property
+    def acting(self) -> Policy:
+        return self.average.module
+
+    @cached_property
+    def env(self):
+        return make_env(self.args, self.args.num_envs)
+
+    def save(self) -> None:
+        self.seconds, self.mark = self.seconds + time.time() - self.mark, time.time()
+        state = {
+            "update": self.update, "evals": self.evals, "seconds": self.seconds,
+            "generators": {k: g.get_state() for k, g in self.generators.items()},
+            "optimizer": self.optimizer.state_dict(), "raw": self.policy.state_dict(),
+            "averaged": self.average.n_averaged, "log_size": (self.folder / "metrics.csv").stat().st_size,
+        }  # fmt: skip
+        save_checkpoint(self.folder, f"update-{self.update}", self.acting.state_dict(), state)
+
+    def load(self) -> None:
+        weights, state = load_checkpoint(self.folder)
+        load_weights(self.acting, weights, self.folder)
+        load_weights(self.policy, state["raw"], self.folder)
+        self.average.n_averaged.copy_(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, generator in self.generators.items():
+            generator.set_state(state["generators"][name])
+        self.update, self.evals, self.seconds = state["update"], state["evals"], state["seconds"]
+        if not self.args.eval_only:  # what a killed run logged after its last checkpoint
+            os.truncate(self.folder / "metrics.csv", state["log_size"])
+
+    def evaluate(self, logger: Logger, episodes: int) -> None:
+        metrics = evaluate(self.env, self.acting, self.args, self.acting.act, episodes)
+        logger.log(metrics, 0, self.update)
+        self.evals.append({"update": self.update} | metrics)
+        once, low, high = (metrics[f"eval/success_once{end}"] for end in ("", "_low", "_high"))
+        line = f"update {self.update:6d} | success {once:.2f} [{low:.2f}, {high:.2f}]"
+        tqdm.write(f"{line} | steps to success {metrics['eval/episode_len']:.1f}")
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Tensor]:
+        """Loss and action error on the held-out demonstrations, with the same noise every time."""
+        g, rows = torch.Generator(self.args.device).manual_seed(0), self.chunks.held
+        predicted, losses = [], []
+        for part in rows.split(256):
+            feature = self.acting.feature({k: v[part] for k, v in self.chunks.obs.items()})
+            chunk = self.chunks.chunk(part).to(self.args.device)
+            losses.append(self.acting.loss(feature, chunk, g, 1).mean() * len(part) / len(rows))
+            predicted.append(torch.from_numpy(self.acting.act(feature, g)))
+        spread = SIGMA_DATA * self.policy.chunk_unit[: self.policy.action_dim].cpu()
+        error = action_error(torch.cat(predicted), self.chunks.chunk(rows).unflatten(1, (self.chunks.H, -1)), spread)
+        logs = {"val/loss": sum(losses), "val/action_error": error.mean()}
+        return logs | {f"val/action_error_{i}": e for i, e in enumerate(error)}
+
+
+def train(run: Run, logger: Logger) -> None:
+    """Gradient steps on random batches; with a frozen backbone, each observation is embedded once."""
+    args, policy, chunks, g = run.args, run.policy, run.chunks, run.generators
+    if "primary" in chunks.obs:
+        torch.set_num_threads(args.torch_threads or min(os.cpu_count() or 1, 8))
+    if args.finetune == "head":
+        with torch.no_grad():
+            rows = torch.arange(len(chunks.action)).split(256)
+            cached = torch.cat([policy.feature({k: v[r] for k, v in chunks.obs.items()}).cpu() for r in rows])
+    latest, title = "", f"BC, {args.head} head"
+    with tqdm(total=args.updates, initial=run.update, desc=title, mininterval=2) as bar:
+        while run.update < args.updates:
+            done = run.update / args.updates
+            rate = min((run.update + 1) / (0.05 * args.updates), 0.5 * (1 + math.cos(math.pi * done)))
+            run.optimizer.param_groups[0]["lr"] = args.lr * rate
+            rows = chunks.train[torch.randint(len(chunks.train), (args.batch_size,), generator=g["batch"])]
+            if args.finetune == "head":
+                feature = cached[rows].to(args.device)
+            else:
+                images = {k: random_shift(v[rows], g["batch"]) for k, v in chunks.obs.items() if k != "proprio"}
+                feature = policy.feature({"proprio": chunks.obs["proprio"][rows]} | images)
+            feature = policy.perturb(feature, args.proprio_noise, g["update"])
+            loss = policy.loss(feature, chunks.chunk(rows).to(args.device), g["update"], args.noise_levels).mean()
+            run.optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(run.trained.parameters(), args.max_grad_norm)
+            run.optimizer.step()
+            run.average.update_parameters(policy)
+            run.update += 1
+            bar.update()
+            if run.update % args.log_freq == 0:
+                logger.log({"losses/bc": loss, "grad_norm/bc": norm, "lr/bc": args.lr * rate}, 0, run.update)
+            if len(chunks.held) and run.update % args.val_freq == 0:
+                logger.log(values := run.validate(), 0, run.update)
+                latest = f" | held-out action error {values['val/action_error']:.3f}"
+            if args.eval_freq and run.update % args.eval_freq == 0 and run.update < args.updates:
+                run.evaluate(logger, args.eval_episodes)
+            if run.update % args.checkpoint_freq == 0:
+                run.save()
+            success = f" | success {run.evals[-1]['eval/success_once']:.2f}" if run.evals else ""
+            bar.set_description(title + latest + success, refresh=False)
+    torch.set_num_threads(args.torch_threads or 1)
+
+
+def begin(args: Args) -> Run:
+    """A run in a new folder, or one resumed from its last checkpoint."""
+    if args.resume and args.eval_only:
+        raise UserError("--resume and --eval-only exclude each other")
+    resumed = args.resume or args.eval_only
+    if resumed:
+        places = dict(resume=args.resume, eval_only=args.eval_only, device=args.device)
+        args = dataclasses.replace(load_config(Args, Path(resumed)), **places)
+    validate(args)
+    torch.set_num_threads(args.torch_threads or 1)
+    demos = load_demos(args)
+    name = f"{args.env_id}-bc-{args.head}-{args.obs_mode}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(resumed) if resumed else Path(args.runs) / (args.run_name or name)
+    if not resumed and (folder / "config.json").exists():
+        raise UserError(f"{folder} exists: choose another --run-name, or go on with it by --resume {folder}")
+    run = Run(args, folder, demos)
+    if not resumed:
+        make_env(args, 1).close()  # fails here or not at all
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "demonstrations": demos.source}
+        write_json(folder / "config.json", config | {"weights": "random"} | provenance())
+    if resumed:
+        run.load()
+    return run
+
+
+def main(args: Args) -> Path:
+    """Train, evaluate and film, or resume; returns the run's folder."""
+    # INFRASTRUCTURE: flags, folder, demonstrations, networks
+    run = begin(args)
+    args, folder = run.args, run.folder
+    if args.eval_only:
+        metrics = evaluate(run.env, run.acting, args, run.acting.act, args.eval_episodes)
+        print(json.dumps(metrics, indent=2))
+        return folder
+    logger = Logger(folder, args, run.update)
+
+    # ALGORITHM
+    train(run, logger)
+    run.evaluate(logger, args.eval_episodes)
+
+    # INFRASTRUCTURE: results
+    run.save()
+    logger.close()
+    last = run.evals[-1]
+    summary = {
+        "success_once": last["eval/success_once"],
+        "success_interval": [last["eval/success_once_low"], last["eval/success_once_high"]],
+        "success_at_end": last["eval/success_at_end"], "steps_to_success": last["eval/episode_len"],
+        "demo_steps_to_success": float(run.demos.steps.mean()), "seconds": run.seconds, "evaluations": run.evals,
+        "demonstrations": run.demos.source, "env_id": args.env_id, "seed": args.seed,
+    }  # fmt: skip
+    write_json(folder / "summary.json", summary | provenance())
+    if args.video_episodes:
+        film(run.acting, args, run.acting.act, folder / "videos")
+    run.env.close()
+    print(f"done: success {last['eval/success_once']:.2f}, results in {folder}")
+    return folder
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags over the defaults."""
+    return tyro.cli(Args, args=argv, description=__doc__)
+
+
+# --- shared: entry ---
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full; free some space, then go on with --resume RUN_DIR ({error})", file=sys.stderr)
+        sys.exit(2)
+# --- end shared ---
