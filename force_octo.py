@@ -322,7 +322,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
         )  # fmt: skip
     except RuntimeError as error:
         raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
-    except (KeyError, AssertionError, NotImplementedError) as error:
+    except (KeyError, AssertionError, NotImplementedError) as error:  # how ManiSkill refuses robots and controllers
         raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
     return ObsWrapper(env)
 
