@@ -466,20 +466,20 @@ class ConsistencyActor(nn.Module):
     """One-step consistency policy over action chunks: f(x, sigma | feature) is the denoised chunk.
 
     It works in its own units, in which each dimension's standard deviation is SIGMA_DATA, as the scalings assume:
-    chunk in [-1, 1] = unit * x. With the standard deviation at a third of that, learning takes ten times longer.
+    chunk in [-1, 1] = unit * x. With a far smaller one, learning is much slower (docs/force.md, log).
     The part of the first layer that reads the feature is computed once per state and shared by its N samples.
     """
 
     def __init__(self, feature_dim: int, unit: Tensor, hidden: int, layers: int, time_dim: int = 16):
         super().__init__()
-        self.chunk_dim, self.time_dim = (chunk_dim := len(unit)), time_dim
+        self.chunk_dim, self.time_dim = len(unit), time_dim
         self.register_buffer("unit", unit.clone())  # [D]
         self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Tanh(), nn.Linear(2 * time_dim, time_dim))
         self.feature_in = nn.Linear(feature_dim, hidden)
-        self.sample_in = nn.Linear(chunk_dim + time_dim, hidden, bias=False)
+        self.sample_in = nn.Linear(self.chunk_dim + time_dim, hidden, bias=False)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden, eps=1e-6) for _ in range(layers))
         self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
-        self.out = nn.Linear(hidden, chunk_dim)
+        self.out = nn.Linear(hidden, self.chunk_dim)
 
     def denoise(self, feature: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] within the action box, own units."""
@@ -835,7 +835,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
         here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
         return load_file(here / "weights.safetensors"), torch.load(here / "training.pt", weights_only=True)
     except Exception as error:  # the readers raise all sorts
-        raise UserError(f"{folder} holds no readable checkpoint ({error})") from error
+        hint = "a run that died before its first one has to be started again, under another --run-name"
+        raise UserError(f"{folder} holds no readable checkpoint; {hint} ({error})") from error
 
 
 def load_weights(agent: nn.Module, weights: dict[str, Tensor], source: Path) -> None:

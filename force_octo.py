@@ -191,8 +191,22 @@ def validate(args: Args) -> None:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
     if args.sft_checkpoint:
         args.sft_updates = args.sft_head_updates = 0
+        if not (args.resume or args.eval_only):
+            check_origin(args, Path(args.sft_checkpoint))
     if args.select == "best-of-k" and args.K < 2:
         raise UserError(f"--select best-of-k needs --K of at least 2, got {args.K}")
+
+
+def check_origin(args: Args, folder: Path) -> None:
+    """A run of bc.py can only start a run on the same task, seen and controlled alike. Raises: UserError."""
+    try:
+        have = json.loads((folder / "config.json").read_text())["args"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--sft-checkpoint {folder} is no run folder of bc.py ({error})") from error
+    for name in ("env_id", "robot_uids", "obs_mode", "image_size", "control_mode", "control_freq", "chunk_len"):
+        if have.get(name) != getattr(args, name):
+            want, flag = getattr(args, name), name.replace("_", "-")
+            raise UserError(f"--sft-checkpoint {folder} was trained with --{flag} {have.get(name)}, not {want}")
 
 
 # --- shared: tasks ---
@@ -603,20 +617,20 @@ class ConsistencyActor(nn.Module):
     """One-step consistency policy over action chunks: f(x, sigma | feature) is the denoised chunk.
 
     It works in its own units, in which each dimension's standard deviation is SIGMA_DATA, as the scalings assume:
-    chunk in [-1, 1] = unit * x. With the standard deviation at a third of that, learning takes ten times longer.
+    chunk in [-1, 1] = unit * x. With a far smaller one, learning is much slower (docs/force.md, log).
     The part of the first layer that reads the feature is computed once per state and shared by its N samples.
     """
 
     def __init__(self, feature_dim: int, unit: Tensor, hidden: int, layers: int, time_dim: int = 16):
         super().__init__()
-        self.chunk_dim, self.time_dim = (chunk_dim := len(unit)), time_dim
+        self.chunk_dim, self.time_dim = len(unit), time_dim
         self.register_buffer("unit", unit.clone())  # [D]
         self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Tanh(), nn.Linear(2 * time_dim, time_dim))
         self.feature_in = nn.Linear(feature_dim, hidden)
-        self.sample_in = nn.Linear(chunk_dim + time_dim, hidden, bias=False)
+        self.sample_in = nn.Linear(self.chunk_dim + time_dim, hidden, bias=False)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden, eps=1e-6) for _ in range(layers))
         self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
-        self.out = nn.Linear(hidden, chunk_dim)
+        self.out = nn.Linear(hidden, self.chunk_dim)
 
     def denoise(self, feature: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] within the action box, own units."""
@@ -1113,7 +1127,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
         here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
         return load_file(here / "weights.safetensors"), torch.load(here / "training.pt", weights_only=True)
     except Exception as error:  # the readers raise all sorts
-        raise UserError(f"{folder} holds no readable checkpoint ({error})") from error
+        hint = "a run that died before its first one has to be started again, under another --run-name"
+        raise UserError(f"{folder} holds no readable checkpoint; {hint} ({error})") from error
 
 
 def load_weights(agent: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
@@ -1267,7 +1282,7 @@ class Run:
         """Progress of a stage; the title carries the latest evaluation."""
         latest = f" | success {self.evals[-1]['eval/success_once']:.2f}" if self.evals else ""
         title = f"[{STAGES.index(self.count['stage'])}/4] {title}{latest}"
-        return tqdm(total=total, initial=done, desc=title, mininterval=2)
+        return tqdm(total=total, initial=done, desc=title, mininterval=2, disable=not total)
 
     def clock(self) -> None:
         """Book the time since the last call on the present stage."""

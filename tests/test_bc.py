@@ -213,6 +213,14 @@ def test_reinforcement_learning_starts_from_a_run(place, tmp_path):
     assert len(shared) > 20 and all(torch.equal(weights[k], start[k]) for k in shared)
     assert json.loads((learned / "config.json").read_text())["weights"] == str(folder)
     mse = script.main(tiny_args(place, tmp_path, run_name="mse", head="mse-chunk"))
-    for change in (dict(sft_checkpoint=str(mse)), dict(hidden_dim=32), dict(sft_checkpoint=str(tmp_path / "no"))):
-        with pytest.raises(force_octo.UserError, match="another task or network|no readable checkpoint"):
-            force_octo.main(dataclasses.replace(args, run_name="bad", **change))
+    bad = {
+        "another task or network": [dict(sft_checkpoint=str(mse)), dict(hidden_dim=32)],
+        "is no run folder": [dict(sft_checkpoint=str(tmp_path / "no"))],
+        "was trained with --control-freq 10, not 20": [dict(control_freq=20)],  # the same shapes
+        "was trained with --env-id PushCube-v1, not PullCube-v1": [dict(env_id="PullCube-v1")],
+    }
+    for words, changes in bad.items():
+        for change in changes:
+            with pytest.raises(force_octo.UserError, match=words):
+                force_octo.main(dataclasses.replace(args, run_name="bad", **change))
+    assert not (tmp_path / "bad").exists()
