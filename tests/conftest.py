@@ -13,6 +13,7 @@ torch.set_num_threads(1)
 
 ROOT = Path(force_octo.__file__).parent
 SCRIPT = ROOT / "force_octo.py"
+FIXTURES = ROOT / "tests" / "fixtures"
 TINY = dict(
     env_id="PushCube-v1", obs_mode="state", device="cpu", num_demos=4, K=4, max_episode_steps=10, hidden_dim=24,
     num_layers=2, num_critics=3, chunk_len=3, sft_updates=6, sft_head_updates=5, sft_batch_size=8, batch_size=8,

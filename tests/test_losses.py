@@ -371,7 +371,7 @@ def toy_policy(obs_mode="state"):
     if obs_mode == "rgb":
         obs["primary"] = np.zeros((10, 32, 32, 3), np.uint8)
     demos = script.Demos(obs, action, np.array([4, 4]), np.array([4, 4]), "toy")
-    return script.OctoPolicy(script.Args(obs_mode=obs_mode, image_size=32, chunk_len=2), demos), obs
+    return script.OctoPolicy(script.Args(obs_mode=obs_mode, image_size=32, chunk_len=2), demos), demos
 
 
 def test_networks_see_chunks_in_units_of_twice_the_spread():
@@ -383,15 +383,16 @@ def test_networks_see_chunks_in_units_of_twice_the_spread():
 
 
 def test_proprio_noise_touches_proprio_alone():
-    policy, obs = toy_policy("rgb")
-    feature = policy.feature({k: v[:4] for k, v in obs.items()})
+    policy, demos = toy_policy("rgb")
+    rows = torch.arange(4)
+    feature = policy.feature(demos.at(rows, 1))
     assert feature.shape == (4, policy.feature_dim) and policy.perturb(feature, 0.0, rng()) is feature
     many = feature[:1].expand(4000, -1)
     noisy = policy.perturb(many, 0.3, rng())
     assert torch.equal(noisy[:, :-5], many[:, :-5])
     assert (noisy - many)[:, -5:].std(0).tolist() == pytest.approx([0.3] * 5, abs=0.02)
     # Beside a camera the embedding knows nothing of proprio, so the noise is no use without this.
-    moved = policy.feature({"primary": obs["primary"][:4], "proprio": obs["proprio"][4:8]})
+    moved = policy.feature(demos.at(rows, 1) | {"proprio": demos.obs["proprio"][4:8]})
     assert torch.equal(moved[:, :-5], feature[:, :-5]) and not torch.equal(moved[:, -5:], feature[:, -5:])
 
 
