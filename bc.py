@@ -509,12 +509,12 @@ class ConsistencyActor(nn.Module):
             h = layer(torch.tanh(norm(h)))
         return (c_out * h + c_skip * x).clamp(-1 / self.unit, 1 / self.unit)
 
-    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
+    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0) -> Tensor:
         """Draw n chunks per state: [B, n, D] in [-1, 1].
 
         One-step samples lie very close together (the denoiser at sigma 80 nearly ignores its input). With
         second_sigma > 0 each one is re-noised to that level and denoised once more, which spreads them over what
-        the policy knows; the first step is then shared by all n. `noise` is Gaussian, in units of the action box.
+        the policy knows; the first step is then shared by all n.
         """
         shape = (len(feature), 1 if second_sigma else n, self.chunk_dim)
         x = SIGMA_MAX * torch.randn(shape, generator=generator, device=feature.device)
@@ -522,10 +522,7 @@ class ConsistencyActor(nn.Module):
         if second_sigma:
             z = torch.randn((len(feature), n, self.chunk_dim), generator=generator, device=x.device)
             x = self.denoise(feature, x + second_sigma * z, torch.full((1, 1), second_sigma, device=x.device))
-        x = self.unit * x
-        if noise:
-            x = (x + noise * torch.randn(x.shape, generator=generator, device=x.device)).clamp(-1, 1)
-        return x
+        return self.unit * x
 
 
 # --- end shared ---

@@ -147,9 +147,9 @@ class Args:
     temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
     expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12) or gated (Eq. 14)
     candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
-    candidate_noise: float = 0.03  # Gaussian noise added to candidates, in units of the action box
+    candidate_noise: float = 0.02  # Gaussian push on candidates, in units of the action box
     explore_noise: float = 0.02  # Gaussian push on the chunks of training episodes, in units of the action box
-    actor_ema: float = 0.995  # decay of the averaged actor that acts and is evaluated in stages 2 and 3 (0 = off)
+    actor_ema: float = 0.995  # decay of pi_old, the averaged actor that acts and proposes from stage 2 on (0 = off)
     select: Literal["sample", "best-of-k"] = "sample"  # best of K by the critic isn't in the paper
 
     # --- evaluation and logging ---
@@ -670,12 +670,12 @@ class ConsistencyActor(nn.Module):
             h = layer(torch.tanh(norm(h)))
         return (c_out * h + c_skip * x).clamp(-1 / self.unit, 1 / self.unit)
 
-    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
+    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0) -> Tensor:
         """Draw n chunks per state: [B, n, D] in [-1, 1].
 
         One-step samples lie very close together (the denoiser at sigma 80 nearly ignores its input). With
         second_sigma > 0 each one is re-noised to that level and denoised once more, which spreads them over what
-        the policy knows; the first step is then shared by all n. `noise` is Gaussian, in units of the action box.
+        the policy knows; the first step is then shared by all n.
         """
         shape = (len(feature), 1 if second_sigma else n, self.chunk_dim)
         x = SIGMA_MAX * torch.randn(shape, generator=generator, device=feature.device)
@@ -683,10 +683,7 @@ class ConsistencyActor(nn.Module):
         if second_sigma:
             z = torch.randn((len(feature), n, self.chunk_dim), generator=generator, device=x.device)
             x = self.denoise(feature, x + second_sigma * z, torch.full((1, 1), second_sigma, device=x.device))
-        x = self.unit * x
-        if noise:
-            x = (x + noise * torch.randn(x.shape, generator=generator, device=x.device)).clamp(-1, 1)
-        return x
+        return self.unit * x
 
 
 # --- end shared ---
@@ -824,21 +821,32 @@ class Agent(OctoPolicy):
             copy.requires_grad_(False)
 
     def act(self, feature: Tensor, actor: ConsistencyActor, args: Args, generator, explore: float = 0.0) -> np.ndarray:
-        """One chunk per state: [N, F] -> [N, H, A] normalised; a sample, or the best of K candidates by the critic.
+        """One chunk per state, pushed by `explore`: [N, F] -> [N, H, A] normalised.
 
-        `explore` is the size of a Gaussian push that is the same for all steps of a chunk: the arm moves off its path
-        and not merely shakes, so that the critic sees what other actions are worth.
+        It is a sample, or the best of K candidates by the critic.
         """
         if args.select == "sample":
             chunk = actor.sample(feature, 1, generator)[:, 0]
         else:
-            chunk = actor.sample(feature, args.K, generator, args.candidate_sigma, args.candidate_noise)  # [N, K, H*A]
+            chunk = self.candidates(feature, actor, args, generator)
             chunk = chunk[torch.arange(len(chunk)), self.critic(feature, chunk).mean(0).argmax(-1)]
-        chunk = chunk.unflatten(1, (self.H, -1))
-        if explore:
-            push = torch.randn(len(chunk), 1, self.action_dim, generator=generator, device=chunk.device)
-            chunk = (chunk + explore * push).clamp(-1, 1)
-        return chunk.cpu().numpy()
+        return self.push(chunk, explore, generator).unflatten(1, (self.H, -1)).cpu().numpy()
+
+    def candidates(self, feature: Tensor, actor: ConsistencyActor, args: Args, generator) -> Tensor:
+        """K proposals per state: [N, F] -> [N, K, H*A] normalised."""
+        return self.push(
+            actor.sample(feature, args.K, generator, args.candidate_sigma), args.candidate_noise, generator
+        )
+
+    def push(self, chunk: Tensor, size: float, generator) -> Tensor:
+        """Add Gaussian noise that is the same for all steps of a chunk [.., H*A], `size` in units of the action box.
+
+        The arm then moves off its path, where independent noise would merely make it shake: more to learn from.
+        """
+        if not size:
+            return chunk
+        noise = torch.randn((*chunk.shape[:-1], 1, self.action_dim), generator=generator, device=chunk.device)
+        return (chunk.unflatten(-1, (self.H, -1)) + size * noise).clamp(-1, 1).flatten(-2)
 
 
 # === Losses: pure functions ==========================================================================================
@@ -959,7 +967,7 @@ def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Ar
         with torch.no_grad():
             rows = (~expert | (args.expert_filter == "filter")).nonzero()[:, 0]
             feature, chunk = batch.feature[rows], batch.chunk[rows]
-            candidates = agent.actor.sample(feature, args.K, generator, args.candidate_sigma, args.candidate_noise)
+            candidates = agent.candidates(feature, agent.actor_ema, args, generator)  # a_k ~ pi_old
             q = agent.critic(feature, candidates).mean(0)  # [B', K]
             q_buffer = agent.critic(feature, chunk).mean(0)  # [B']
             weight, zeta = vgpd_target(q, q_buffer, args.temperature, args.temperature_adaptive)

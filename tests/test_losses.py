@@ -1,6 +1,7 @@
 """The pure functions and networks against numbers worked out here with plain Python floats."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -221,21 +222,19 @@ def test_samples_equal_one_by_one_denoising(second):
             norm.weight.uniform_(0.5, 1.5)
             norm.bias.uniform_(-0.5, 0.5)
         feature = torch.randn(3, 5)
-        samples = actor.sample(feature, 6, rng(7), second_sigma=second, noise=0.05)
+        samples = actor.sample(feature, 6, rng(7), second_sigma=second)
         g = rng(7)
         first = 80 * torch.randn((3, 1 if second else 6, 4), generator=g)
         again = torch.randn((3, 6, 4), generator=g) if second else None
-        jitter = torch.randn((3, 6, 4), generator=g)
         assert samples.shape == (3, 6, 4)
         for b in range(3):
             for k in range(6):
                 x = one_by_one(actor, feature[b], first[b, 0 if second else k], 80.0)
                 if second:
                     x = one_by_one(actor, feature[b], x + second * again[b, k], second)
-                x = (unit * x + 0.05 * jitter[b, k]).clamp(-1, 1)
                 # The angles reach 1100 radians, where float32 leaves about 1e-4.
-                torch.testing.assert_close(samples[b, k], x, atol=1e-3, rtol=0)
-        assert torch.equal(samples, actor.sample(feature, 6, rng(7), second_sigma=second, noise=0.05))
+                torch.testing.assert_close(samples[b, k], unit * x, atol=1e-3, rtol=0)
+        assert torch.equal(samples, actor.sample(feature, 6, rng(7), second_sigma=second))
 
 
 def test_two_steps_spread_and_one_step_does_not():
@@ -250,8 +249,6 @@ def test_two_steps_spread_and_one_step_does_not():
     feature = torch.zeros(50, 1)
     spread = {s: actor.sample(feature, 40, rng(), second_sigma=s).std(1).mean().item() for s in (0.0, 0.63)}
     assert spread[0.0] < 0.05 < 0.3 < spread[0.63]
-    noisy = actor.sample(feature, 400, rng(), noise=0.1).std(1).mean().item()
-    assert noisy == pytest.approx(0.1, abs=0.01)
 
 
 # --- actor losses ---
@@ -419,8 +416,8 @@ class FixedActor(nn.Module):
         super().__init__()
         self.shift, self.dim, self.calls = nn.Parameter(torch.tensor(0.1)), dim, []
 
-    def sample(self, feature, n, generator, second_sigma=0.0, noise=0.0):
-        self.calls.append((feature.clone(), n, second_sigma, noise))
+    def sample(self, feature, n, generator, second_sigma=0.0):
+        self.calls.append((feature.clone(), n, second_sigma))
         steps = 0.01 * torch.arange(n)[None, :, None]
         return (feature[:, None, :1] + self.shift + steps).expand(-1, -1, self.dim)
 
@@ -430,8 +427,10 @@ class FixedActor(nn.Module):
 
 def stub_agent():
     agent = SimpleNamespace(
-        actor=FixedActor(2), actor_ema=FixedActor(2), critic=Recorder([1.0, 0.5]), target_critic=Recorder([2.0, 3.0])
-    )
+        actor=FixedActor(2), actor_ema=FixedActor(2), critic=Recorder([1.0, 0.5]), target_critic=Recorder([2.0, 3.0]),
+        H=1, action_dim=2,
+    )  # fmt: skip
+    agent.push, agent.candidates = (partial(getattr(script.Agent, name), agent) for name in ("push", "candidates"))
     batch = script.Batch(
         feature=torch.tensor([[0.1], [0.2]]), chunk=torch.tensor([[0.3, 0.3], [-0.2, 0.1]]),
         reward=torch.tensor([0.05, 0.1]), bootstrap=torch.tensor([0.5, 0.0]),
@@ -504,7 +503,10 @@ def actor_step(monkeypatch, stage="online", expert=(True, False), **flags):
         return (actor.shift - chunk).square().mean(-1)
 
     monkeypatch.setattr(script, "consistency_loss", surrogate)
-    args = script.Args(**{"K": 5, "actor_ema": 0.75, "bc_weight": 2.0, "distill_weight": 3.0, "q_weight": 0.0} | flags)
+    args = script.Args(
+        **{"K": 5, "candidate_noise": 0.0, "actor_ema": 0.75, "bc_weight": 2.0, "distill_weight": 3.0, "q_weight": 0.0}
+        | flags
+    )
     optimizer = torch.optim.SGD(agent.actor.parameters(), lr=1.0)
     logs = script.update_actor(agent, optimizer, batch, torch.tensor(expert), args, stage, rng())
     return agent, logs, targets[0], batch
@@ -522,9 +524,8 @@ def test_actor_update_distils_the_better_candidates(monkeypatch):
     assert logs["vgpd/ess"].item() == pytest.approx(1 / sum(w * w for w in weight), rel=1e-3)
     for name, unit in (("vgpd/candidate_std", 0.01), ("values/q_std", 0.015)):  # over 5 or over 4
         assert min(abs(logs[name].item() / unit - math.sqrt(n)) for n in (2, 2.5)) < 1e-3
-    feature, number, sigma, noise = agent.actor.calls[0]
-    defaults = script.Args()
-    assert number == 5 and (sigma, noise) == (defaults.candidate_sigma, defaults.candidate_noise)
+    feature, number, sigma = agent.actor_ema.calls[0]  # pi_old proposes
+    assert number == 5 and sigma == script.Args().candidate_sigma and not agent.actor.calls
     assert feature.tolist() == batch.feature[1:].tolist()  # only policy states
     loss = sum((0.1 - x) ** 2 for x in target.flatten().tolist()) / 4
     assert logs["losses/distill"].item() == pytest.approx(loss, rel=1e-4)
@@ -540,7 +541,7 @@ def test_candidate_choice_follows_the_weights(monkeypatch):
     many = [torch.cat([getattr(batch, f)[1:]] * 3000) for f in batch.__dataclass_fields__]
     batch, targets = script.Batch(*many), []
     monkeypatch.setattr(script, "consistency_loss", lambda a, f, c, g, n: (targets.append(c), a.shift + 0 * c[:, 0])[1])
-    args = script.Args(K=5, temperature=0.5)
+    args = script.Args(K=5, temperature=0.5, candidate_noise=0.0)
     optimizer = torch.optim.SGD(agent.actor.parameters(), lr=0.0)
     script.update_actor(agent, optimizer, batch, torch.zeros(3000, dtype=torch.bool), args, "online", rng())
     weight = weights_by_hand([0.75 * (0.2 + 2 * (0.3 + 0.01 * k)) for k in range(5)], 0.5, True)
@@ -591,8 +592,8 @@ def test_q_loss_raises_the_actor_and_spares_the_critic(monkeypatch):
 @torch.no_grad()
 def test_best_of_k_takes_the_candidate_that_the_critic_prefers():
     agent, batch = stub_agent()
-    agent.H = 2
-    args = script.Args(K=5, select="best-of-k")
+    agent.H, agent.action_dim = 2, 1
+    args = script.Args(K=5, select="best-of-k", candidate_noise=0.0)
     best = script.Agent.act(agent, batch.feature, agent.actor, args, rng())
     assert best.shape == (2, 2, 1)
     assert best[:, 0, 0].tolist() == pytest.approx([0.1 + 0.1 + 0.04, 0.2 + 0.1 + 0.04])
@@ -618,3 +619,8 @@ def test_exploration_pushes_a_chunk_as_a_whole():
     assert push.mean(0) == pytest.approx([0, 0], abs=0.01) and push.std(0) == pytest.approx([0.1, 0.1], rel=0.1)
     assert abs(np.corrcoef(push.T)[0, 1]) < 0.1  # but not in every direction
     assert np.abs(script.Agent.act(agent, feature, agent.actor, script.Args(), rng(), 5.0)).max() == 1
+    args = script.Args(K=50, candidate_sigma=0.0, candidate_noise=0.1)
+    candidates = script.Agent.candidates(agent, feature[:100], agent.actor, args, rng()).unflatten(-1, (3, 2))
+    push = candidates - (0.3 + 0.01 * torch.arange(50))[:, None, None]
+    assert (push - push[:, :, :1]).abs().max() < 1e-6  # candidates are pushed likewise, each on its own
+    assert push[:, :, 0].std((0, 1)).tolist() == pytest.approx([0.1, 0.1], rel=0.1)
