@@ -16,10 +16,10 @@ Commands
   python conrft.py --env-id PickCube-v1 --obs-mode state --intervention oracle    # the motion planner helps
   python conrft.py --env-id PickCube-v1 --intervention gamepad --record-demos pick.h5
   python conrft.py --sft-checkpoint runs/NAME                                     # start from a run of bc.py
-  python conrft.py --obs-mode state --online-steps 0 --bc-weight-offline 0 --q-weight-offline 1    # Cal-QL alone
+  python conrft.py --obs-mode state --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1  # Cal-QL alone
   python conrft.py --resume runs/NAME | --eval-only runs/NAME
 
-Where the default differs from the paper (--preset paper: without 1-3; --preset code: the official code's other choices)
+Where the default differs from the paper (--preset paper: without 1-2; --preset code: the official code's other choices)
   1 10 Hz position control, chunks of 4 actions with chunked TD, reward 0/1, four critics, and smaller budgets (PAPER)
   2 the head of stage 0 is kept (--fresh-head: stage I starts with a new one, as with a released VLA)
   3 the critic reads the frozen backbone's embedding and proprio (--critic-encoder cnn or resnet: images)
@@ -431,10 +431,10 @@ class Oracle(gym.Wrapper):
             reconfiguration_freq=1, max_episode_steps=1_000_000,
         ))  # fmt: skip
         self.real, self.args, self.clip, self.solve = env, args, clip, MP_SOLUTIONS[args.env_id]
-        self.limit = slowest if args.takeover_after is None else args.takeover_after
+        self.latest = slowest if args.takeover_after is None else args.takeover_after
 
     def start(self, seed: int) -> None:
-        self.seed, self.path, self.past, self.failed = seed, None, [], 0
+        self.seed, self.path, self.past, self.failed, self.limit = seed, None, [], 0, self.latest
 
     def __call__(self, t: int, action: np.ndarray) -> np.ndarray | None:
         """The operator's action at step t, or None to let the policy act."""
@@ -442,6 +442,8 @@ class Oracle(gym.Wrapper):
         state = real.get_state_dict()
         places = [real.agent.tcp.pose.p[0], *(x[0, :3] for x in state["actors"].values())]
         self.past.append(torch.stack(places).numpy())
+        if self.path and self.at > len(self.path) + 10:  # done, and the task isn't: plan again
+            self.path = None
         if self.path is None and not self.failed:
             if t < self.limit and not stalled(np.stack(self.past), args.patience, args.progress):
                 return None
