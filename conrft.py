@@ -1476,6 +1476,7 @@ class Run:
                 self.demo.starts = torch.cat([old, new[torch.from_numpy(taken)[new - row]]])  # only what was intervened
                 if args.record_demos and episode.success.any():
                     self.recorded.append((first, torch.from_numpy(own)))
+            self.add_episode(self.replay, episode, images)
             begun = int((np.diff(taken.astype(int), prepend=0) == 1).sum())
             self.recent = [*self.recent, (float(episode.success.any()), T, float(taken.mean()), begun)][-20:]
             self.count["interventions"] += begun
