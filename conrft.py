@@ -407,6 +407,15 @@ class WatchedEnv:
         return obs, *rest
 
 
+def bare_env(args: Args, control_mode: str) -> gym.Env:
+    """The task without observations, for plans and recordings."""
+    return gym.make(
+        args.env_id, obs_mode="none", control_mode=control_mode, robot_uids=args.robot_uids, reward_mode="sparse",
+        sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
+        reconfiguration_freq=1, max_episode_steps=1_000_000,
+    )  # fmt: skip
+
+
 class Solved(Exception):
     """The planner has reached the goal."""
 
@@ -425,11 +434,7 @@ class Oracle(gym.Wrapper):
 
         if args.env_id not in MP_SOLUTIONS:
             raise UserError(f"--intervention oracle: ManiSkill has no motion planner for {args.env_id}")
-        super().__init__(gym.make(
-            args.env_id, obs_mode="none", control_mode="pd_joint_pos", robot_uids=args.robot_uids, reward_mode="none",
-            sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
-            reconfiguration_freq=1, max_episode_steps=1_000_000,
-        ))  # fmt: skip
+        super().__init__(bare_env(args, "pd_joint_pos"))
         self.real, self.args, self.clip, self.solve = env, args, clip, MP_SOLUTIONS[args.env_id]
         self.latest = slowest if args.takeover_after is None else args.takeover_after
 
@@ -574,12 +579,7 @@ def record(args: Args, episodes: list[tuple[int, Tensor]]) -> None:
     """Write episodes (seed, actions [T, A]) to --record-demos as ManiSkill does, by doing them once more."""
     from mani_skill.utils.wrappers.record import RecordEpisode
 
-    path = Path(args.record_demos)
-    env = gym.make(
-        args.env_id, obs_mode="none", control_mode=args.control_mode, robot_uids=args.robot_uids, reward_mode="sparse",
-        sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
-        reconfiguration_freq=1, max_episode_steps=1_000_000,
-    )  # fmt: skip
+    path, env = Path(args.record_demos), bare_env(args, args.control_mode)
     env = RecordEpisode(env, str(path.parent), trajectory_name=path.stem, save_video=False, save_on_reset=False)
     for seed, actions in episodes:
         env.reset(seed=seed)
