@@ -210,8 +210,9 @@ def optional(module: str):
     """Import a package that only some flags need. Raises: UserError that says how to install it."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"these flags need {module}: pip install {module} ({error})") from error
+    except Exception as error:  # a library behind the package may be missing, too
+        package = {"pygame": "pygame-ce", "pyspacemouse": "'pyspacemouse>=2.1'"}.get(module, module)
+        raise UserError(f"these flags need {module}: pip install {package} ({error})") from error
 
 
 # --- shared: origin ---
@@ -529,9 +530,10 @@ class Device:
                 raise UserError("--intervention gamepad: no gamepad found")
             self.stick = self.pg.joystick.Joystick(0)
         if self.kind == "spacemouse":
-            self.mouse = optional("pyspacemouse").open()
-            if not self.mouse:
-                raise UserError("--intervention spacemouse: no SpaceMouse found (on Linux it needs a udev rule)")
+            try:
+                self.mouse = optional("pyspacemouse").open(axis_convention="ros")  # x forward, y left, z up
+            except (RuntimeError, ValueError, OSError) as error:
+                raise UserError(f"--intervention spacemouse: {error} (on Linux it needs a udev rule)") from error
 
     def start(self, seed: int) -> None:
         self.gripper, self.down, self.failed = None, False, 0
@@ -552,8 +554,10 @@ class Device:
         if self.kind == "gamepad":
             axes, hold = [-self.stick.get_axis(i) for i in (1, 0, 4)], self.stick.get_button(5)
         else:
-            state = self.mouse.read()
-            axes, hold = [state.y, -state.x, state.z], state.buttons[1]
+            seen = -1.0
+            while (state := self.mouse.read()).t > seen:  # a report at a time; the last one counts
+                seen = state.t
+            axes, hold = [state.x, state.y, state.z], state.buttons[1]
             toggled, self.down = bool(state.buttons[0]) and not self.down, bool(state.buttons[0])
         motion = np.array(axes, float)
         return np.where(np.abs(motion) < 0.1, 0.0, motion), toggled, bool(hold)
