@@ -337,9 +337,15 @@ def devices(monkeypatch):
         time=SimpleNamespace(Clock=lambda: SimpleNamespace(tick=now.paces.append)),
         surfarray=SimpleNamespace(make_surface=lambda x: x), transform=SimpleNamespace(scale=lambda x, size: x),
     )  # fmt: skip
-    mouse = SimpleNamespace(read=lambda: now.mouse)
+
+    def opened(axis_convention):
+        if not now.opened:
+            raise RuntimeError("No connected or supported devices found.")
+        assert axis_convention == "ros"  # x forward, y left, z up
+        return SimpleNamespace(read=lambda: now.mouse[0] if len(now.mouse) == 1 else now.mouse.pop(0))
+
     monkeypatch.setitem(sys.modules, "pygame", pygame)
-    monkeypatch.setitem(sys.modules, "pyspacemouse", SimpleNamespace(open=lambda: now.opened and mouse))
+    monkeypatch.setitem(sys.modules, "pyspacemouse", SimpleNamespace(open=opened))
     now.opened = True
     return now
 
@@ -394,19 +400,20 @@ def test_gamepad(devices):
 def test_spacemouse(devices):
     act = device("spacemouse")
 
-    def state(x=0.0, y=0.0, z=0.0, buttons=(0, 0)):
-        devices.mouse = SimpleNamespace(x=x, y=y, z=z, buttons=list(buttons))
+    def state(x=0.0, y=0.0, z=0.0, buttons=(0, 0)):  # the last of the reports since the last step
+        old = [SimpleNamespace(x=1.0, y=-1.0, z=1.0, buttons=[0, 0], t=t) for t in (1, 2)]
+        devices.mouse = [*old, SimpleNamespace(x=x, y=y, z=z, buttons=list(buttons), t=3)]
 
     state()
     assert act() is None
-    state(x=0.2, y=0.4, z=-1.0)
+    state(x=0.4, y=-0.2, z=-1.0)
     np.testing.assert_allclose(act(), [0.2, -0.1, -0.5, 1], rtol=1e-6)
     state(z=0.5, buttons=(1, 0))
     assert act()[-1] == -1 and act()[-1] == -1  # pressed once, not once a step
     state(buttons=(0, 1))
     assert act().tolist() == [0, 0, 0, -1]
     devices.opened = False
-    with pytest.raises(script.UserError, match="no SpaceMouse found"):
+    with pytest.raises(script.UserError, match="No connected.*udev"):
         device("spacemouse")
 
 
@@ -493,7 +500,7 @@ def test_flags_that_cannot_be(flags, words, place, tmp_path):
 )
 def test_a_missing_package_is_one_clear_line(kind, package, devices, place, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(script.UserError, match=f"pip install {package}"):
+    with pytest.raises(script.UserError, match=f"pip install '?{package}"):
         script.main(tiny_args(place, tmp_path, intervention=kind))
     assert not list(tmp_path.iterdir())
 
