@@ -188,6 +188,11 @@ def validate(args: Args) -> None:
     hil, who = args.intervention != "none", f"--intervention {args.intervention}"
     args.num_envs = 1 if hil and args.num_envs is None else args.num_envs
     check_flags(args, LIMITS)
+    if args.intervention == "oracle":
+        from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
+
+        if args.env_id not in MP_SOLUTIONS:
+            raise UserError(f"{who}: ManiSkill has no motion planner for {args.env_id}")
     if args.checkpoint or args.backbone != "octo-compact":
         raise UserError("released Octo weights can't be loaded yet: leave out --checkpoint and --backbone")
     if hil and (args.num_envs > 1 or args.sim_backend != "physx_cpu" or "ee_delta" not in args.control_mode):
@@ -198,7 +203,8 @@ def validate(args: Args) -> None:
         raise UserError(f"--critic-encoder {args.critic_encoder} needs --obs-mode rgb")
     if (args.critic_encoder == "resnet") != bool(args.critic_weights):
         raise UserError("--critic-encoder resnet and --critic-weights FILE (torchvision's ResNet-18) go together")
-    for module in DEVICES.get(args.intervention, ()) + ("torchvision",) * bool(args.critic_weights):
+    devices = () if args.eval_only else DEVICES.get(args.intervention, ())
+    for module in (*devices, *["torchvision"] * bool(args.critic_weights)):
         optional(module)
     if args.sft_checkpoint:
         args.sft_updates = 0
@@ -433,8 +439,6 @@ class Oracle(gym.Wrapper):
     def __init__(self, env, args: Args, clip, slowest: int):
         from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
 
-        if args.env_id not in MP_SOLUTIONS:
-            raise UserError(f"--intervention oracle: ManiSkill has no motion planner for {args.env_id}")
         super().__init__(bare_env(args, "pd_joint_pos"))
         self.real, self.args, self.clip, self.solve = env, args, clip, MP_SOLUTIONS[args.env_id]
         self.latest = slowest if args.takeover_after is None else args.takeover_after
@@ -1732,8 +1736,10 @@ def begin(args: Args) -> Run:
         run.load()
     else:
         make_env(args, 1).close()  # fails here or not at all
+        operator = None if args.intervention == "none" else type(run.watched.operator).__name__  # a device likewise
         folder.mkdir(parents=True, exist_ok=True)
         config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "demonstrations": demos.source}
+        config |= {"operator": operator}
         write_json(folder / "config.json", config | {"weights": args.sft_checkpoint or "random"} | provenance())
     run.seconds.setdefault("demonstrations", time.time() - started)
     return run

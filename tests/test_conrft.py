@@ -481,6 +481,7 @@ BAD = [
     (dict(critic_encoder="resnet", obs_mode="rgb"), "--critic-weights FILE"),
     (dict(critic_weights="x.pth"), "--critic-encoder resnet"),
     (dict(patience=0), "--patience"),
+    (dict(intervention="oracle", env_id="RollBall-v1"), "no motion planner for RollBall-v1"),
     (dict(device_speed=2.0), "--device-speed"),
     (dict(cql_weight=-1.0), "--cql-weight"),
     (dict(backbone="octo-small"), "--backbone"),
@@ -489,19 +490,19 @@ BAD = [
 
 
 @pytest.mark.parametrize("flags, words", BAD, ids=str)
-def test_flags_that_cannot_be(flags, words, place, tmp_path):
+def test_flags_that_cannot_be(flags, words, tmp_path):
     with pytest.raises(script.UserError, match=words):
-        script.main(tiny_args(place, tmp_path, **flags))
+        script.main(tiny_args(tmp_path, tmp_path, **flags))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "kind, package", [("keyboard", "pygame"), ("gamepad", "pygame"), ("spacemouse", "pyspacemouse")]
 )
-def test_a_missing_package_is_one_clear_line(kind, package, devices, place, tmp_path, monkeypatch):
+def test_a_missing_package_is_one_clear_line(kind, package, devices, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(script.UserError, match=f"pip install '?{package}"):
-        script.main(tiny_args(place, tmp_path, intervention=kind))
+        script.main(tiny_args(tmp_path, tmp_path, intervention=kind))
     assert not list(tmp_path.iterdir())
 
 
