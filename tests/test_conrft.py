@@ -253,6 +253,59 @@ def test_stalled():
     assert not script.stalled(one, 5, 0.02) and script.stalled(one, 2, 0.02) and script.stalled(one, 5, 0.04)
 
 
+@pytest.fixture
+def oracle(monkeypatch):
+    """An oracle without simulators: a hand that a test moves, a cube, and plans that a test gives."""
+    hand, cube, plans = torch.zeros(1, 3), torch.zeros(1, 13), []
+    agent = SimpleNamespace(
+        tcp=SimpleNamespace(pose=SimpleNamespace(p=hand)), controller=SimpleNamespace(controllers={"arm": None})
+    )
+    base = SimpleNamespace(agent=agent, get_state_dict=lambda: {"actors": {"cube": cube}})
+    monkeypatch.setattr(script.Oracle, "__init__", lambda self: None)
+    monkeypatch.setattr(script.Oracle, "towards", lambda self, arm, target, g: np.append(target - hand[0].numpy(), g))
+    monkeypatch.setattr(script.Oracle, "plan", lambda self, state: plans.pop(0))
+    operator = script.Oracle()
+    operator.real = SimpleNamespace(envs=[SimpleNamespace(unwrapped=base)])
+    operator.clip = lambda a: a.clip(-1, 1).astype(np.float32)
+    operator.args, operator.latest = script.Args(patience=3, progress=0.1, takeover_steps=0), 100
+    operator.start(7)
+    return SimpleNamespace(act=lambda t: operator(t, np.zeros(4)), operator=operator, hand=hand, cube=cube, plans=plans)
+
+
+def test_the_oracle_takes_over_when_nothing_moves(oracle):
+    for t in range(6):
+        oracle.hand[0, 0] += 0.06  # 0.18 in three steps
+        assert oracle.act(t) is None
+    oracle.plans.append([(np.array([2.0, 0, 0]), 1.0), (np.array([0.5, 0, 0]), -1.0)])
+    assert oracle.act(6) is None  # still 0.12 from where it was
+    assert oracle.act(7).tolist() == [1, 0, 0, 1]  # clipped: the hand is 1.6 behind
+    oracle.hand[0, 0] = 1.5
+    assert oracle.act(8).tolist() == [0.5, 0, 0, 1]  # so the plan has waited
+    assert oracle.act(9).tolist() == [-1, 0, 0, -1]
+    oracle.operator.start(8)
+    assert oracle.act(0) is None  # an episode of its own
+
+
+def test_the_oracle_takes_over_after_a_time_and_gives_back(oracle):
+    oracle.operator.latest = 2
+    oracle.operator.args.takeover_steps = 2
+    oracle.operator.start(7)
+    for _ in range(2):
+        oracle.plans.append([(np.zeros(3), 1.0)] * 9)
+    own = []
+    for t in range(10):
+        oracle.cube[0, 1] += 0.06  # it isn't stalled
+        own.append(oracle.act(t) is not None)
+    assert own == [False, False, True, True, False, False, True, True, False, False]  # patience between the tries
+
+
+def test_an_oracle_without_a_plan_leaves_the_episode_alone(oracle):
+    oracle.operator.latest = 1
+    oracle.operator.start(7)
+    oracle.plans += [None]
+    assert [oracle.act(t) for t in range(6)] == [None] * 6 and oracle.operator.failed == 1
+
+
 @pytest.fixture(scope="module")
 def helped(place, tmp_path_factory):
     """A real run of a policy that knows nothing, in which the planner takes over at step 5 of every episode."""
