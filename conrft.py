@@ -199,6 +199,8 @@ def validate(args: Args) -> None:
         raise UserError(f"{who} needs --num-envs 1, --sim-backend physx_cpu and a pd_ee_delta controller")
     if args.record_demos and (not hil or Path(args.record_demos).suffix != ".h5"):
         raise UserError(f"--record-demos {args.record_demos} must end with .h5, and needs an --intervention to record")
+    if args.record_demos and Path(args.record_demos).exists() and not (args.resume or args.eval_only):
+        raise UserError(f"--record-demos {args.record_demos} exists: choose another name, or move it away")
     if args.critic_encoder != "embedding" and args.obs_mode != "rgb":
         raise UserError(f"--critic-encoder {args.critic_encoder} needs --obs-mode rgb")
     if (args.critic_encoder == "resnet") != bool(args.critic_weights):

@@ -341,6 +341,8 @@ def test_recorded_interventions_are_demonstrations(helped, place, tmp_path):
     for start, length, (_, actions) in zip(demos.starts(), demos.lengths, state["recorded"], strict=True):
         np.testing.assert_allclose(demos.action[start : start + length], actions.numpy(), atol=1e-6)
     assert (demos.steps == demos.lengths).all()  # episodes end with the success
+    with pytest.raises(script.UserError, match="kept.h5 exists"):
+        script.validate(tiny_args(place, tmp_path, intervention="oracle", record_demos=str(path)))
 
 
 def test_a_run_resumed_after_kills_equals_an_uninterrupted_one(helped, place, tmp_path, monkeypatch):
