@@ -20,14 +20,15 @@ Commands
   python conrft.py --resume runs/NAME | --eval-only runs/NAME
 
 Where the default differs from the paper (--preset paper: without 1-2; --preset code: the official code's other choices)
-  1 10 Hz position control, chunks of 4 actions with chunked TD, reward 0/1, four critics, and smaller budgets (PAPER)
+  1 position control, chunks of 4 actions with chunked TD, reward 0/1, four critics, and smaller budgets (PAPER)
   2 the head of stage 0 is kept (--fresh-head: stage I starts with a new one, as with a released VLA)
   3 the critic reads the frozen backbone's embedding and proprio (--critic-encoder cnn or resnet: images)
   4 truncated episodes bootstrap, and TD targets stay within possible returns (--truncation terminal: as in the code)
   5 BC is the code's weighted squared error, in units of the actions' spread; the paper writes a plain distance
   6 actor and learner take turns, an episode and --utd-ratio updates per step of it; the paper runs them side by side
 The code against the paper (--preset code): alpha 0.1 against 0.02 (0.01 with half a TD error), no Q loss offline, BC
-weight 0.1 against 0.5 online, random actions bounded by the return too, time limits terminal.
+weight 0.1 against 0.5 online, random actions bounded by the return too, time limits terminal. In neither of them, and
+off: --q-scale mean-abs, and a fork's --onestep-mse, --bc-demo-only, --cql-weight-online.
 Measured: docs/conrft.md (CPU)
 """
 
