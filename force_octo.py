@@ -195,6 +195,7 @@ def validate(args: Args) -> None:
         raise UserError(f"--select best-of-k needs --K of at least 2, got {args.K}")
 
 
+# --- shared: origin ---
 def check_origin(args: Args, folder: Path) -> None:
     """A run of bc.py can only start a run on the same task, seen and controlled alike. Raises: UserError."""
     try:
@@ -214,6 +215,9 @@ def check_origin(args: Args, folder: Path) -> None:
         if have.get(name) != getattr(args, name):
             want, flag = getattr(args, name), name.replace("_", "-")
             raise UserError(f"--sft-checkpoint {folder} was trained with --{flag} {have.get(name)}, not {want}")
+
+
+# --- end shared ---
 
 
 # --- shared: tasks ---
@@ -689,6 +693,7 @@ class ConsistencyActor(nn.Module):
 # --- end shared ---
 
 
+# --- shared: ensemble critic ---
 class EnsembleCritic(nn.Module):
     """E critics Q(s, chunk) as one batched network; states are projected once, whatever the number of chunks."""
 
@@ -718,6 +723,9 @@ class EnsembleCritic(nn.Module):
             h = torch.tanh(F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.gain[layer] + self.shift[layer])
             h = torch.baddbmm(bias, h, weight)
         return h.view(-1, B) if chunk.dim() == 2 else h.view(-1, B, N)
+
+
+# --- end shared ---
 
 
 # --- shared: octo ---
@@ -1475,6 +1483,7 @@ def calibration(run: Run) -> dict[str, float]:
     return {"calib/q_minus_return": gap.mean(), "calib/abs_error": gap.abs().mean(), "calib/correlation": correlation}
 
 
+# --- shared: summary ---
 def summarise(run: Run) -> dict:
     """summary.json: what happened, from the recorded evaluations."""
     online = [e for e in run.evals if e["stage"] in ("online", "done")]
@@ -1491,6 +1500,9 @@ def summarise(run: Run) -> dict:
         "online_env_steps_at_80": steady[0] if steady else None, "seconds_per_stage": run.seconds,
         "seconds": sum(run.seconds.values()), "evaluations": run.evals, "demonstrations": run.demos.source,
     }  # fmt: skip
+
+
+# --- end shared ---
 
 
 def begin(args: Args) -> Run:
