@@ -202,16 +202,7 @@ def check_origin(args: Args, folder: Path) -> None:
         have = json.loads((folder / "config.json").read_text())["args"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--sft-checkpoint {folder} is no run folder of bc.py ({error})") from error
-    for name in (
-        "env_id",
-        "robot_uids",
-        "obs_mode",
-        "image_size",
-        "backbone",
-        "control_mode",
-        "control_freq",
-        "chunk_len",
-    ):
+    for name in "env_id robot_uids obs_mode image_size backbone control_mode control_freq chunk_len".split():
         if have.get(name) != getattr(args, name):
             want, flag = getattr(args, name), name.replace("_", "-")
             raise UserError(f"--sft-checkpoint {folder} was trained with --{flag} {have.get(name)}, not {want}")
