@@ -15,7 +15,6 @@ Equations (numbers of the paper)                                           where
 
 Commands
   python co_rft_chunked.py --env-id PickCube-v1 --obs-mode state --num-demos 50   # minutes on one core
-  python co_rft_chunked.py --env-id StackCube-v1 --num-demos 50                   # RGB
   python co_rft_chunked.py --env-id PickCube-v1 --obs-mode state --spawn fixed    # one object position
   python co_rft_chunked.py --eval-only runs/NAME --eval-spawn ood                 # positions that were never seen
   python co_rft_chunked.py --preset paper --env-id PickCube-v1                    # the paper's reading
@@ -113,7 +112,6 @@ class Args:
     critic_len: int | None = None  # actions that the critic scores; default: all H; 1: single-step TD (ablation)
     critic_dim: int = 64  # width of the critic's transformer
     critic_layers: int = 2  # its blocks
-    critic_heads: int = 4  # its attention heads
 
     # --- stage 1: behaviour cloning ---
     sft_checkpoint: str | None = None  # run folder of bc.py --head mse-chunk to start from in the place of stage 1
@@ -132,7 +130,6 @@ class Args:
     target: Literal["prefix", "literal"] = "prefix"  # Eq. (6): an i-step target for prefix i, or one H-step target
     return_mix: float = 0.5  # share of the Monte-Carlo return in the critic's target (0 = the paper's TD)
     target_noise: float = 0.2  # noise on target actions and on the copies in Eq. (8), in standard deviations of actions
-    noise_clip: float = 0.5  # its largest size, in the same unit
     cql_alpha: float = 0.1  # alpha of Eq. (8)
     cql_samples: int = 2  # chunks in Eq. (8)'s expectation: the policy's own and noisy copies of it
     calibrate: bool = True  # --no-calibrate: CQL without the Monte-Carlo bound (ablation)
@@ -155,17 +152,19 @@ class Args:
         return place_objects(env, self.env_id, self.spawn)
 
 
-PAPER = dict(bc_weight=0.0, q_weight=1.0, q_normalize=False, return_mix=0.0, holdout=0.0, num_demos=30, tau=0.005,
-             batch_size=256, gamma=0.99, sft_lr=3e-4, offline_updates=20_000)  # fmt: skip
+PAPER = dict(
+    bc_weight=0.0, q_weight=1.0, q_normalize=False, return_mix=0.0, holdout=0.0, num_demos=30, tau=0.005, gamma=0.99,
+    batch_size=256, sft_lr=3e-4, offline_updates=20_000,
+)  # fmt: skip
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
     "at least 1": (lambda x: x >= 1, """control_freq num_envs num_demos hidden_dim num_layers chunk_len critic_len
-        critic_dim critic_layers critic_heads sft_batch_size critic_updates cql_samples eval_episodes val_freq log_freq
+        critic_layers sft_batch_size batch_size critic_updates cql_samples eval_episodes val_freq log_freq
         checkpoint_freq"""),
-    "at least 2": (lambda x: x >= 2, "batch_size"),
     "positive": (lambda x: x > 0, "sft_lr reinforce_lr action_range"),
     "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma holdout"),
+    "a multiple of 4": (lambda x: x > 0 and x % 4 == 0, "critic_dim"),
     "a multiple of 16": (lambda x: x > 0 and x % 16 == 0, "image_size"),
     "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
 }  # fmt: skip
@@ -174,14 +173,11 @@ LIMITS = {  # what a number must be: the test for it, and the flags; all other n
 def validate(args: Args) -> None:
     """Check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
     check_flags(args, LIMITS)
+    args.critic_len, args.eval_spawn = args.critic_len or args.chunk_len, args.eval_spawn or args.spawn
     if args.checkpoint or args.backbone != "octo-compact":
         raise UserError("released Octo weights can't be loaded yet: leave out --checkpoint and --backbone")
-    args.critic_len = args.critic_len or args.chunk_len
-    args.eval_spawn = args.eval_spawn or args.spawn
     if args.critic_len > args.chunk_len:
         raise UserError(f"--critic-len must be at most --chunk-len {args.chunk_len}, got {args.critic_len}")
-    if args.critic_dim % args.critic_heads:
-        raise UserError(f"--critic-dim must be a multiple of --critic-heads {args.critic_heads}, got {args.critic_dim}")
     if {args.spawn, args.eval_spawn} != {"random"} and args.env_id not in SPAWN:
         raise UserError(f"--spawn and --eval-spawn know {', '.join(SPAWN)}, not {args.env_id}")
     if args.demo_path and args.spawn != "random":
@@ -205,8 +201,8 @@ def check_origin(args: Args, folder: Path) -> None:
     names = ("env_id", "robot_uids", "obs_mode", "image_size", "control_mode", "control_freq", "chunk_len")
     for name, want in {n: getattr(args, n) for n in names} | {"head": "mse-chunk"}.items():
         if have.get(name) != want:
-            flag = name.replace("_", "-")
-            raise UserError(f"--sft-checkpoint {folder} was trained with --{flag} {have.get(name)}, not {want}")
+            have = f"--{name.replace('_', '-')} {have.get(name)}"
+            raise UserError(f"--sft-checkpoint {folder} was trained with {have}, not {want}")
 
 
 # --- shared: tasks ---
@@ -364,7 +360,6 @@ def make_env(args: Args, num_envs: int, render: bool = False):
 # corners of a rectangle outside it, all x and y in metres; then what moves along.
 SPAWN = {
     "PushCube-v1": {"obj": ((0.1, 0.1), (0.0, 0.0), ((-0.1, 0.11), (0.1, 0.18)), "goal_region")},
-    "PullCube-v1": {"obj": ((0.1, 0.1), (0.0, 0.0), ((-0.1, 0.11), (0.1, 0.18)), "goal_region")},
     "PickCube-v1": {"cube": ((0.1, 0.1), (0.0, 0.0), ((-0.1, 0.11), (0.1, 0.18)), None)},
     "StackCube-v1": {
         "cubeA": ((0.2, 0.3), (0.0, 0.1), ((-0.32, -0.2), (-0.26, 0.2)), None),
@@ -388,8 +383,7 @@ def place_objects(env: gym.Env, env_id: str, spawn: str) -> gym.Env:
     def initialise(env_idx: Tensor, options: dict) -> None:
         task_initialises(env_idx, options)
         for name, (half, fixed, unseen, follower) in SPAWN[env_id].items():
-            pose = getattr(base, name).pose
-            drawn = pose.p[env_idx]  # [n, 3]
+            drawn = getattr(base, name).pose.p[env_idx]  # [n, 3]
             low, high = torch.tensor([fixed, fixed] if spawn == "fixed" else unseen or [[-x for x in half], half])
             share = (drawn[:, :2].cpu() / torch.tensor(half) + 1) / 2  # [n, 2] within [0, 1]
             move = torch.zeros_like(drawn)
@@ -592,13 +586,12 @@ class ChunkData:
         for start, end in zip(starts, final):
             for t in reversed(range(start, end)):  # nothing is earned after a truncation: the bound of reward 0
                 mc_return[t] = reward[t] + args.gamma * (mc_return[t + 1] if t + 1 < end else 0)
-        episode = np.repeat(np.arange(len(ends)), demos.lengths + 1)
+        row, episode = np.arange(M), np.repeat(np.arange(len(ends)), demos.lengths + 1)
         per_row = dict(last=ends[episode], final=final[episode], terminated=terminated[episode])
         arrays = per_row | dict(action=action, reward=reward, mc_return=mc_return)
         self.data = {k: torch.from_numpy(v) for k, v in arrays.items()}
         self.H, self.K, self.gamma, self.literal = agent.H, args.critic_len, args.gamma, args.target == "literal"
         held = episode >= len(ends) - math.ceil(args.holdout * len(ends))
-        row = np.arange(M)
         kinds = dict(clone=(row < ends[episode]) & ~held, train=(row < final[episode]) & ~held)
         kinds["held"] = (row < final[episode]) & held
         self.rows = {k: torch.from_numpy(np.flatnonzero(v)) for k, v in kinds.items()}  # rows that chunks start from
@@ -646,10 +639,10 @@ class ChunkActor(nn.Module):
         """[B, F] -> [B, H*A] in [-1, 1]."""
         return (self.unit * self.net(feature)).clamp(-1, 1)
 
-    def noisy(self, chunk: Tensor, noise: float, clip: float, generator: torch.Generator) -> Tensor:
-        """TD3's target smoothing, per action dimension, in standard deviations of the demonstrated actions."""
-        z = torch.randn(chunk.shape, generator=generator, device=chunk.device)
-        return (chunk + SIGMA_DATA * self.unit * (noise * z).clamp(-clip, clip)).clamp(-1, 1)
+    def noisy(self, chunk: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+        """TD3's smoothing per action dimension, in standard deviations of the demonstrations (TD3: 0.2, up to 0.5)."""
+        z = torch.randn(chunk.shape, generator=generator, device=chunk.device).clamp(-2.5, 2.5)
+        return (chunk + noise * SIGMA_DATA * self.unit * z).clamp(-1, 1)
 
 
 class Dense(nn.Module):
@@ -668,7 +661,7 @@ class Dense(nn.Module):
 class ChunkCritic(nn.Module):
     """Twin causal transformers over K + 1 tokens, the state and its actions: output i is Q(s, a_1..a_i)."""
 
-    def __init__(self, feature_dim: int, unit: Tensor, dim: int, layers: int, heads: int, num: int = 2):
+    def __init__(self, feature_dim: int, unit: Tensor, dim: int, layers: int, heads: int = 4, num: int = 2):
         super().__init__()
         self.heads = heads
         self.register_buffer("unit", unit.clone())  # [K, A]
@@ -768,8 +761,8 @@ class Agent(OctoPolicy):
         super().__init__(args, demos)
         sizes = (self.feature_dim, self.chunk_unit, args.hidden_dim, args.num_layers)
         self.actor, self.target_actor, self.selected, self.cloned = (ChunkActor(*sizes) for _ in range(4))
-        sizes = (self.feature_dim, self.chunk_unit.view(self.H, -1)[: args.critic_len], args.critic_dim)
-        sizes += (args.critic_layers, args.critic_heads)
+        unit = self.chunk_unit.view(self.H, -1)[: args.critic_len]
+        sizes = (self.feature_dim, unit, args.critic_dim, args.critic_layers)
         self.critic, self.target_critic = ChunkCritic(*sizes), ChunkCritic(*sizes)
         self.target_critic.load_state_dict(self.critic.state_dict())
         for copy in (self.target_actor, self.selected, self.cloned, self.target_critic):
@@ -787,7 +780,7 @@ def mse_loss(predicted: Tensor, chunk: Tensor, unit: Tensor) -> Tensor:
     return ((predicted - chunk) / unit).square().mean()
 
 
-def td_target(batch: Batch, next_q: Tensor, return_mix: float, low: float, high: float) -> Tensor:
+def td_target(batch: Batch, next_q: Tensor, return_mix: float, highest: float) -> Tensor:
     """y_i = sum over j < i of gamma^j r_{t+j} + gamma^i * min_k Q'_k(s_{t+i}, a'), kept within the returns that exist.
 
     return_mix > 0 moves that share of the target to the Monte-Carlo return, which TD would need thousands of updates
@@ -796,7 +789,7 @@ def td_target(batch: Batch, next_q: Tensor, return_mix: float, low: float, high:
     Source: Eqs. (3) and (5); the bootstrap value is the whole chunk's (the paper is silent); return_mix: ours.
     """
     target = batch.reward + batch.bootstrap * next_q.min(0).values
-    return torch.lerp(target, batch.mc_return[:, None].expand_as(target), return_mix).clamp(low, high)
+    return torch.lerp(target, batch.mc_return[:, None].expand_as(target), return_mix).clamp(0, highest)
 
 
 def td_loss(q: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -822,10 +815,10 @@ def q_loss(q: Tensor, normalise: bool) -> Tensor:
 def batch_target(agent: Agent, batch: Batch, args: Args, noise: float, generator: torch.Generator) -> Tensor:
     """Targets [B, K'] of a batch from the target networks, with TD3's smoothing by `noise`."""
     feature = batch.next_feature.flatten(0, 1)  # [B*K', F]
-    chunk = agent.actor.noisy(agent.target_actor(feature), noise, args.noise_clip, generator)
+    chunk = agent.actor.noisy(agent.target_actor(feature), noise, generator)
     next_q = agent.target_critic(feature, chunk[:, None])[:, :, 0, -1]  # [2, B*K']
     highest = sum(args.gamma**i for i in range(args.upsample_steps + 1))
-    return td_target(batch, next_q.view(2, *batch.reward.shape), args.return_mix, 0.0, highest)
+    return td_target(batch, next_q.view(2, *batch.reward.shape), args.return_mix, highest)
 
 
 def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, generator) -> dict[str, Tensor]:
@@ -833,8 +826,7 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, generator) 
     with torch.no_grad():
         target = batch_target(agent, batch, args, args.target_noise, generator)
         own = agent.actor(batch.feature)[:, None]  # [B, 1, D]
-        copies = own.expand(-1, args.cql_samples - 1, -1)
-        copies = agent.actor.noisy(copies, args.target_noise, args.noise_clip, generator)
+        copies = agent.actor.noisy(own.expand(-1, args.cql_samples - 1, -1), args.target_noise, generator)
     q = agent.critic(batch.feature, torch.cat([batch.chunk[:, None], own, copies], 1))  # [2, B, 1 + n, K]
     q_data, q_policy = q[:, :, 0], q[:, :, 1:]
     loss_td = td_loss(q_data, target, batch.valid)
@@ -842,13 +834,11 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, generator) 
     loss = loss_td + args.cql_alpha * loss_cql
     optimizer.zero_grad()
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(agent.critic.parameters(), 10.0)
     optimizer.step()
     polyak_update(agent.critic, agent.target_critic, args.tau)
     return {
-        "losses/td": loss_td, "losses/calql": loss_cql, "losses/critic": loss, "grad_norm/critic": norm,
-        "values/q_data": q_data.mean(), "values/q_policy": q_policy.mean(), "values/td_target": target.mean(),
-        "values/mc_return": batch.mc_return.mean(),
+        "losses/td": loss_td, "losses/calql": loss_cql, "losses/critic": loss, "values/q_data": q_data.mean(),
+        "values/q_policy": q_policy.mean(), "values/td_target": target.mean(), "values/mc_return": batch.mc_return.mean(),
         "calib/bound_rate": (q_policy < batch.mc_return[:, None, None]).float().mean(),
     }  # fmt: skip
 
@@ -1167,10 +1157,9 @@ class Run:
             batch = self.chunks.gather(rows, args.device)
             chunk = agent.actor(batch.feature)
             q = agent.critic(batch.feature, torch.stack([batch.chunk, chunk], 1))  # [2, B, 2, K]
-            target = batch_target(agent, batch, args, 0.0, torch.Generator(args.device))
-            error = (q[:, :, 0] - target).square().mean(0)  # [B, K]
+            error = q[:, :, 0] - batch_target(agent, batch, args, 0.0, torch.Generator(args.device))
             bc = ((chunk - batch.chunk) / agent.actor.unit).square().mean(-1)
-            found.append([error, batch.valid, *q.mean(0)[..., -1].unbind(1), batch.mc_return, bc])
+            found.append([error.square().mean(0), batch.valid, *q.mean(0)[..., -1].unbind(1), batch.mc_return, bc])
         error, valid, q_data, q_policy, mc_return, bc = (torch.cat(x) for x in zip(*found))
         gap, correlation = q_data - mc_return, torch.corrcoef(torch.stack([q_data, mc_return]))[0, 1]
         return {
@@ -1180,10 +1169,9 @@ class Run:
         }  # fmt: skip
 
     def evaluate(self, logger: Logger, select: str) -> None:
-        stage, update = self.count["stage"], self.count["update_step"]
-        act = partial(self.agent.act, select=select)
-        metrics = evaluate(self.env, self.agent, self.args, act, self.args.eval_episodes)
-        suffix = "" if select == "last" else "_selected"
+        stage, update, suffix = self.count["stage"], self.count["update_step"], "" if select == "last" else "_selected"
+        act, args = partial(self.agent.act, select=select), self.args
+        metrics = evaluate(self.env, self.agent, args, act, args.eval_episodes)
         logger.log({name + suffix: value for name, value in metrics.items()}, 0, update)
         self.evals.append({"stage": stage, "update": update, "select": select} | metrics)
         once, low, high = (metrics[f"eval/success_once{end}"] for end in ("", "_low", "_high"))
@@ -1297,6 +1285,7 @@ def summarise(run: Run) -> dict:
         "success_per_selection": {k: e[once] for k, e in ends.items()}, "selected_update": run.best["update"],
         "spawn": run.args.spawn, "eval_spawn": run.args.eval_spawn, "seconds_per_stage": run.seconds,
         "seconds": sum(run.seconds.values()), "evaluations": run.evals, "demonstrations": run.demos.source,
+        "env_id": run.args.env_id, "seed": run.args.seed,
     }  # fmt: skip
 
 
@@ -1337,8 +1326,8 @@ def main(args: Args) -> Path:
     run = begin(args)
     args, count, folder = run.args, run.count, run.folder
     if args.eval_only:
-        act = partial(run.agent.act, select=args.select)
-        print(json.dumps(evaluate(run.env, run.agent, args, act, args.eval_episodes), indent=2))
+        metrics = evaluate(run.env, run.agent, args, partial(run.agent.act, select=args.select), args.eval_episodes)
+        print(json.dumps(metrics, indent=2))
         return folder
     logger = Logger(folder, args, count["update_step"])
 
@@ -1358,11 +1347,10 @@ def main(args: Args) -> Path:
     count["stage"] = "done"
     run.save()
     logger.close()
-    summary = summarise(run) | {"env_id": args.env_id, "seed": args.seed}
-    write_json(folder / "summary.json", summary | provenance())
+    write_json(folder / "summary.json", (summary := summarise(run)) | provenance())
     if args.video_episodes:
-        placed = dataclasses.replace(args, spawn=args.eval_spawn)
-        film(run.agent, placed, partial(run.agent.act, select=args.select), folder / "videos")
+        placed, act = dataclasses.replace(args, spawn=args.eval_spawn), partial(run.agent.act, select=args.select)
+        film(run.agent, placed, act, folder / "videos")
     run.env.close()
     print(f"done: success {summary['success_once']:.2f}, results in {folder}")
     return folder
