@@ -199,7 +199,7 @@ def check_origin(args: Args, folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--sft-checkpoint {folder} is no run folder of bc.py ({error})") from error
     names = ("env_id", "robot_uids", "obs_mode", "image_size", "control_mode", "control_freq", "chunk_len")
-    for name, want in {n: getattr(args, n) for n in names} | {"head": "mse-chunk"}.items():
+    for name, want in [*((n, getattr(args, n)) for n in names), ("head", "mse-chunk")]:
         if have.get(name) != want:
             have = f"--{name.replace('_', '-')} {have.get(name)}"
             raise UserError(f"--sft-checkpoint {folder} was trained with {have}, not {want}")

@@ -184,6 +184,7 @@ def test_the_critic_learns_returns_and_the_actor_follows_it():
 
 def test_imitation_holds_the_actor_to_the_data():
     args, _, agent, data = toy(upsample_steps=1, holdout=0.0, q_weight=0.0)
+    data.data["feature"] = torch.randn(11, agent.feature_dim, generator=torch.Generator().manual_seed(1))
     optimizer, batch = torch.optim.Adam(agent.actor.parameters(), lr=3e-3), data.gather(data.rows["train"])
     for _ in range(150):
         logs = script.update_actor(agent, optimizer, batch, args)
