@@ -1276,7 +1276,7 @@ def summarise(run: Run) -> dict:
     """summary.json: what happened, from the recorded evaluations."""
     once, steps, interval = "eval/success_once", "eval/episode_len", ("eval/success_once_low", "eval/success_once_high")
     first, ends = run.evals[0], {e["select"]: e for e in run.evals} | {"sft": run.evals[0]}
-    last = ends[run.args.select]
+    last = ends.get(run.args.select, first)  # before the first held-out row, td-error selects the cloned policy
     return {
         "success_once": last[once], "success_interval": [last[k] for k in interval],
         "success_at_end": last["eval/success_at_end"], "steps_to_success": last[steps],
