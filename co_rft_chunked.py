@@ -139,7 +139,7 @@ class Args:
     select: Literal["last", "td-error", "sft"] = "last"  # policy that counts: last, of least val/td_error, stage 1's
 
     # --- evaluation and logging ---
-    eval_spawn: Literal["random", "fixed", "ood"] | None = None  # where objects start in evaluation; default: --spawn
+    eval_spawn: Literal["data", "random", "fixed", "ood"] = "data"  # where objects start in evaluation; data: --spawn
     eval_episodes: int = 100  # episodes of each evaluation
     eval_freq: int = 0  # actor updates between evaluations in stage 2 (0 = none)
     val_freq: int = 100  # actor updates between rows on the held-out demonstrations
@@ -173,7 +173,7 @@ LIMITS = {  # what a number must be: the test for it, and the flags; all other n
 def validate(args: Args) -> None:
     """Check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
     check_flags(args, LIMITS)
-    args.critic_len, args.eval_spawn = args.critic_len or args.chunk_len, args.eval_spawn or args.spawn
+    args.critic_len, args.eval_spawn = args.critic_len or args.chunk_len, args.eval_spawn.replace("data", args.spawn)
     if args.checkpoint or args.backbone != "octo-compact":
         raise UserError("released Octo weights can't be loaded yet: leave out --checkpoint and --backbone")
     if args.critic_len > args.chunk_len:
