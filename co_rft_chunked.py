@@ -66,7 +66,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from backbones.octo import PRESETS as OCTO_PRESETS
-from backbones.octo import Octo
+from backbones.octo import Octo, OctoError, load_octo
 
 
 # === Arguments =======================================================================================================
@@ -89,8 +89,8 @@ class Args:
     control_mode: str = "pd_ee_delta_pos"  # ManiSkill controller
     control_freq: int = 10  # control steps per second (ManiSkill's default is 20)
     max_episode_steps: int | None = None  # time limit in control steps; default: per task, see TASKS
-    robot_uids: str = "panda"  # robot model; panda_wristcam renders several times slower without a GPU
-    image_size: int = 64  # side of the camera image in pixels, a multiple of 16
+    robot_uids: str = "panda"  # robot model; panda_wristcam has a second camera (several times slower without a GPU)
+    image_size: int | None = None  # pixels a side (wrist camera: half of it); default: 64, or 256 for released weights
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
     num_envs: int | None = None  # environments side by side (physx_cpu: a process each); default: 2 for rgb, else 1
 
@@ -104,7 +104,7 @@ class Args:
 
     # --- model ---
     backbone: Literal["octo-compact", "octo-small", "octo-base"] = "octo-compact"  # size of the Octo backbone
-    checkpoint: str | None = None  # released Octo weights to start from
+    checkpoint: str | None = None  # released Octo weights to start from: a folder, or hf://owner/name[@revision]
     hidden_dim: int = 256  # width of the actor
     num_layers: int = 2  # hidden layers of the actor
     chunk_len: int = 4  # H: actions per decision, executed open loop
@@ -165,7 +165,7 @@ LIMITS = {  # what a number must be: the test for it, and the flags; all other n
     "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma holdout"),
     "a multiple of 4": (lambda x: x > 0 and x % 4 == 0, "critic_dim"),
-    "a multiple of 16": (lambda x: x > 0 and x % 16 == 0, "image_size"),
+    "a multiple of 32": (lambda x: x > 0 and x % 32 == 0, "image_size"),
     "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
 }  # fmt: skip
 
@@ -174,8 +174,6 @@ def validate(args: Args) -> None:
     """Check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
     check_flags(args, LIMITS)
     args.critic_len, args.eval_spawn = args.critic_len or args.chunk_len, args.eval_spawn.replace("data", args.spawn)
-    if args.checkpoint or args.backbone != "octo-compact":
-        raise UserError("released Octo weights can't be loaded yet: leave out --checkpoint and --backbone")
     if args.critic_len > args.chunk_len:
         raise UserError(f"--critic-len must be at most --chunk-len {args.chunk_len}, got {args.critic_len}")
     if {args.spawn, args.eval_spawn} != {"random"} and args.env_id not in SPAWN:
@@ -198,7 +196,7 @@ def check_origin(args: Args, folder: Path) -> None:
         have = json.loads((folder / "config.json").read_text())["args"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--sft-checkpoint {folder} is no run folder of bc.py ({error})") from error
-    names = ("env_id", "robot_uids", "obs_mode", "image_size", "control_mode", "control_freq", "chunk_len")
+    names = ("env_id", "robot_uids", "obs_mode", "image_size", "backbone", "control_mode", "control_freq", "chunk_len")
     for name, want in [*((n, getattr(args, n)) for n in names), ("head", "mse-chunk")]:
         if have.get(name) != want:
             have = f"--{name.replace('_', '-')} {have.get(name)}"
@@ -253,7 +251,14 @@ def check_flags(args: Args, limits: dict) -> None:
         args.max_episode_steps = round(seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
-    camera = args.obs_mode == "rgb"
+    camera, released = args.obs_mode == "rgb", args.backbone != "octo-compact"
+    if released != bool(args.checkpoint):
+        raise UserError("--backbone octo-small or octo-base and --checkpoint FOLDER or hf://owner/name need each other")
+    if released and not camera:
+        raise UserError("released Octo weights need --obs-mode rgb: they know cameras only")
+    args.image_size = args.image_size or (256 if released else 64)
+    if released and args.image_size != 256:
+        raise UserError(f"released Octo weights see 256 pixels (wrist camera: 128), not --image-size {args.image_size}")
     args.proprio_noise = (0.1 if camera else 0.0) if args.proprio_noise is None else args.proprio_noise
     args.num_envs = args.num_envs or (2 if camera else 1)
     if args.device == "auto":
@@ -269,6 +274,8 @@ def check_flags(args: Args, limits: dict) -> None:
 # --- shared: environment ---
 class ObsWrapper(gym.Wrapper):
     """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
+
+    A robot with a camera on its hand adds "wrist" [N, H/2, H/2, 3].
 
     Proprio is joint positions, gripper pose, and what the task adds (PickCube's goal position); in state mode the task
     adds its privileged state. Joint velocities are left out: a policy that sees them learns to go on with what it is
@@ -290,8 +297,8 @@ class ObsWrapper(gym.Wrapper):
         agent = {k: v for k, v in raw["agent"].items() if k != "qvel"}
         proprio = flatten_state_dict({"agent": agent, "extra": raw["extra"]}, use_torch=True)
         obs = {"proprio": proprio.float().cpu().numpy()}
-        if "sensor_data" in raw:
-            obs["primary"] = next(iter(raw["sensor_data"].values()))["rgb"].cpu().numpy()
+        for name, data in raw.get("sensor_data", {}).items():
+            obs["wrist" if "hand" in name else "primary"] = data["rgb"].cpu().numpy()
         return obs
 
     def reset(self, *, seed=None, options=None):
@@ -320,14 +327,16 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
 
     torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
     task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
-    camera = dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov)
+    cameras = dict(base_camera=dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov))
+    if "wristcam" in args.robot_uids:
+        cameras["hand_camera"] = dict(width=side // 2, height=side // 2)
     try:
         env = gym.make(
             args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
             control_mode=args.control_mode, robot_uids=args.robot_uids, render_mode="rgb_array" if render else None,
             sim_backend=args.sim_backend, render_backend="gpu" if gpu else "cpu", max_episode_steps=1_000_000,
             reconfiguration_freq=0 if gpu else 1,  # PhysX on the CPU remembers contacts across resets
-            sensor_configs=dict(width=side, height=side, shader_pack="minimal", base_camera=camera), reward_mode="none",
+            sensor_configs=dict(width=side, height=side, shader_pack="minimal", **cameras), reward_mode="none",
             human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
         )  # fmt: skip
     except RuntimeError as error:
@@ -401,7 +410,7 @@ def place_objects(env: gym.Env, env_id: str, spawn: str) -> gym.Env:
 class Demos:
     """Successful demonstrations as this project's environment sees them; an episode of T steps has T + 1 rows."""
 
-    obs: dict[str, np.ndarray]  # "proprio" [M, P] float32, "primary" [M, H, H, 3] uint8
+    obs: dict[str, np.ndarray]  # "proprio" [M, P] float32, cameras [M, H, H, 3] uint8
     action: np.ndarray  # [M, A] float32, controller's units; the row of an episode's last observation is unused
     lengths: np.ndarray  # [episodes] T of each, to the end of the recording
     steps: np.ndarray  # [episodes] steps to the first success: reinforcement learning episodes end there
@@ -410,6 +419,13 @@ class Demos:
 
     def starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
+
+    def at(self, rows: Tensor, window: int) -> dict[str, Tensor]:
+        """Observations at rows [B], with what was seen in the steps before, as `OctoPolicy.feature` wants them."""
+        first = torch.from_numpy(np.repeat(self.starts(), self.lengths + 1))[rows][:, None]
+        step = rows[:, None] + torch.arange(1 - window, 1)  # [B, W]
+        seen = {k: torch.from_numpy(v)[step.maximum(first)] for k, v in self.obs.items() if k != "proprio"}
+        return {"proprio": torch.from_numpy(self.obs["proprio"])[rows], "real": step >= first} | seen
 
 
 def plan_demos(args: Args, path: Path, seed: int, count: int) -> None:
@@ -704,24 +720,48 @@ class OctoPolicy(nn.Module):
         units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians
         for name, value in (units | dict(action_centre=centre, action_scale=scale)).items():
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
-        images = (("primary", args.image_size),) if args.obs_mode == "rgb" else ()
+        images = tuple((k, v.shape[1]) for k, v in demos.obs.items() if k != "proprio")
         # Privileged state goes through the transformer; beside a camera, proprio goes to the heads only, as in Octo 1.5.
         self.proprio_dim, self.action_dim = proprio.shape[1], action.shape[1]
         lowdim = 0 if images else self.proprio_dim
         config = dataclasses.replace(OCTO_PRESETS[args.backbone], image_sizes=images, lowdim_dim=lowdim)
-        self.backbone, self.feature_dim = Octo(config), config.embedding_dim + self.proprio_dim
+        self.window, self.feature_dim = config.window, config.embedding_dim + self.proprio_dim
+        self.backbone, self.weights = Octo(config), "random"
+        if args.checkpoint and not (args.resume or args.eval_only):  # these have everything in their own checkpoint
+            try:
+                loaded = load_octo(args.checkpoint, config)
+                self.backbone, self.weights = loaded.model, f"{args.checkpoint}, sha256 {loaded.sha256}"
+                self.register_buffer("language", self.backbone.encode_text([self.instruction]))
+            except (OctoError, ValueError) as error:
+                raise UserError(str(error)) from error
+        elif args.checkpoint:
+            self.register_buffer("language", torch.zeros(1, config.language_tokens, config.language_dim))
+        if args.checkpoint:
+            del self.backbone.text  # frozen, and needed once
         # At most a quarter of the box: the gripper's two positions have to count for more than their spread says.
         spread = self.normalise(action).std(0).clip(0.02, 0.25)
         self.chunk_unit = torch.as_tensor(spread / SIGMA_DATA).repeat(self.H)  # [H*A]; networks see chunk / unit
 
     def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
-        """Observations of N states to [N, F]: the backbone's embedding beside the normalised proprio."""
+        """Observations of N states to [N, F]: the backbone's embedding beside the normalised proprio.
+
+        obs: "proprio" [N, P]; cameras [N, W, H, H, 3] uint8, the last W steps; "real" [N, W], False for steps before
+        the start of the episode. `recent` and `Demos.at` make them.
+        """
         obs = {k: torch.as_tensor(v, device=self.proprio_mean.device) for k, v in obs.items()}
-        proprio = ((obs["proprio"] - self.proprio_mean) / self.proprio_std).clamp(-5, 5)  # [N, P]
-        images = {k: v[:, None] for k, v in obs.items() if k != "proprio"}  # a window of one step
-        language = self.backbone.encode_text([self.instruction])
-        lowdim = None if images else proprio[:, None]
-        return torch.cat([self.backbone(images, language, lowdim=lowdim), proprio], -1)
+        proprio = ((obs.pop("proprio") - self.proprio_mean) / self.proprio_std).clamp(-5, 5)  # [N, P]
+        real = obs.pop("real", None)
+        language = self.language if hasattr(self, "language") else self.backbone.encode_text([self.instruction])
+        embedding = self.backbone(obs, language, None if obs else proprio[:, None], real if self.window > 1 else None)
+        return torch.cat([embedding, proprio], -1)
+
+    def recent(self, seen: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The last observations of running episodes, as `feature` wants them; the first one stands in for missing."""
+        missing = max(self.window - len(seen), 0)
+        steps = [seen[0]] * missing + seen[-self.window :]
+        images = {k: np.stack([step[k] for step in steps], 1) for k in seen[0] if k != "proprio"}
+        real = np.broadcast_to(np.arange(self.window) >= missing, (len(seen[0]["proprio"]), self.window))
+        return {"proprio": seen[-1]["proprio"], "real": real.copy()} | images
 
     def perturb(self, feature: Tensor, noise: float, generator: torch.Generator) -> Tensor:
         """Gaussian noise on the proprio within features [B, F], in standard deviations of the demonstrations.
@@ -891,16 +931,17 @@ def rollout(env, agent, args: Args, act, seeds, training: bool, frames: list | N
     so that success at the end can be told from success on the way. `frames` collects the first environment's video.
     """
     N, H = len(seeds), agent.H
-    every = 1 if training else H  # replay stores each step's observation
-    obs, ended = env.reset(seed=list(seeds), options={"every": every})[0], np.zeros(N, dtype=bool)
+    every = 1 if training or agent.window > 1 else H  # replay stores each step's observation
+    seen, ended = [env.reset(seed=list(seeds), options={"every": every})[0]], np.zeros(N, dtype=bool)
     length, features, actions, successes = np.full(N, args.max_episode_steps), [], [], []
     for t in range(args.max_episode_steps):
         if t % every == 0:
-            features.append(agent.feature(obs))
+            features.append(agent.feature(agent.recent(seen)))
         if t % H == 0:
             chunk = act(features[-1])
         actions.append(chunk[:, t % H])
         obs, success, _, _, info = env.step(agent.denormalise(actions[-1]))
+        seen = [*seen, obs][-agent.window :]
         successes.append(success > 0)
         if frames is not None:
             frames.append(env.call("render")[0])
@@ -909,7 +950,7 @@ def rollout(env, agent, args: Args, act, seeds, training: bool, frames: list | N
             ended |= info["ended"]
             if ended.all():
                 break
-    stacked = torch.stack([*features, agent.feature(obs)], 1).cpu() if training else torch.empty(N, 0)
+    stacked = torch.stack([*features, agent.feature(agent.recent(seen))], 1).cpu() if training else torch.empty(N, 0)
     action, success = np.stack(actions, 1), np.stack(successes, 1)  # [N, T, A], [N, T]
     return [Episode(stacked[i, : n + 1], action[i, :n], success[i, :n], bool(ended[i])) for i, n in enumerate(length)]
 
@@ -1069,11 +1110,12 @@ def load_config(cls, folder: Path):
 # === Training ========================================================================================================
 # --- shared: random shift ---
 def random_shift(image: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Shift each image by up to `pad` pixels, edges repeated. Shapes: [B, H, H, 3] uint8 -> same."""
-    B, side = image.shape[:2]
+    """Shift each sample's W images by up to `pad` pixels, edges repeated. Shapes: [B, W, H, H, 3] uint8 -> same."""
+    B, W, side = image.shape[:3]
     shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator)
-    rows, cols = (torch.arange(side) + shift).clamp(0, side - 1).to(image.device)
-    return image[torch.arange(B, device=image.device)[:, None, None], rows[:, :, None], cols[:, None, :]]
+    rows, cols = (torch.arange(side) + shift).clamp(0, side - 1).to(image.device)[:, :, None]  # [B, 1, H] each
+    sample, step = torch.arange(B, device=image.device), torch.arange(W, device=image.device)
+    return image[sample[:, None, None, None], step[:, None, None], rows[..., None], cols[:, :, None]]
 
 
 # --- end shared ---
@@ -1136,7 +1178,7 @@ class Run:
     def embed(self) -> None:
         """Each observation once: the backbone is frozen from here on."""
         rows = torch.arange(len(self.demos.action)).split(256)
-        features = [self.agent.feature({k: v[r.numpy()] for k, v in self.demos.obs.items()}).cpu() for r in rows]
+        features = [self.agent.feature(self.demos.at(r, self.agent.window)).cpu() for r in rows]
         self.chunks.data["feature"] = torch.cat(features)
 
     def batch(self) -> Batch:
@@ -1222,16 +1264,16 @@ def train_sft(run: Run, logger: Logger) -> None:
     """Stage 1: behaviour cloning of backbone and head; ends with the averaged weights."""
     args, agent, total = run.args, run.agent, run.args.sft_updates
     optimizer, params = run.optimizers["sft"], run.optimizers["sft"].param_groups[0]["params"]
-    obs = {k: torch.from_numpy(v) for k, v in run.demos.obs.items()}
-    if "primary" in obs:
+    if "primary" in run.demos.obs:
         torch.set_num_threads(args.torch_threads or min(os.cpu_count() or 1, 8))
     with tqdm(total=total, initial=run.count["stage_update"], desc="[1/2] SFT", mininterval=2) as bar:
         while (step := run.count["stage_update"]) < total:
             rate = min((step + 1) / (0.05 * total), 0.5 * (1 + math.cos(math.pi * step / total)))
             optimizer.param_groups[0]["lr"] = args.sft_lr * rate
             t = run.chunks.draw("clone", args.sft_batch_size, run.generators["batch"])
-            images = {k: random_shift(v[t], run.generators["batch"]) for k, v in obs.items() if k != "proprio"}
-            feature = agent.feature({"proprio": obs["proprio"][t]} | images)
+            obs = run.demos.at(t, agent.window)
+            images = {k: random_shift(v, run.generators["batch"]) for k, v in obs.items() if v.dim() == 5}
+            feature = agent.feature(obs | images)
             feature = agent.perturb(feature, args.proprio_noise, run.generators["update"])
             loss = mse_loss(agent.actor(feature), run.chunks.chunk(t).to(args.device), agent.actor.unit)
             optimizer.zero_grad()
@@ -1313,7 +1355,9 @@ def begin(args: Args) -> Run:
         make_env(args, 1).close()  # fails here or not at all
         folder.mkdir(parents=True, exist_ok=True)
         config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "demonstrations": demos.source}
-        write_json(folder / "config.json", config | {"weights": args.sft_checkpoint or "random"} | provenance())
+        write_json(
+            folder / "config.json", config | {"weights": args.sft_checkpoint or run.agent.weights} | provenance()
+        )
     if resumed:
         run.load()
     run.seconds.setdefault("demonstrations", time.time() - started)

@@ -378,7 +378,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
         raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
     except (KeyError, AssertionError, NotImplementedError) as error:  # how ManiSkill refuses robots and controllers
         raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
-    return ObsWrapper(env)
+    return ObsWrapper(args.place(env) if hasattr(args, "place") else env)  # co_rft_chunked.py moves objects
 
 
 def make_env(args: Args, num_envs: int, render: bool = False):
@@ -619,6 +619,7 @@ class Demos:
     lengths: np.ndarray  # [episodes] T of each, to the end of the recording
     steps: np.ndarray  # [episodes] steps to the first success: reinforcement learning episodes end there
     source: str
+    success: np.ndarray | None = None  # [M] after each action; None in caches of an earlier version
 
     def starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
@@ -641,6 +642,7 @@ def plan_demos(args: Args, path: Path, seed: int, count: int) -> None:
         args.env_id, obs_mode="none", control_mode="pd_joint_pos", robot_uids=args.robot_uids, reward_mode="sparse",
         sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
     )  # fmt: skip
+    env = args.place(env) if hasattr(args, "place") else env
     env = RecordEpisode(env, str(path.parent), trajectory_name=path.stem, save_video=False, save_on_reset=False)
     last, bar = seed + 3 * count + 50, tqdm(total=count, desc=f"planning {path.stem}", mininterval=2)
     while bar.n < count and seed < last:
@@ -686,6 +688,7 @@ def open_demos(args: Args, path: Path) -> tuple[Path, list[dict]]:
     if not done.exists() or done.stat().st_mtime_ns < path.stat().st_mtime_ns:
         command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path)]
         command += ["--save-traj", "-c", args.control_mode, "-o", "none", "--num-envs", "1"]
+        command += ["--use-first-env-state"] if getattr(args, "spawn", "random") != "random" else []
         tool = subprocess.run(command, capture_output=True, errors="replace", env=os.environ | {"OMP_NUM_THREADS": "1"})
         if tool.returncode or not target.exists():
             raise UserError(f"ManiSkill can't convert {path} to {args.control_mode}: {tool.stderr[-300:]}")
@@ -710,9 +713,14 @@ def demo_part(args: Args, path: Path, part: int, parts: int) -> list[dict[str, n
             steps = [env.step(a) for a in action]
             success = [bool(step[1]) for step in steps]
             if any(success):
+                still = action[-1] * np.append(np.full(action.shape[1] - 1, "delta" not in args.control_mode), 1)
+                for _ in range(success.index(True) + 1 + getattr(args, "upsample_steps", 0) - len(steps)):
+                    steps.append(env.step(still.astype(np.float32)))
+                success = [bool(step[1]) for step in steps]
                 obs = {f"obs_{k}": np.concatenate([first[k], *(step[0][k] for step in steps)]) for k in first}
-                action = np.concatenate([action, np.zeros_like(action[:1])])
-                found.append(obs | {"action": action, "lengths": [len(steps)], "steps": [success.index(True) + 1]})
+                action = np.stack([*action, *[still] * (len(steps) - len(action)), 0 * still]).astype(np.float32)
+                counts = {"lengths": [len(steps)], "steps": [success.index(True) + 1]}
+                found.append(obs | counts | {"action": action, "success": [*success, False]})
             if len(found) == count:
                 break
     env.close()
@@ -727,12 +735,14 @@ def load_demos(args: Args) -> Demos:
 
     view = ["layout 2", args.obs_mode, args.control_mode, args.num_demos]
     view += [args.image_size, TASKS.get(args.env_id)] if args.obs_mode == "rgb" else []
+    view += [extra] if (extra := getattr(args, "upsample_steps", 0)) else []  # two flags of co_rft_chunked.py
+    spawn = "" if (spawn := getattr(args, "spawn", "random")) == "random" else f"-{spawn}"
     if args.demo_path:
         source, path = str(Path(args.demo_path)), Path(args.demo_path)
         open_demos(args, path)  # checked and converted here, before there are workers
         view += [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
     elif args.env_id in MP_SOLUTIONS:
-        source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}"
+        source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}{spawn}"
         path = Path(args.demo_dir) / source
         path.mkdir(parents=True, exist_ok=True)
     else:
@@ -754,7 +764,7 @@ def load_demos(args: Args) -> Demos:
     obs = {k.removeprefix("obs_"): data[k] for k in data.files if k.startswith("obs_")}
     if len(data["steps"]) < args.num_demos:
         print(f"using {len(data['steps'])} of {args.num_demos} demonstrations; the others of {source} fail in replay")
-    return Demos(obs, data["action"], data["lengths"], data["steps"], source)
+    return Demos(obs, data["action"], data["lengths"], data["steps"], source, data.get("success"))
 
 
 # --- end shared ---
@@ -1782,7 +1792,9 @@ def begin(args: Args) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "demonstrations": demos.source}
         config |= {"operator": operator}
-        write_json(folder / "config.json", config | {"weights": args.sft_checkpoint or run.agent.weights} | provenance())
+        write_json(
+            folder / "config.json", config | {"weights": args.sft_checkpoint or run.agent.weights} | provenance()
+        )
     run.seconds.setdefault("demonstrations", time.time() - started)
     return run
 

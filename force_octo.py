@@ -139,7 +139,7 @@ class Args:
     cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
     bc_weight: float = 1.0  # weight of BC in stages 1 and 2
     distill_weight: float = 1.0  # stage 3: weight of the distillation loss
-    q_weight: float = 0.02  # stage 3: weight of the Q loss (more is faster, and less safe for grasping; docs/force.md)
+    q_weight: float | None = None  # stage 3: weight of the Q loss (more: faster, less safe); default: rgb 0, state 0.02
     offline_q_weight: float = 0.0  # the same in stages 1 and 2, where the critic isn't calibrated yet
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
@@ -149,7 +149,7 @@ class Args:
     candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
     candidate_noise: float = 0.02  # Gaussian push on candidates, in units of the action box
     explore_noise: float = 0.02  # Gaussian push on the chunks of training episodes, in units of the action box
-    actor_ema: float = 0.995  # decay of pi_old, the averaged actor that acts and proposes from stage 2 on (0 = off)
+    actor_ema: float | None = None  # decay of pi_old, which acts and proposes (0: off); default: rgb 0.999, state 0.995
     select: Literal["sample", "best-of-k"] = "sample"  # best of K by the critic isn't in the paper
 
     # --- evaluation and logging ---
@@ -185,6 +185,9 @@ LIMITS = {  # what a number must be: the test for it, and the flags; all other n
 def validate(args: Args) -> None:
     """Check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
     check_flags(args, LIMITS)
+    # A critic on camera features is worth less, so the policy leaves what it knows more slowly (docs/force.md, log).
+    args.q_weight = (0.0 if args.obs_mode == "rgb" else 0.02) if args.q_weight is None else args.q_weight
+    args.actor_ema = (0.999 if args.obs_mode == "rgb" else 0.995) if args.actor_ema is None else args.actor_ema
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
     if args.sft_checkpoint:

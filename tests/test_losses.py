@@ -541,7 +541,7 @@ def test_candidate_choice_follows_the_weights(monkeypatch):
     many = [torch.cat([getattr(batch, f)[1:]] * 3000) for f in batch.__dataclass_fields__]
     batch, targets = script.Batch(*many), []
     monkeypatch.setattr(script, "consistency_loss", lambda a, f, c, g, n: (targets.append(c), a.shift + 0 * c[:, 0])[1])
-    args = script.Args(K=5, temperature=0.5, candidate_noise=0.0)
+    args = script.Args(K=5, temperature=0.5, candidate_noise=0.0, q_weight=0.0, actor_ema=0.9)
     optimizer = torch.optim.SGD(agent.actor.parameters(), lr=0.0)
     script.update_actor(agent, optimizer, batch, torch.zeros(3000, dtype=torch.bool), args, "online", rng())
     weight = weights_by_hand([0.75 * (0.2 + 2 * (0.3 + 0.01 * k)) for k in range(5)], 0.5, True)
