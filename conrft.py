@@ -129,7 +129,7 @@ class Args:
     tau: float = 0.01  # Polyak step of the target critics
     critic_updates: int = 2  # critic updates per actor update
     offline_updates: int = 300  # stage I: actor updates
-    online_steps: int = 25_000  # stage II: control steps, summed over environments
+    online_steps: int = 10_000  # stage II: control steps, summed over environments
     utd_ratio: float = 0.5  # stage II: actor updates per control step
     truncation: Literal["bootstrap", "terminal"] = "bootstrap"  # what a time limit means for targets and returns
     cql_weight: float = 0.02  # alpha: weight of the conservative term in stage I

@@ -132,7 +132,7 @@ class Args:
     warmup_updates: int = 400  # stage 2: actor updates; the first half trains the critic only
     warmup_train_actor: bool = True  # stage 2: train the actor by Eqs. (5-7); otherwise the critic only
     warmup: bool = True  # --no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")
-    online_steps: int = 25_000  # stage 3: control steps, summed over environments
+    online_steps: int = 10_000  # stage 3: control steps, summed over environments
     utd_ratio: float = 0.5  # stage 3: actor updates per control step
     cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2
     online_cql_alpha: float = 0.0  # the same in stage 3 (0 = the paper's Eq. 8)
