@@ -65,7 +65,10 @@ FORCE = ("FORCE (Octo)", "FORCE")
 NO_WARMUP = ("w/o Pre-Cal",)
 NEITHER = ("w/o Pre-Cal & VGPD",)
 
-PUSH = "python force_octo.py --env-id PushCube-v1 --obs-mode state --online-steps 8000 --q-weight 0.1"
+PUSH = (
+    "python force_octo.py --env-id PushCube-v1 --obs-mode state --online-steps 8000 --gamma 0.95 --q-weight 0.05 "
+    "--explore-noise 0.1 --candidate-noise 0.1"
+)
 PICK = "python force_octo.py --env-id PickCube-v1 --obs-mode state --online-steps 5000"
 STACK = "python force_octo.py --env-id StackCube-v1 --obs-mode state --online-steps 8000"
 
