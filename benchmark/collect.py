@@ -39,6 +39,7 @@ EVALUATION = {
 }  # columns of SUITE-curves.csv and what they are in a run  # fmt: skip
 CURVE_KEYS = ("row", "method", "env_id", "obs_mode", "seed", "stage", "online_env_step", "update_step")
 DIAGNOSTICS = re.compile(r"calib/.*|vgpd/(zeta|candidate_std|ess)|values/q_std")
+ONLINE = ("online", "done")  # stages of evaluations from hand-over on
 KEEP = 40  # values of a diagnostic per run
 SAME = ("code", "settings", "torch", "mani_skill", "device", "demonstrations")  # within a row, over its seeds
 
@@ -66,8 +67,8 @@ def derive(evaluations: list[dict]) -> dict:
     holds at the next one. Drop: hand-over's success minus the lowest online success (negative: never fell).
     """
     wilson = [binomtest(successes(e), int(e["eval/num_episodes"])).proportion_ci(method="wilson") for e in evaluations]
-    sft = next((i for i, e in enumerate(evaluations) if e["stage"].startswith("sft")), None)
-    online = [e for e in evaluations if e["stage"] in ("online", "done")]
+    sft = next((i for i, e in enumerate(evaluations) if stage_of(e).startswith("sft")), None)
+    online = [e for e in evaluations if stage_of(e) in ONLINE]
     rate, last = [e["eval/success_once"] for e in online], evaluations[-1]
     lowest_two = map(min, rate, rate[1:] + rate[-1:])
     steady = [e["global_step"] for e, low in zip(online, lowest_two, strict=True) if low >= 0.8]
@@ -81,6 +82,10 @@ def derive(evaluations: list[dict]) -> dict:
         "handover_success_once": rate[0] if rate else None, "largest_drop": rate[0] - min(rate) if rate else None,
         "online_env_steps_at_80": steady[0] - online[0]["global_step"] if steady else None,
     }  # fmt: skip
+
+
+def stage_of(evaluation: dict) -> str:
+    return evaluation.get("stage", "bc")  # bc.py has one stage only
 
 
 def successes(evaluation: dict) -> int:
@@ -129,10 +134,10 @@ def read_run(row: Row, folder: Path) -> dict[str, str]:
 def read_curves(line: dict[str, str], folder: Path) -> list[dict[str, str]]:
     """A run's evaluations (stage given), then its diagnostics (update_step given), as lines of SUITE-curves.csv."""
     evaluations = json.loads((folder / "summary.json").read_text())["evaluations"]
-    start = next((e["global_step"] for e in evaluations if e["stage"] in ("online", "done")), 0)
+    start = next((e["global_step"] for e in evaluations if stage_of(e) in ONLINE), 0)
     key, lines = {name: line[name] for name in CURVE_KEYS[:5]}, []
     for e in evaluations:
-        place = {"stage": e["stage"], "online_env_step": number(e["global_step"] - start)}
+        place = {"stage": stage_of(e), "online_env_step": number(e.get("global_step", 0) - start)}
         lines.append(key | place | {column: number(e[name]) for column, name in EVALUATION.items()})
     series: dict[str, list[tuple[int, int, str]]] = {}
     for global_step, update_step, name, value in list(csv.reader((folder / "metrics.csv").open()))[1:]:

@@ -76,7 +76,31 @@ PUSH_STATE = Row("force-push-state", "FORCE", PUSH, Bars(success=0.95, steps_rat
 PICK_STATE = Row("force-pick-state", "FORCE", PICK, Bars(success=0.90, drop=0.1), FORCE)
 STACK_STATE = Row("force-stack-state", "FORCE", STACK, Bars(success=0.80, drop=0.1), FORCE)
 
+BC = "python bc.py --obs-mode state --env-id"
+
+
+def bc_rows(env_id: str, success: float) -> tuple[Row, ...]:
+    """Each head with chunks of four, and the default head with single steps."""
+    name = env_id.removesuffix("Cube-v1").lower()
+    return (
+        Row(f"bc-{name}-state", "BC, consistency head", f"{BC} {env_id}", Bars(success=success)),
+        Row(f"bc-{name}-state-diffusion", "BC, diffusion head", f"{BC} {env_id} --head diffusion"),
+        Row(f"bc-{name}-state-mse", "BC, plain chunk head", f"{BC} {env_id} --head mse-chunk"),
+        Row(f"bc-{name}-state-single", "BC, consistency head, single steps", f"{BC} {env_id} --chunk-len 1"),
+        Row(
+            f"bc-{name}-state-mse-single",
+            "BC, plain head, single steps",
+            f"{BC} {env_id} --head mse-chunk --chunk-len 1",
+        ),
+    )
+
+
 SUITES = {
+    "bc-state": Suite(
+        "Behaviour cloning, privileged state",
+        "docs/bc.md",
+        (*bc_rows("PickCube-v1", 0.75), *bc_rows("StackCube-v1", 0.50)),
+    ),
     "force-state": Suite("FORCE, privileged state", "docs/force.md", (PUSH_STATE, PICK_STATE, STACK_STATE)),
     "force-rgb": Suite(
         "FORCE, camera",

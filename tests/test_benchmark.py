@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib
 import json
 import os
 import shlex
@@ -89,8 +90,6 @@ def suite(stub, monkeypatch):
 # ---- the suites ----
 @pytest.mark.parametrize("name", sorted(SUITES))
 def test_dry_run_prints_every_command_and_each_parses(name, tmp_path, capsys):
-    import force_octo
-
     assert run.main(name, runs=tmp_path / "runs", dry_run=True) == 0
     printed, chosen = capsys.readouterr().out.splitlines(), SUITES[name]
     wanted = [
@@ -100,7 +99,8 @@ def test_dry_run_prints_every_command_and_each_parses(name, tmp_path, capsys):
     ]
     assert printed == wanted
     for line, row in zip(printed, chosen.rows * len(chosen.seeds), strict=True):
-        args = force_octo.parse_args(shlex.split(line)[2:])
+        _, script, *words = shlex.split(line)
+        args = importlib.import_module(Path(script).stem).parse_args(words)
         assert (args.env_id, args.obs_mode) == (row.env_id, row.obs_mode)
     assert not (tmp_path / "runs").exists()
 
@@ -118,6 +118,15 @@ def test_paper_numbers_have_the_papers_averages():
                 "ConRFT (no HIL)": 71.1, "FORCE (Octo)": 82.3, "FORCE (pi0)": 86.9}  # fmt: skip
     assert means == pytest.approx(averages, abs=0.051)
     assert {line["source"] for line in collect.read_csv(report.PAPERS)} == set(report.SOURCES)
+
+
+def test_a_run_without_stages_has_a_result_and_nothing_else():
+    rows = [{"update": u, "eval/success_once": s, "eval/num_episodes": 50, "eval/success_at_end": 0.5, "eval/episode_len": 30}
+            for u, s in ((10, 0.9), (20, 0.8))]  # fmt: skip
+    derived = collect.derive(rows)
+    assert derived["success_once"] == 0.8 and derived["episodes"] == 50
+    for name in ("sft_success_once", "handover_success_once", "largest_drop", "online_env_steps_at_80"):
+        assert derived[name] is None
 
 
 # ---- the runner ----
