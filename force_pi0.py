@@ -52,6 +52,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import gymnasium as gym
@@ -63,12 +64,11 @@ import tyro
 from safetensors.torch import load_file, save
 from scipy.stats import binomtest
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from backbones.pi0 import PRESETS as PI0_PRESETS
-from backbones.pi0 import ActionExpert, Pi0, Pi0Error, Prefix, load_pi0
+from backbones.pi0 import ActionExpert, Pi0, Pi0Error, Prefix, choose_trainable, load_pi0
 
 
 # === Arguments =======================================================================================================
@@ -199,8 +199,8 @@ def validate(args: Args) -> None:
         raise UserError(f"--backbone {args.backbone} needs its weights: --checkpoint {weights} or a local folder")
     if released and args.obs_mode == "state":
         raise UserError(f"--backbone {args.backbone} needs --obs-mode rgb: privileged state is for compact models")
-    if args.bf16 and args.finetune in ("full", "lora"):
-        raise UserError(f"--bf16 needs a frozen vision-language part: --finetune expert or head, not {args.finetune}")
+    if args.bf16 and not (released and args.finetune in ("expert", "head")):
+        raise UserError("--bf16 needs a frozen, released model: --backbone pi0 or pi05, --finetune expert or head")
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
     if args.sft_checkpoint:
@@ -752,41 +752,12 @@ class EnsembleCritic(nn.Module):
         return h.view(-1, B) if chunk.dim() == 2 else h.view(-1, B, N)
 
 
-class LowRank(nn.Module):
-    """LoRA as a parametrisation: weight + B A, of which only B and A are trained. [out, in] -> [out, in]."""
-
-    def __init__(self, out: int, fan_in: int, rank: int):
-        super().__init__()
-        self.A, self.B = nn.Parameter(torch.randn(rank, fan_in) * fan_in**-0.5), nn.Parameter(torch.zeros(out, rank))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.B @ self.A
-
-
-def choose_trainable(model: Pi0, finetune: str) -> None:
-    """Freeze what --finetune leaves alone. Source: openpi's LoRA ranks (16 and 32, scale 1), attention and MLP."""
-    prefix, expert = model.prefix, model.expert
-    if finetune == "full":
-        return
-    prefix.requires_grad_(False)
-    for name in ("lowdim", "points", "points_token"):  # new, so they have to learn
-        if hasattr(prefix, name):
-            getattr(prefix, name).requires_grad_(True)
-    if finetune != "expert":
-        expert.layers.requires_grad_(False)
-        expert.norm.requires_grad_(False)
-    if finetune == "lora":
-        for layers, rank in ((prefix.layers, 16), (expert.layers, 32)):
-            for linear in (m for layer in layers for part in (layer.self_attn, layer.mlp) for m in part.values()):
-                parametrize.register_parametrization(linear, "weight", LowRank(*linear.weight.shape, rank))
-
-
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-class Pi0Policy(nn.Module):
-    """pi0 and the units of what goes in and out; `Agent` adds the heads."""
+class Agent(nn.Module):
+    """Everything that is learned: pi0, the policy's head, the critics; and the units of what goes in and out."""
 
     def __init__(self, args: Args, demos: Demos):
         super().__init__()
@@ -803,25 +774,33 @@ class Pi0Policy(nn.Module):
         self.proprio_dim, self.action_dim = proprio.shape[1], action.shape[1]
         # At most a quarter of the box: the gripper's two positions have to count for more than their spread says.
         spread = np.clip((action - centre) / scale, -1, 1).std(0).clip(0.02, 0.25).astype(np.float32)
-        self.spread = torch.as_tensor(spread).repeat(self.H)  # [H*A] standard deviations: units of the flow
-        self.chunk_unit = self.spread / SIGMA_DATA  # units of one-step head and critic
+        spread = torch.as_tensor(spread).repeat(self.H)  # [H*A]
         model = self.build(args)
-        self.backbone, config = model.prefix, model.config
-        self.expert_built, self.embedding_dim = [model.expert], config.embedding_dim  # a list: not registered here
+        self.backbone, tail = model.prefix, (model.config.embedding_dim, self.proprio_dim)
+        flow = FlowActor(model.expert, spread, self.H, tail, args.flow_steps)
+        sizes = (sum(tail), spread / SIGMA_DATA, args.hidden_dim, args.num_layers)  # networks see chunk / unit
+        if args.head == "flow":
+            self.flow, self.actor, self.actor_ema = nn.ModuleList(), flow, copy.deepcopy(flow)
+        else:  # pi0's expert teaches in stage 0 and rests afterwards
+            self.flow = nn.ModuleList([flow])
+            self.actor, self.actor_ema = ConsistencyActor(*sizes), ConsistencyActor(*sizes)
+        self.critic, self.target_critic = (EnsembleCritic(args.num_critics, *sizes) for _ in range(2))
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        for copied in (self.actor_ema, self.target_critic):
+            copied.requires_grad_(False)
 
     def build(self, args: Args) -> Pi0:
         """The model for these observations, with --checkpoint's weights. Raises: UserError if it can't be had."""
-        camera, P = args.obs_mode == "rgb", self.proprio_dim
-        config = PI0_PRESETS[args.backbone]
+        config, camera, P = PI0_PRESETS[args.backbone], args.obs_mode == "rgb", self.proprio_dim
         if config.text == "hash":
-            sizes = dict(
-                action_dim=self.action_dim, state_dim=P, lowdim_dim=0 if camera else P, image_size=args.image_size
-            )
-            config = dataclasses.replace(config, cameras=config.cameras if camera else (), **sizes)
+            sizes = dict(action_dim=self.action_dim, state_dim=P, image_size=args.image_size)
+            cameras, lowdim = (config.cameras, 0) if camera else ((), P)
+            config = dataclasses.replace(config, cameras=cameras, lowdim_dim=lowdim, **sizes)
         else:
             config = dataclasses.replace(config, cameras=config.cameras[:1])  # one camera; leaving out is masking
-        if max(P - config.state_dim, self.action_dim - config.action_dim) > 0:
-            raise UserError(f"{args.backbone} has room for {config.state_dim} numbers of proprio and actions, not {P}")
+        if P > config.state_dim or self.action_dim > config.action_dim:
+            room = f"{config.state_dim} numbers of proprio and {config.action_dim} of actions"
+            raise UserError(f"{args.backbone} has room for {room}; {args.env_id} has {P} and {self.action_dim}")
         self.weights = {"weights": args.sft_checkpoint or args.checkpoint or "random"}
         try:
             if args.checkpoint and not (args.resume or args.eval_only or args.sft_checkpoint or args.dry_run):
@@ -829,23 +808,54 @@ class Pi0Policy(nn.Module):
                 model, self.weights = loaded.model, self.weights | {"weights_sha256": loaded.sha256}
             else:
                 model = Pi0(config)
-            if not args.dry_run:  # its length depends on the number of digits only with PaliGemma's tokenizer
-                model.prefix.prompt(self.instruction, torch.zeros(1, P))
+            if not args.dry_run:
+                model.prefix.prompt(self.instruction, torch.zeros(1, P))  # fails here or not at all
         except Pi0Error as error:
             raise UserError(str(error)) from error
         choose_trainable(model, args.finetune)
+        if args.bf16:
+            model.prefix.bfloat16()
         return model
+
+    @property
+    def flow_policy(self) -> FlowActor:
+        """pi0's own policy: the flow head, or the one-step head's teacher."""
+        return self.flow[0] if len(self.flow) else self.actor
+
+    @cached_property
+    def feature_dim(self) -> int:
+        """F: from one observation."""
+        side, proprio = self.backbone.config.image_size, self.proprio_mean.cpu().numpy()[None]
+        with torch.no_grad():
+            return self.feature({"proprio": proprio, "primary": np.zeros((1, side, side, 3), np.uint8)}).shape[1]
 
     def observe(self, obs: dict[str, np.ndarray], noise: float = 0.0, generator=None) -> tuple[Prefix, Tensor]:
         """The backbone's pass over observations of N states, and their normalised proprio [N, P], noisy if asked for."""
         obs = {k: torch.as_tensor(v, device=self.proprio_mean.device) for k, v in obs.items()}
         proprio = ((obs["proprio"] - self.proprio_mean) / self.proprio_std).clamp(-5, 5)  # [N, P]
         proprio = self.perturb(proprio, noise, generator)
-        images = {c: obs["primary"] for c in self.backbone.config.cameras}
         span = (self.proprio_high - self.proprio_low).clamp_min(1e-6)
-        digits = 2 * (proprio * self.proprio_std + self.proprio_mean - self.proprio_low) / span - 1
+        digits = 2 * (proprio * self.proprio_std + self.proprio_mean - self.proprio_low) / span - 1  # for pi0.5
         ids, valid = self.backbone.prompt(self.instruction, digits)
+        images = {camera: obs["primary"] for camera in self.backbone.config.cameras}
         return self.backbone(images, ids, valid, lowdim=None if images else proprio), proprio
+
+    def row(self, prefix: Prefix, proprio: Tensor) -> Tensor:
+        """What is kept of a state, [N, F]: embedding and proprio; in front of them the cache, if the policy reads it."""
+        parts = [prefix.embedding, proprio]
+        if not len(self.flow):
+            parts = [prefix.cache.flatten(1).float(), prefix.valid.float(), *parts]
+        return torch.cat(parts, -1)
+
+    def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
+        """Observations of N states to rows [N, F]."""
+        return self.row(*self.observe(obs))
+
+    def bc_loss(self, feature: Tensor, chunk: Tensor, generator, n: int) -> Tensor:
+        """The actor's surrogate of -log pi(chunk|s): rows [B, F], chunks [B, D] -> [B]."""
+        if len(self.flow):
+            return consistency_loss(self.actor, feature, chunk, generator, n)
+        return flow_loss(self.actor, self.actor.unpack(feature), chunk, generator, n)
 
     def perturb(self, feature: Tensor, noise: float, generator: torch.Generator) -> Tensor:
         """Gaussian noise on the proprio within features [B, F], in standard deviations of the demonstrations.
@@ -873,57 +883,6 @@ class Pi0Policy(nn.Module):
         hold = np.zeros_like(last) if self.relative else last.copy()
         hold[-1] = last[-1]
         return hold
-
-
-class Agent(Pi0Policy):
-    """Everything that is learned."""
-
-    def __init__(self, args: Args, demos: Demos):
-        super().__init__(args, demos)
-        tail, (expert,) = (self.embedding_dim, self.proprio_dim), self.__dict__.pop("expert_built")
-        flow = FlowActor(expert, self.spread, self.H, tail, args.flow_steps)
-        sizes = (sum(tail), self.chunk_unit, args.hidden_dim, args.num_layers)
-        if args.head == "flow":
-            self.flow, self.actor, self.actor_ema = nn.ModuleList(), flow, copy.deepcopy(flow)
-        else:  # the expert teaches in stage 0 and rests afterwards
-            self.flow = nn.ModuleList([flow])
-            self.actor, self.actor_ema = ConsistencyActor(*sizes), ConsistencyActor(*sizes)
-        if args.bf16:
-            self.backbone.bfloat16()
-        self.critic, self.target_critic = (EnsembleCritic(args.num_critics, *sizes) for _ in range(2))
-        self.target_critic.load_state_dict(self.critic.state_dict())
-        for copied in (self.actor_ema, self.target_critic):
-            copied.requires_grad_(False)
-
-    @property
-    def flow_policy(self) -> FlowActor:
-        """pi0's own policy: the flow head, or the one-step head's teacher."""
-        return self.flow[0] if len(self.flow) else self.actor
-
-    @cached_property
-    def feature_dim(self) -> int:
-        """F, from one observation."""
-        c = self.backbone.config
-        obs = {"proprio": self.proprio_mean.cpu().numpy()[None]}
-        with torch.no_grad():
-            return self.feature(obs | {"primary": np.zeros((1, c.image_size, c.image_size, 3), np.uint8)}).shape[1]
-
-    def row(self, prefix: Prefix, proprio: Tensor) -> Tensor:
-        """What is kept of a state, [N, F]: embedding and proprio; in front of them the cache, if the policy reads it."""
-        parts = [prefix.embedding, proprio]
-        if not len(self.flow):
-            parts = [prefix.cache.flatten(1).float(), prefix.valid.float(), *parts]
-        return torch.cat(parts, -1)
-
-    def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
-        """Observations of N states to rows [N, F]."""
-        return self.row(*self.observe(obs))
-
-    def bc_loss(self, feature: Tensor, chunk: Tensor, generator, n: int) -> Tensor:
-        """The actor's surrogate of -log pi(chunk|s), rows [B, F] and chunks [B, D] -> [B]."""
-        if len(self.flow):
-            return consistency_loss(self.actor, feature, chunk, generator, n)
-        return flow_loss(self.actor, self.actor.unpack(feature), chunk, generator, n)
 
     def act(
         self, feature: Tensor, actor: ConsistencyActor | FlowActor, args: Args, generator, explore: float = 0.0
@@ -1507,23 +1466,24 @@ def random_shift(image: Tensor, generator: torch.Generator, pad: int = 4) -> Ten
 TEACHER_SAMPLES = 2  # chunks that the flow proposes for each demonstrated state, for the one-step head
 
 
-def sft_loss(run: Run, stage: str, t: Tensor, obs: dict[str, Tensor], batch: Batch) -> Tensor:
-    """Loss of stage 0 on rows t [B] of the demonstrations: scalar."""
+def sft_losses(run: Run, stage: str, t: Tensor, obs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """The losses of stage 0 on rows t [B] of the demonstrations, each a scalar; they are added."""
     args, agent, g = run.args, run.agent, run.generators["update"]
     if stage == "sft":
         images = {k: random_shift(v[t], run.generators["batch"]) for k, v in obs.items() if k != "proprio"}
         prefix, proprio = agent.observe({"proprio": obs["proprio"][t]} | images, args.proprio_noise, g)
         context = agent.flow_policy.context(prefix.cache, prefix.valid, proprio)
-        loss = flow_loss(agent.flow_policy, context, batch.chunk, g, args.noise_levels).mean()
-        if args.head == "consistency":
-            loss = loss + agent.bc_loss(agent.row(prefix, proprio), batch.chunk, g, args.noise_levels).mean()
-        return loss
+        flow = flow_loss(agent.flow_policy, context, batch.chunk, g, args.noise_levels).mean()
+        if args.head == "flow":
+            return {"losses/bc": flow}
+        bc = agent.bc_loss(agent.row(prefix, proprio), batch.chunk, g, args.noise_levels).mean()
+        return {"losses/flow": flow, "losses/bc": bc}
     target = batch.chunk
     if args.head == "consistency":  # distillation
         k = torch.randint(TEACHER_SAMPLES, t.shape, generator=run.generators["batch"])
         target = run.teacher[t, k].to(args.device)
     feature = agent.perturb(batch.feature, args.proprio_noise, g)
-    return agent.bc_loss(feature, target, g, args.noise_levels).mean()
+    return {"losses/bc": agent.bc_loss(feature, target, g, args.noise_levels).mean()}
 
 
 def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
@@ -1540,13 +1500,13 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
             rate = min((step + 1) / (0.05 * total), 0.5 * (1 + math.cos(math.pi * step / total)))
             optimizer.param_groups[0]["lr"] = args.sft_lr * rate
             t = rows[torch.randint(len(rows), (args.sft_batch_size,), generator=run.generators["batch"])]
-            loss = sft_loss(run, stage, t, obs, run.expert.gather(t, args.device))
+            losses = sft_losses(run, stage, t, obs, run.expert.gather(t, args.device))
             optimizer.zero_grad()
-            loss.backward()
+            sum(losses.values()).backward()
             norm = nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
             run.average.update_parameters(run.trained)
-            run.tick({"losses/bc": loss, "grad_norm/sft": norm, "lr/sft": args.sft_lr * rate}, logger)
+            run.tick(losses | {"grad_norm/sft": norm, "lr/sft": args.sft_lr * rate}, logger)
             bar.update()
     run.trained.load_state_dict(run.average.module.state_dict())
     run.agent.actor_ema.load_state_dict(run.agent.actor.state_dict())
@@ -1706,9 +1666,10 @@ def dry_run(args: Args) -> dict:
             draw = {n: flops(lambda n=n: agent.actor.sample(row, n, None, args.candidate_sigma)) for n in (1, args.K)}
         rows, zeros = row.expand(B, -1), torch.zeros(B)
         batch = Batch(rows, chunks, zeros, zeros, rows, zeros, zeros)
-        nets = {name: torch.optim.Adam(trainable(getattr(agent, name))) for name in ("critic", "actor")}
-        critic = flops(lambda: update_critic(agent, nets["critic"], batch, args, args.online_cql_alpha, None))
-        actor = flops(lambda: update_actor(agent, nets["actor"], batch, zeros.bool(), args, "offline", None))
+        still = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+        like_online = dataclasses.replace(args, offline_q_weight=args.q_weight)  # but for the candidates
+        critic = flops(lambda: update_critic(agent, still, batch, args, args.online_cql_alpha, None))
+        actor = flops(lambda: update_actor(agent, still, batch, zeros.bool(), like_online, "offline", None))
         candidates = B // 2 * draw[args.K]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             work = flops(lambda: sft(args.sft_batch_size))

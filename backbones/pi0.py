@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from backbones.octo import SpatialPoints
 
@@ -458,6 +459,37 @@ class Pi0(nn.Module):
     def __init__(self, config: Pi0Config):
         super().__init__()
         self.config, self.prefix, self.expert = config, PaliGemma(config), ActionExpert(config)
+
+
+class LowRank(nn.Module):
+    """LoRA as a parametrisation: weight + B A, of which only B and A are trained. [out, in] -> [out, in]."""
+
+    def __init__(self, out: int, fan_in: int, rank: int):
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.randn(rank, fan_in) * fan_in**-0.5), nn.Parameter(torch.zeros(out, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.B @ self.A
+
+
+def choose_trainable(model: Pi0, finetune: str) -> None:
+    """Freeze all but: "full" everything, "expert" the action expert, "head" its projections, "lora" the projections and
+    low-rank updates of all attention and MLP weights (rank 16 and 32, scale 1, as openpi). Our own parts always train.
+    """
+    prefix, expert = model.prefix, model.expert
+    if finetune == "full":
+        return
+    prefix.requires_grad_(False)
+    for name in ("lowdim", "points", "points_token"):  # new, so they have to learn
+        if hasattr(prefix, name):
+            getattr(prefix, name).requires_grad_(True)
+    if finetune != "expert":
+        expert.layers.requires_grad_(False)
+        expert.norm.requires_grad_(False)
+    if finetune == "lora":
+        for layers, rank in ((prefix.layers, 16), (expert.layers, 32)):
+            for linear in (m for layer in layers for part in (layer.self_attn, layer.mlp) for m in part.values()):
+                parametrize.register_parametrization(linear, "weight", LowRank(*linear.weight.shape, rank))
 
 
 def load_pi0(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:

@@ -83,12 +83,12 @@ def test_twenty_samples_on_one_prefix_equal_one_by_one(tiny, name):
     for b in range(3):
         for k in range(0, 20, 7):
             alone = expert.sample(*(part[b : b + 1] for part in context), noise[b : b + 1, k : k + 1], 2)
-            assert (alone[0, 0] - together[b, k]).abs().max() <= 1e-6
+            close(alone[0, 0], together[b, k], 1e-6)
 
 
 @BOTH
 @torch.no_grad()
-def test_dropping_a_masked_camera_or_padding_is_exact(tiny, name):
+def test_dropping_a_masked_camera_or_padding_changes_nothing(tiny, name):
     x = recorded(name)
     x["mask_right"][:] = False
     x["valid"][:, 4:] = False
@@ -100,7 +100,7 @@ def test_dropping_a_masked_camera_or_padding_is_exact(tiny, name):
     ]
     assert masked.valid.shape[1] == 18 and short.valid.shape[1] == 12
     for other in outputs[1:]:
-        torch.testing.assert_close(other, outputs[0], atol=1e-6, rtol=0)
+        close(other, outputs[0], 1e-6)  # sums in another order, nothing else
     x["image_right"].fill_(9)
     assert torch.equal(run_prefix(tiny[name], x).embedding, masked.embedding)  # nothing sees it
 
@@ -236,7 +236,7 @@ def test_misfits_are_refused(folder):
     refuse(folder, r"action_in_proj.weight has shape \(24, 6\), this model needs \(24, 5\)")
     file.write_bytes(whole)
     refuse(folder, "doesn't fit pi0.5: missing", TINY["pi05"])
-    refuse(folder, "this model needs", None)  # the released sizes
+    refuse(folder, "doesn't fit pi0: missing 688", None)  # the released sizes, with 18 layers
     for broken in (whole[:-100], b"", b"not a checkpoint"):
         file.write_bytes(broken)
         refuse(folder, "is no complete safetensors file")
