@@ -177,8 +177,8 @@ PAPER = dict(
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
     "at least 1": (lambda x: x >= 1, """K control_freq num_envs num_demos noise_levels hidden_dim num_layers
-        flow_steps num_critics chunk_len sft_batch_size critic_updates cql_samples eval_episodes eval_interim_episodes eval_freq
-        log_freq checkpoint_freq"""),
+        flow_steps num_critics chunk_len sft_batch_size critic_updates cql_samples eval_episodes eval_interim_episodes
+        eval_freq log_freq checkpoint_freq"""),
     "at least 2": (lambda x: x >= 2, "batch_size"),
     "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature action_range"),
     "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
@@ -681,14 +681,15 @@ class ConsistencyActor(nn.Module):
 class FlowActor(nn.Module):
     """pi0's action expert as a policy over action chunks: noise flows to a chunk along the predicted velocity.
 
-    It works in its own units, in which each dimension's standard deviation is 1, as the flow assumes: chunk in [-1, 1] =
-    unit * x. What it reads of a state is a context (cache, valid, state), computed once and shared by its N samples;
-    a released model's further action dimensions are zeros in training, and cut off.
+    It works in its own units, with mean 0 and standard deviation 1 as the flow assumes: chunk in [-1, 1] = mean + unit * x.
+    What it reads of a state is a context (cache, valid, state), computed once and shared by its N samples; a released
+    model's further action dimensions are zeros in training, and cut off.
     """
 
-    def __init__(self, expert: ActionExpert, unit: Tensor, chunk_len: int, tail: tuple[int, int], steps: int):
+    def __init__(self, expert: ActionExpert, mean: Tensor, unit: Tensor, tail: tuple[int, int], args: Args):
         super().__init__()
-        self.expert, self.H, self.tail, self.steps = expert, chunk_len, tail, steps  # tail: embedding, proprio
+        self.expert, self.H, self.tail, self.steps = expert, args.chunk_len, tail, args.flow_steps
+        self.register_buffer("mean", mean.clone())  # [D]
         self.register_buffer("unit", unit.clone())  # [D]
 
     def context(self, cache: Tensor, valid: Tensor, proprio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -696,7 +697,7 @@ class FlowActor(nn.Module):
         return cache, valid, F.pad(proprio, (0, self.expert.config.state_dim - proprio.shape[1]))
 
     def unpack(self, feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The context in rows [B, F] that `Agent.row` packed: cache, valid, embedding, proprio."""
+        """The context in rows [B, F] that `Agent.row` packed: cache, valid, and the tail: embedding, proprio."""
         c = self.expert.config
         numbers = 2 * c.depth * c.kv_heads * c.head_dim  # of a token's cache
         P = (feature.shape[1] - sum(self.tail)) // (numbers + 1)  # prefix tokens
@@ -707,7 +708,7 @@ class FlowActor(nn.Module):
         """Draw n chunks per state: [B, n, D] in [-1, 1]."""
         shape = (len(context[0]), n, self.H, self.expert.config.action_dim)
         x = self.expert.sample(*context, torch.randn(shape, generator=generator, device=self.unit.device), self.steps)
-        return (self.unit * x[..., : len(self.unit) // self.H].flatten(2)).clamp(-1, 1)
+        return (self.mean + self.unit * x[..., : len(self.unit) // self.H].flatten(2)).clamp(-1, 1)
 
     def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
         """As `ConsistencyActor.sample`. Samples of a flow spread by themselves: `second_sigma` has no use here."""
@@ -773,11 +774,14 @@ class Agent(nn.Module):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
         self.proprio_dim, self.action_dim = proprio.shape[1], action.shape[1]
         # At most a quarter of the box: the gripper's two positions have to count for more than their spread says.
-        spread = np.clip((action - centre) / scale, -1, 1).std(0).clip(0.02, 0.25).astype(np.float32)
-        spread = torch.as_tensor(spread).repeat(self.H)  # [H*A]
+        box = np.clip((action - centre) / scale, -1, 1)
+        mean, spread = (
+            torch.as_tensor(x, dtype=torch.float32).repeat(self.H) for x in (box.mean(0), box.std(0))
+        )  # [H*A]
+        spread = spread.clamp(0.02, 0.25)
         model = self.build(args)
         self.backbone, tail = model.prefix, (model.config.embedding_dim, self.proprio_dim)
-        flow = FlowActor(model.expert, spread, self.H, tail, args.flow_steps)
+        flow = FlowActor(model.expert, mean, spread, tail, args)
         sizes = (sum(tail), spread / SIGMA_DATA, args.hidden_dim, args.num_layers)  # networks see chunk / unit
         if args.head == "flow":
             self.flow, self.actor, self.actor_ema = nn.ModuleList(), flow, copy.deepcopy(flow)
@@ -960,7 +964,7 @@ def flow_loss(actor: FlowActor, context: tuple[Tensor, Tensor, Tensor], chunk: T
     Source: pi0 (arXiv:2410.24164), in openpi's direction of time.
     """
     dims, shape = actor.expert.config.action_dim, (len(chunk), n)
-    clean = (chunk / actor.unit).unflatten(1, (actor.H, -1))
+    clean = ((chunk - actor.mean) / actor.unit).unflatten(1, (actor.H, -1))
     clean = F.pad(clean, (0, dims - clean.shape[-1]))[:, None]  # [B, 1, H, dims]
     noise = torch.randn((*shape, actor.H, dims), generator=generator, device=chunk.device)
     t = 0.001 + 0.999 * torch.rand(shape, generator=generator, device=chunk.device) ** (1 / 1.5)  # Beta(1.5, 1)

@@ -75,8 +75,8 @@ class Field(nn.Module):
 
 
 def field_actor(velocity, dims=3, steps=5):
-    unit = torch.tensor([0.1, 0.2, 0.1, 0.2])  # H = 2 steps of A = 2 dimensions
-    return script.FlowActor(Field(velocity, dims), unit, 2, (5, 4), steps)
+    mean, unit = torch.tensor([0.1, -0.1, 0.1, -0.1]), torch.tensor([0.1, 0.2, 0.1, 0.2])  # H = 2 steps, A = 2
+    return script.FlowActor(Field(velocity, dims), mean, unit, (5, 4), script.Args(chunk_len=2, flow_steps=steps))
 
 
 # --- flow matching ---
@@ -91,7 +91,7 @@ def test_flow_loss():
     (x, t), unit = actor.expert.asked[0], np.array([0.1, 0.2])
     assert x.shape == (2, 3, 2, 3) and t.shape == (2, 3) and loss.shape == (2,)
     for b in range(2):
-        clean = np.concatenate([chunk[b].numpy().reshape(2, 2) / unit, np.zeros((2, 1))], 1)
+        clean = np.concatenate([(chunk[b].numpy().reshape(2, 2) - [0.1, -0.1]) / unit, np.zeros((2, 1))], 1)
         errors = []
         for k in range(3):
             time, point = t[b, k].item(), x[b, k].numpy()
@@ -103,7 +103,7 @@ def test_flow_loss():
 def test_flow_loss_draws_noise_and_times_as_pi0_does():
     actor = field_actor(lambda x, t: 0 * x)
     context = (torch.zeros(500, 1), torch.zeros(500, 1), torch.zeros(500, 4))
-    loss = script.flow_loss(actor, context, torch.full((500, 4), 0.2), rng(), 20)
+    loss = script.flow_loss(actor, context, torch.tensor([0.3, 0.1, 0.3, 0.1]).repeat(500, 1), rng(), 20)
     x, t = actor.expert.asked[0]
     t = t.flatten().numpy()
     assert t.min() >= 0.001 and t.max() <= 1 and t.mean() == pytest.approx(0.001 + 0.999 * 0.6, abs=0.01)
@@ -119,7 +119,7 @@ def test_a_flow_towards_one_chunk_arrives_there():
     actor = field_actor(lambda x, t: (x - target) / t[..., None, None])
     chunks = actor.flow((torch.zeros(3, 1), None, None), 7, rng())
     assert chunks.shape == (3, 7, 4) and [t[0, 0].item() for _, t in actor.expert.asked] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])  # fmt: skip
-    np.testing.assert_allclose(chunks, np.broadcast_to([0.15, -0.4, 0.05, 0.2], (3, 7, 4)), atol=1e-5)
+    np.testing.assert_allclose(chunks, np.broadcast_to([0.25, -0.5, 0.15, 0.1], (3, 7, 4)), atol=1e-5)
     far = field_actor(lambda x, t: (x - 100) / t[..., None, None]).flow((torch.zeros(1, 1), None, None), 1, rng())
     assert (far == 1).all()  # the box's edge
 
@@ -191,7 +191,7 @@ def test_finetune():
     assert all(n.startswith("points") for n in few) and few and all_of_it == expert
     _, few, projections = names("head")
     assert projections == {n for n in expert if n.startswith(("action_", "state_proj"))} and len(projections) == 10
-    agent, low, part = names("lora")
+    agent, low, part = names("lora", head="flow")
     new = {n for n in low | part if n.endswith((".A", ".B"))}
     assert (
         low | part == few | projections | new and len(new) == 2 * 2 * 7
@@ -225,6 +225,11 @@ def test_released_weights(monkeypatch):
     with torch.no_grad():
         row = agent.feature(toy_demos(camera=True).obs)  # 32 px images, resized; 3 of 5 action dimensions
         assert agent.flow_policy.flow(agent.flow_policy.context(*zip_prefix(agent)), 2, rng()).shape == (6, 2, 6)
+        half = toy_agent(**flags, checkpoint=str(FIXTURES / "pi0_tiny"), env_id="PushCube-v1", bf16=True)
+        other = half.feature(toy_demos(camera=True).obs)
+        assert half.backbone.norm.weight.dtype == torch.bfloat16 and other.dtype == torch.float32
+        assert 0 < (row - other).abs().max() < 0.05 * row.abs().max()
+        assert half.flow_policy.flow(half.flow_policy.context(*zip_prefix(half)), 2, rng()).dtype == torch.float32
     assert row.shape == (6, agent.feature_dim)
     with pytest.raises(script.UserError, match=r"no weights at .*absent"):
         toy_agent(**flags, checkpoint=str(FIXTURES / "absent"))
