@@ -1470,19 +1470,20 @@ def random_shift(image: Tensor, generator: torch.Generator, pad: int = 4) -> Ten
 TEACHER_SAMPLES = 2  # chunks that the flow proposes for each demonstrated state, for the one-step head
 
 
-def sft_losses(run: Run, stage: str, t: Tensor, obs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-    """The losses of stage 0 on rows t [B] of the demonstrations, each a scalar; they are added."""
-    args, agent, g = run.args, run.agent, run.generators["update"]
-    if stage == "sft":
-        images = {k: random_shift(v[t], run.generators["batch"]) for k, v in obs.items() if k != "proprio"}
-        prefix, proprio = agent.observe({"proprio": obs["proprio"][t]} | images, args.proprio_noise, g)
-        context = agent.flow_policy.context(prefix.cache, prefix.valid, proprio)
-        flow = flow_loss(agent.flow_policy, context, batch.chunk, g, args.noise_levels).mean()
-        if args.head == "flow":
-            return {"losses/bc": flow}
-        bc = agent.bc_loss(agent.row(prefix, proprio), batch.chunk, g, args.noise_levels).mean()
-        return {"losses/flow": flow, "losses/bc": bc}
-    target = batch.chunk
+def clone_losses(agent: Agent, obs: dict, chunk: Tensor, args: Args, generator) -> dict[str, Tensor]:
+    """Stage 0's losses on observations of B states and chunks [B, D], each a scalar; they are added."""
+    prefix, proprio = agent.observe(obs, args.proprio_noise, generator)
+    context = agent.flow_policy.context(prefix.cache, prefix.valid, proprio)
+    flow = flow_loss(agent.flow_policy, context, chunk, generator, args.noise_levels).mean()
+    if args.head == "flow":
+        return {"losses/bc": flow}
+    bc = agent.bc_loss(agent.row(prefix, proprio), chunk, generator, args.noise_levels).mean()
+    return {"losses/flow": flow, "losses/bc": bc}
+
+
+def head_losses(run: Run, t: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """The losses of stage 0's second part, the head alone, on rows t [B] of the demonstrations."""
+    args, agent, g, target = run.args, run.agent, run.generators["update"], batch.chunk
     if args.head == "consistency":  # distillation
         k = torch.randint(TEACHER_SAMPLES, t.shape, generator=run.generators["batch"])
         target = run.teacher[t, k].to(args.device)
@@ -1504,7 +1505,13 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
             rate = min((step + 1) / (0.05 * total), 0.5 * (1 + math.cos(math.pi * step / total)))
             optimizer.param_groups[0]["lr"] = args.sft_lr * rate
             t = rows[torch.randint(len(rows), (args.sft_batch_size,), generator=run.generators["batch"])]
-            losses = sft_losses(run, stage, t, obs, run.expert.gather(t, args.device))
+            batch = run.expert.gather(t, args.device)
+            if stage == "sft":
+                seen = {k: random_shift(v[t], run.generators["batch"]) for k, v in obs.items() if k != "proprio"}
+                seen |= {"proprio": obs["proprio"][t]}
+                losses = clone_losses(run.agent, seen, batch.chunk, args, run.generators["update"])
+            else:
+                losses = head_losses(run, t, batch)
             optimizer.zero_grad()
             sum(losses.values()).backward()
             norm = nn.utils.clip_grad_norm_(params, 1.0)
@@ -1626,71 +1633,60 @@ def begin(args: Args) -> Run:
     return run
 
 
+def flops(function) -> int:
+    """Operations that a call does; a multiply-add counts as two."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 def dry_run(args: Args) -> dict:
     """Parameters, memory and work of a run with these flags, from shapes alone: nothing is loaded, nothing computed.
 
-    Counts multiply-adds as two operations. Memory is what a GPU holds in stage 0: weights, gradients, Adam, averaged
-    weights, and the activations that the backward pass needs, all in the precision of the flags.
+    The GPU's memory is that of stage 0: weights, gradients, Adam, averaged weights, and what the backward pass keeps.
     """
     validate(args)
     A, P = {"pd_ee_delta_pos": 4, "pd_ee_delta_pose": 7}.get(args.control_mode, 8), 25  # P: about what the tasks have
     obs = {"proprio": np.random.default_rng(0).normal(size=(2, P)).astype(np.float32)}
     if args.obs_mode == "rgb":
         obs["primary"] = np.zeros((2, args.image_size, args.image_size, 3), np.uint8)
-    demos = Demos(obs, np.eye(2, A, dtype=np.float32), np.array([1]), np.array([1]), "none")
-    saved: dict[int, int] = {}
-
-    def flops(function) -> int:
-        with FlopCounterMode(display=False) as counter:
-            function()
-        return counter.get_total_flops()
+    one, many = ({k: np.repeat(v[:1], n, 0) for k, v in obs.items()} for n in (1, args.sft_batch_size))
+    kept: dict[int, int] = {}  # storages that the backward pass keeps: their bytes
 
     def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        saved[storage._cdata] = storage.nbytes()
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
-    def sft(size: int) -> None:
-        many = {k: np.repeat(v[:1], size, 0) for k, v in obs.items()}
-        prefix, proprio = agent.observe(many)
-        context, chunk = agent.flow_policy.context(prefix.cache, prefix.valid, proprio), chunks[:1].expand(size, -1)
-        loss = flow_loss(agent.flow_policy, context, chunk, None, args.noise_levels).mean()
-        if args.head == "consistency":
-            loss = loss + agent.bc_loss(agent.row(prefix, proprio), chunk, None, args.noise_levels).mean()
-        loss.backward()
-
     with torch.device("meta"):
-        agent, B = Agent(args, demos), args.batch_size
-        tokens = agent.backbone.config.max_tokens
+        agent = Agent(args, Demos(obs, np.eye(2, A, dtype=np.float32), np.array([1]), np.array([1]), "none"))
+        tokens, B, D = agent.backbone.config.max_tokens, args.batch_size, args.chunk_len * A
         agent.backbone.prompt = lambda *_: (torch.zeros(1, tokens, dtype=torch.long), torch.ones(1, tokens).bool())
-        chunks, one = torch.zeros(B, args.chunk_len * A), {k: v[:1] for k, v in obs.items()}
         with torch.no_grad():
             row = agent.feature(one)
             embed = flops(lambda: agent.feature(one))
-            draw = {n: flops(lambda n=n: agent.actor.sample(row, n, None, args.candidate_sigma)) for n in (1, args.K)}
-        rows, zeros = row.expand(B, -1), torch.zeros(B)
-        batch = Batch(rows, chunks, zeros, zeros, rows, zeros, zeros)
-        still = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+            draw = {n: flops(lambda n=n: agent.actor.sample(row, n, None, args.candidate_sigma)) for n in {1, args.K}}
+        rows, zeros, still = row.expand(B, -1), torch.zeros(B), SimpleNamespace(zero_grad=int, step=int)
+        batch = Batch(rows, torch.zeros(B, D), zeros, zeros, rows, zeros, zeros)
         like_online = dataclasses.replace(args, offline_q_weight=args.q_weight)  # but for the candidates
         critic = flops(lambda: update_critic(agent, still, batch, args, args.online_cql_alpha, None))
         actor = flops(lambda: update_actor(agent, still, batch, zeros.bool(), like_online, "offline", None))
-        candidates = B // 2 * draw[args.K]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            work = flops(lambda: sft(args.sft_batch_size))
-    count = {name: sum(p.numel() for p in module.parameters()) for name, module in agent.named_children()}
-    pi0, learned = (agent.backbone, agent.flow_policy), [agent.backbone, *agent.flow, agent.actor]
+            chunk = torch.zeros(args.sft_batch_size, D)
+            sft = flops(lambda: sum(clone_losses(agent, many, chunk, args, None).values()).backward())
+    learned, pi0 = [agent.backbone, *agent.flow, agent.actor], (agent.backbone, agent.flow_policy)
     trained = sum(p.numel() for module in learned for p in trainable(module))
     parameters = {p.untyped_storage()._cdata for p in agent.parameters()}
-    activations = sum(size for storage, size in saved.items() if storage not in parameters)
     weights = sum(p.numel() * p.element_size() for p in agent.parameters())
     averaged = sum(p.numel() * p.element_size() for m in learned if trainable(m) for p in m.parameters())
+    activations = sum(size for storage, size in kept.items() if storage not in parameters)
     return {
-        "backbone": args.backbone, "head": args.head, "finetune": args.finetune, "parameters": sum(count.values()),
-        "parameters_pi0": sum(p.numel() for module in pi0 for p in module.parameters()), "parameters_by_part": count,
+        "backbone": args.backbone, "head": args.head, "finetune": args.finetune,
+        "parameters": sum(p.numel() for p in agent.parameters()),
+        "parameters_pi0": sum(p.numel() for module in pi0 for p in module.parameters()),
         "trained_in_stage_0": trained, "trained_online": sum(p.numel() for p in trainable(agent.actor)),
-        "replay_bytes_per_step": 4 * row.shape[1] + 4 * A + 36,
-        "flops_action_K1": embed + draw[1], "flops_action_K": embed + draw[args.K], "flops_sft_update": work,
-        "flops_online_update": args.critic_updates * critic + actor + candidates * args.vgpd,
+        "replay_bytes_per_step": 4 * row.shape[1] + 4 * A + 36, "flops_action_K1": embed + draw[1],
+        "flops_action_K": embed + draw[args.K], "flops_sft_update": sft,
+        "flops_online_update": args.critic_updates * critic + actor + B // 2 * draw[args.K] * args.vgpd,
         "gpu_bytes_weights": weights, "gpu_bytes_training": 12 * trained + averaged, "gpu_bytes_activations": activations,
         "gpu_gib_stage_0": round((weights + 12 * trained + averaged + activations) / 2**30, 2),
     }  # fmt: skip
