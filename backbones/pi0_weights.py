@@ -1,0 +1,209 @@
+"""Released pi0 and pi0.5 checkpoints to `backbones.pi0`: safetensors, strictly, one tensor at a time.
+
+A folder holds model.safetensors under openpi's names (what openpi's converter writes and lerobot/pi0_base holds), or
+under the same names behind "model." (what lerobot saves after training). The prompt's embedding is stored once, as
+embed_tokens or as its tied twin lm_head. Beside it there may be normalisation statistics, in openpi's or in lerobot's
+layout, and PaliGemma's tokenizer. `backbones.pi0.load_pi0` is the way in; `python -m backbones.pi0 --check-weights
+SOURCE` prints a report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from backbones.pi0 import PRESETS, Pi0, Pi0Config, Pi0Error, load_tokenizer
+
+_VLM, _EXPERT = "paligemma_with_expert.paligemma.", "paligemma_with_expert.gemma_expert."
+_VISION = f"{_VLM}model.vision_tower.vision_model."
+NAMES = {  # the beginning of our names: of the released names
+    "prefix.vision.layers.": f"{_VISION}encoder.layers.",
+    "prefix.vision.post_layernorm.": f"{_VISION}post_layernorm.",
+    "prefix.vision.": f"{_VISION}embeddings.",
+    "prefix.projector.": f"{_VLM}model.multi_modal_projector.linear.",
+    "prefix.": f"{_VLM}model.language_model.",
+    "expert.layers.": f"{_EXPERT}model.layers.",
+    "expert.norm.": f"{_EXPERT}model.norm.",
+    "expert.": "",
+}
+TIED = {f"{_VLM}model.language_model.embed_tokens.weight", f"{_VLM}lm_head.weight"}
+DEAD = {f"{_EXPERT}lm_head.weight"}  # stored, never used
+OURS = ("prefix.lowdim", "prefix.points")  # parameters that no released model has
+TOKENIZER = "https://storage.googleapis.com/big_vision/paligemma_tokenizer.model"
+
+
+@dataclass
+class LoadedPi0:
+    """What `load_pi0` returns."""
+
+    model: Pi0
+    statistics: dict  # {asset: {"state" or "actions": {"mean", "std", "q01", "q99": [numbers]}}}, {} if there are none
+    file: Path  # the weights file that was read
+    sha256: str  # of that file
+
+
+def released_name(name: str) -> str:
+    """The name in a released checkpoint of one of our parameters."""
+    ours = next(beginning for beginning in NAMES if name.startswith(beginning))
+    return NAMES[ours] + name[len(ours) :]
+
+
+def from_hub(repository: str, revision: str | None) -> Path:
+    """Download what is needed of a Hugging Face repository, or take it from the local cache: the folder."""
+    patterns = ["model.safetensors", "*.json", "*normalizer*.safetensors", "assets/*", "*tokenizer.model"]
+    try:
+        import huggingface_hub
+
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the library's errors have many unrelated base classes
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if "Gated" in reason:
+            raise Pi0Error(
+                f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, then `hf auth login`"
+            ) from None
+        raise Pi0Error(
+            f"can't fetch {repository} from the hub ({reason}); download it where there is network and pass the folder"
+        ) from None
+
+
+def fetch_tokenizer() -> Path:
+    """PaliGemma's tokenizer from its public source, once; kept in torch's cache. Raises: Pi0Error if unreachable."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / "paligemma_tokenizer.model"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(TOKENIZER, str(file), progress=False)
+        except Exception as error:  # urllib's, sockets', the file system's
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise Pi0Error(
+                f"can't fetch PaliGemma's tokenizer from {TOKENIZER} ({reason}); download it where there is network and "
+                f"save it as {file}, or beside the weights as paligemma_tokenizer.model"
+            ) from None
+    return file
+
+
+def find_statistics(folder: Path) -> dict:
+    """Normalisation statistics beside the weights, in openpi's or lerobot's layout; {} if there are none."""
+    from safetensors.torch import load_file
+
+    found = {}
+    try:
+        for file in sorted(folder.glob("assets/**/norm_stats.json")):
+            stats = json.loads(file.read_text())["norm_stats"]
+            name = str(file.parent.relative_to(folder / "assets"))
+            found[name] = {part: {k: v for k, v in stats[part].items() if v is not None} for part in stats}
+        for file in sorted(folder.glob("policy_preprocessor*normalizer*.safetensors")):
+            stats = found.setdefault("lerobot", {})
+            for key, value in load_file(file).items():
+                feature, _, statistic = key.rpartition(".")
+                part = {"observation.state": "state", "action": "actions"}.get(feature, feature)
+                stats.setdefault(part, {})[statistic] = value.float().tolist()
+    except Exception as error:  # not JSON, not safetensors, or not in this layout
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:150]}"
+        raise Pi0Error(f"{file} holds no normalisation statistics ({reason})") from None
+    return found
+
+
+def _some(names) -> str:
+    return f"{len(names)} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def load(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:
+    """See `backbones.pi0.load_pi0`."""
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
+    path = from_hub(match[1], match[2]) if match else Path(source)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise Pi0Error(
+            f"no weights at {file}: pass a folder with model.safetensors, the file, or hf://owner/name[@revision]"
+            + (
+                "; a sharded or JAX checkpoint has to be converted first"
+                if path.is_dir() and any(path.iterdir())
+                else ""
+            )
+        )
+    model, folder = _read(file, config), file.parent
+    tokenizers = (folder / name for name in ("paligemma_tokenizer.model", "tokenizer.model"))
+    model.prefix.tokenizer_file = next((t for t in tokenizers if t.is_file()), None)
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return LoadedPi0(model, find_statistics(folder), file, digest)
+
+
+def _read(file: Path, config: Pi0Config | None) -> Pi0:
+    """The model with the file's weights. Tensors are read one by one: the file and the model are never both in memory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as stored:
+            names = {name.removeprefix("model."): name for name in stored.keys()}  # noqa: SIM118  not a dict
+            config = config or PRESETS["pi0" if "state_proj.weight" in names else "pi05"]
+            with torch.device("meta"):
+                model = Pi0(config)
+            ours = {name: p for name, p in model.named_parameters() if not name.startswith(OURS)}
+            wanted = {name: released_name(name) for name in ours}
+            for name, theirs in wanted.items():
+                if theirs in TIED:
+                    wanted[name] = next(iter(TIED & names.keys()), theirs)
+            vision = {n for n in names if n.startswith((_VISION, f"{_VLM}model.multi_modal_projector."))}
+            dropped = set() if config.cameras else vision
+            missing = set(wanted.values()) - names.keys()
+            unused = names.keys() - set(wanted.values()) - TIED - DEAD - dropped
+            if missing or unused:
+                kind = "pi0.5" if config.pi05 else "pi0"
+                raise Pi0Error(f"{file} doesn't fit {kind}: missing {_some(missing)}, unused {_some(unused)}")
+            model.to_empty(device="cpu")
+            model.prefix.add_ours()
+            for name, parameter in ours.items():
+                shape = tuple(stored.get_slice(names[wanted[name]]).get_shape())
+                if shape != tuple(parameter.shape):
+                    needs = tuple(parameter.shape)
+                    raise Pi0Error(f"{file}: {wanted[name]} has shape {shape}, this model needs {needs}")
+                model.get_parameter(name).data.copy_(stored.get_tensor(names[wanted[name]]))
+    except (SafetensorError, OSError) as error:
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        raise Pi0Error(f"{file} is no complete safetensors file ({reason})") from None
+    return model
+
+
+def check_weights(source: str) -> None:
+    """Load strictly, print what was found and a fingerprint of one fixed forward pass, the same on every machine up to
+    rounding of the last digit shown."""
+    loaded = load(source)
+    model, c = loaded.model.eval(), loaded.model.config
+    print(f"{source}: {loaded.file}\nsha256 {loaded.sha256}\n{c}")
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{len(list(model.parameters()))} tensors, all used: {count:,} parameters")
+    print(f"statistics: {', '.join(loaded.statistics) or 'none'}")
+    try:
+        tokenizer = load_tokenizer(model.prefix.tokenizer_file, c.vocabulary) if model.prefix.tokenizer_file else None
+        print(f"tokenizer: {model.prefix.tokenizer_file if tokenizer else 'none here; fetched when first needed'}")
+    except Pi0Error as error:
+        print(f"tokenizer: {error}")
+    side, state = c.image_size, torch.linspace(-1, 1, c.state_dim)[None]
+    image = (torch.arange(side * side * 3) * 7919 % 256).to(torch.uint8).view(1, side, side, 3)
+    ids = torch.arange(3, 11)[None]
+    noise = torch.linspace(-2, 2, 5 * c.action_dim).view(1, 1, 5, c.action_dim)
+    with torch.no_grad():
+        prefix = model.prefix({c.cameras[0]: image}, ids, torch.ones_like(ids, dtype=torch.bool))
+        actions = model.expert.sample(prefix.cache, prefix.valid, state, noise)
+    for name, x in (("embedding", prefix.embedding[0]), ("actions", actions.flatten())):
+        first = ", ".join(f"{value:.4f}" for value in x[:4])
+        print(f"{name}: mean {x.mean():.4f} rms {x.square().mean().sqrt():.4f} first {first}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check released pi0 or pi0.5 weights against this code.")
+    parser.add_argument(
+        "--check-weights", metavar="SOURCE", required=True, help="folder, file or hf://owner/name[@rev]"
+    )
+    try:
+        check_weights(parser.parse_args().check_weights)
+    except Pi0Error as error:
+        raise SystemExit(f"error: {error}") from None

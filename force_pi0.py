@@ -1,0 +1,1770 @@
+"""FORCE on pi0 and pi0.5: value-calibrated warm-up and self-distillation (arXiv:2606.26006), the paper's second policy.
+
+The stages and equations of force_octo.py with another policy: pi0 is cloned from demonstrations by flow matching (stage
+0), a conservative critic is trained on the same data (stage 1), both are re-calibrated on the policy's own rollouts
+(stage 2), then the policy learns online from the better half of its own proposals (stage 3, VGPD). The vision-language
+model is trained in stage 0 only; afterwards an observation goes through it once, for all K candidates.
+
+Equations (numbers of the paper)                                             where
+  (1)     critic: TD + alpha * (LSE over sampled actions - Q(data)), Cal-QL    td_target, calql_loss
+  (2-4)   stage 1 actor: bc_weight * BC + offline_q_weight * L_Q               Agent.bc_loss, q_loss, update_actor
+  (5-7)   stage 2 actor: BC on successful trajectories only (1{y=1} / rho)     success_weighted_bc
+  (8)     stage 3 critic: plain TD                                             td_target, update_critic
+  (9)     stage 3 actor: q_weight * L_Q + distill_weight * L_distill           update_actor
+  (10-11) pi* ~ pi_old exp(Q / temperature), projected by weighted BC          vgpd_target, update_actor
+  (12)    expert half of the batch: BC                                         --expert-filter bc
+  (13-15) mean baseline, gate zeta, candidate weights                          vgpd_target
+BC by --head: "consistency" is the paper's one-step head on the pooled prefix, distilled from the flow at the end of
+stage 0 (consistency_loss); "flow" is pi0's own action expert, K samples on one cached prefix (flow_loss).
+
+Commands
+  python force_pi0.py --env-id StackCube-v1 --K 20                   # RGB, makes its demonstrations on the first run
+  python force_pi0.py --env-id PushCube-v1 --obs-mode state          # privileged state, on one core
+  python force_pi0.py --env-id PushCube-v1 --obs-mode state --head flow --backbone pi05-compact
+  python force_pi0.py --backbone pi0 --checkpoint hf://lerobot/pi0_base --finetune expert --preset paper --dry-run
+  python force_pi0.py --sft-checkpoint runs/NAME                     # stage 0 from an earlier run of this script
+  python force_pi0.py --resume runs/NAME | --eval-only runs/NAME     # go on after a kill | evaluate the last checkpoint
+
+Where the default differs from the paper: points 1-8 of force_octo.py, and
+  9 the one-step head also learns from the demonstrations while pi0 does, and so trains the output that it reads
+  10 compact models have spatial soft-arg-max points beside a camera, and state mode has tokens for the state, in the prefix
+Measured: docs/force_pi0.md
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from safetensors.torch import load_file, save
+from scipy.stats import binomtest
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from backbones.pi0 import PRESETS as PI0_PRESETS
+from backbones.pi0 import ActionExpert, Pi0, Pi0Error, Prefix, choose_trainable, load_pi0
+
+
+# === Arguments =======================================================================================================
+@dataclass
+class Args:
+    # --- experiment ---
+    env_id: str = "StackCube-v1"  # ManiSkill task
+    seed: int = 1  # seed of networks, batches, exploration and training episodes
+    K: int = 20  # K: candidate action chunks per state in VGPD
+    preset: Literal["default", "paper"] = "default"  # "paper": the paper's choices; other flags still win
+    runs: str = "runs"  # folder for runs
+    run_name: str | None = None  # name of the run's folder; default: task, observation mode, seed and time
+    resume: str | None = None  # run folder to go on with; all other flags are taken from its config.json
+    eval_only: str | None = None  # run folder to evaluate, without training
+    dry_run: bool = False  # print parameters, memory and work of these flags, from shapes alone, and end
+    track: bool = False  # log to Weights & Biases too (works offline)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto", "cpu" or "cuda"
+    torch_threads: int = 0  # CPU threads of torch; 0: one, but all cores (up to 8) for stage 0 with a camera
+
+    # --- environment ---
+    obs_mode: Literal["rgb", "state"] = "rgb"  # camera + proprio, or privileged state (fast)
+    control_mode: str = "pd_ee_delta_pos"  # ManiSkill controller; the paper uses pd_ee_delta_pose
+    control_freq: int = 10  # control steps per second (ManiSkill's default is 20, the paper's robot runs at 10)
+    max_episode_steps: int | None = None  # time limit in control steps; default: per task, see TASKS
+    robot_uids: str = "panda"  # robot model; panda_wristcam renders several times slower without a GPU
+    image_size: int = 64  # side of the camera image in pixels, a multiple of 16
+    reward: Literal["binary", "conrft"] = "binary"  # 1 or 0 a step; ConRFT: +10 or -0.05
+    sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
+    num_envs: int | None = None  # environments side by side (physx_cpu: a process each); default: 2 for rgb, else 1
+
+    # --- demonstrations ---
+    demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
+    num_demos: int = 300  # demonstrations to make or to use
+    demo_dir: str = "demos"  # cache for demonstrations
+
+    # --- model ---
+    backbone: Literal["pi0-compact", "pi05-compact", "pi0", "pi05"] = "pi0-compact"  # model and size
+    checkpoint: str | None = None  # released weights to start from: hf://lerobot/pi0_base, a folder or a file
+    head: Literal["consistency", "flow"] = "consistency"  # the policy: a one-step head, or pi0's own action expert
+    flow_steps: int = 10  # Euler steps of a flow sample
+    finetune: Literal["full", "lora", "expert", "head"] = "full"  # what stage 0 trains of pi0; head: its projections
+    bf16: bool = False  # keep the vision-language part in bfloat16 (with --finetune expert or head, which freeze it)
+    hidden_dim: int = 256  # width of one-step head and critic
+    num_layers: int = 2  # hidden layers of one-step head and critic
+    num_critics: int = 4  # critics in the ensemble; TD targets take the minimum of two random ones
+    noise_levels: int = 8  # noise levels drawn per sample in the policy's loss
+    chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
+    action_range: float = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
+
+    # --- stage 0: supervised fine-tuning ---
+    sft_checkpoint: str | None = None  # run folder of this script to start from in the place of stage 0
+    sft_updates: int = 6000  # updates of backbone and head
+    sft_head_updates: int = 2000  # further updates of the head alone: one-step from the flow's samples, flow from data
+    sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
+    sft_batch_size: int = 64  # transitions per batch
+    proprio_noise: float | None = None  # noise on proprio in every update; default: 0.1 std with a camera, else 0
+
+    # --- stages 1 to 3 ---
+    gamma: float = 0.98  # discount per control step
+    reinforce_lr: float = 3e-4  # learning rate of actor and critic after stage 0 (Adam, constant)
+    batch_size: int = 128  # transitions per batch; stages 2 and 3: half expert, half policy buffer
+    return_mix: float = 0.5  # share of the Monte-Carlo return in the critic's target (0 = the paper's TD)
+    tau: float = 0.01  # Polyak step of the target critics
+    critic_updates: int = 2  # critic updates per actor update
+    offline_updates: int = 300  # stage 1: actor updates
+    warmup_episodes: int = 30  # stage 2: rollouts of the current policy
+    warmup_updates: int = 400  # stage 2: actor updates; the first half trains the critic only
+    warmup_train_actor: bool = True  # stage 2: train the actor by Eqs. (5-7); otherwise the critic only
+    warmup: bool = True  # --no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")
+    online_steps: int = 25_000  # stage 3: control steps, summed over environments
+    utd_ratio: float = 0.5  # stage 3: actor updates per control step
+    cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2
+    online_cql_alpha: float = 0.0  # the same in stage 3 (0 = the paper's Eq. 8)
+    cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
+    bc_weight: float = 1.0  # weight of BC in stages 1 and 2
+    distill_weight: float = 1.0  # stage 3: weight of the distillation loss
+    q_weight: float = 0.02  # stage 3: weight of the Q loss (more is faster, and less safe for grasping; docs/force.md)
+    offline_q_weight: float = 0.0  # the same in stages 1 and 2, where the critic isn't calibrated yet
+    q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
+    vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
+    temperature: float = 1.0  # tau of Eq. (15), in units of reward or (adaptive) of the candidates' Q spread
+    temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
+    expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12) or gated (Eq. 14)
+    candidate_sigma: float = 0.3  # one-step head: noise level of a second denoising step for candidates (0 = none)
+    candidate_noise: float = 0.03  # Gaussian noise added to candidates, in units of the action box
+    explore_noise: float = 0.02  # Gaussian push on the chunks of training episodes, in units of the action box
+    actor_ema: float = 0.995  # decay of the averaged actor that acts and is evaluated in stages 2 and 3 (0 = off)
+    select: Literal["sample", "best-of-k"] = "sample"  # best of K by the critic isn't in the paper
+
+    # --- evaluation and logging ---
+    eval_episodes: int = 100  # episodes of the last evaluation and of the one at hand-over to stage 3
+    eval_interim_episodes: int = 100  # episodes of every other evaluation
+    eval_freq: int = 2000  # control steps between evaluations in stage 3
+    video_episodes: int = 4  # episodes filmed after training (0 = none)
+    log_freq: int = 100  # updates between logged rows
+    checkpoint_freq: int = 1000  # updates between checkpoints (also written at the end of each stage and evaluation)
+
+
+PAPER = dict(
+    control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99,
+    chunk_len=1, num_critics=2, noise_levels=1, sft_lr=2.5e-5, q_weight=1.0, offline_q_weight=0.1, q_normalize=False,
+    distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0, candidate_noise=0.0,
+    explore_noise=0.0, actor_ema=0.0, cql_samples=10, offline_updates=20_000, warmup_updates=4000,
+    online_steps=30_000, utd_ratio=1.0, num_demos=50,
+)  # fmt: skip
+
+LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
+    "at least 1": (lambda x: x >= 1, """K control_freq num_envs num_demos noise_levels hidden_dim num_layers
+        flow_steps num_critics chunk_len sft_batch_size critic_updates cql_samples eval_episodes eval_interim_episodes
+        eval_freq log_freq checkpoint_freq"""),
+    "at least 2": (lambda x: x >= 2, "batch_size"),
+    "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature action_range"),
+    "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma actor_ema"),
+    "a multiple of 16": (lambda x: x > 0 and x % 16 == 0, "image_size"),
+    "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
+}  # fmt: skip
+
+
+def validate(args: Args) -> None:
+    """Check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
+    check_flags(args, LIMITS)
+    released, known = not args.backbone.endswith("compact"), args.resume or args.eval_only or args.dry_run
+    if args.checkpoint and not released:
+        raise UserError(f"--checkpoint has released weights, and --backbone {args.backbone} none: give --backbone pi0")
+    if released and not (args.checkpoint or args.sft_checkpoint or known):
+        weights = f"hf://lerobot/{args.backbone}_base"
+        raise UserError(f"--backbone {args.backbone} needs its weights: --checkpoint {weights} or a local folder")
+    if released and args.obs_mode == "state":
+        raise UserError(f"--backbone {args.backbone} needs --obs-mode rgb: privileged state is for compact models")
+    if args.bf16 and not (released and args.finetune in ("expert", "head")):
+        raise UserError("--bf16 needs a frozen, released model: --backbone pi0 or pi05, --finetune expert or head")
+    if args.warmup and args.warmup_updates and not args.warmup_episodes:
+        raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
+    if args.sft_checkpoint:
+        args.sft_updates = args.sft_head_updates = 0
+        if not (args.resume or args.eval_only):
+            check_origin(args, Path(args.sft_checkpoint))
+    if args.select == "best-of-k" and args.K < 2:
+        raise UserError(f"--select best-of-k needs --K of at least 2, got {args.K}")
+
+
+def check_origin(args: Args, folder: Path) -> None:
+    """A run can only start a run on the same task, seen and controlled alike, by the same policy. Raises: UserError."""
+    have, same = load_config(Args, folder), "env_id robot_uids obs_mode image_size control_mode control_freq chunk_len"
+    for name in (*same.split(), "backbone", "head", "finetune"):
+        if getattr(have, name) != getattr(args, name):
+            was, want, flag = getattr(have, name), getattr(args, name), name.replace("_", "-")
+            raise UserError(f"--sft-checkpoint {folder} was trained with --{flag} {was}, not {want}")
+
+
+# --- shared: tasks ---
+class UserError(Exception):
+    """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task needs beyond ManiSkill's registration: instruction, time limit in seconds, camera."""
+
+    instruction: str = "do the task"
+    seconds: float = 0.0  # 0: ManiSkill's time limit
+    eye: tuple[float, float, float] = (0.32, 0.0, 0.42)
+    target: tuple[float, float, float] = (0.0, 0.0, 0.06)
+    fov: float = 0.95
+
+
+TASKS = {
+    "PushCube-v1": Task("push the cube onto the round target", 5.0, (0.5, 0.0, 0.5), (0.05, 0.0, 0.0)),
+    "PullCube-v1": Task("pull the cube onto the round target", 5.0, (0.5, 0.0, 0.5), (-0.05, 0.0, 0.0)),
+    "PickCube-v1": Task("pick up the red cube and hold it at the goal position", 8.0),
+    "StackCube-v1": Task("stack the red cube on the green cube", 10.0, (0.42, 0.0, 0.48), (-0.02, 0.0, 0.04)),
+    "PlaceSphere-v1": Task("place the blue sphere into the bin", 10.0, (0.42, 0.0, 0.48)),
+    "PullCubeTool-v1": Task("pull the cube closer with the hook", 12.0, (0.7, 0.0, 0.7)),
+    "LiftPegUpright-v1": Task("lift the peg upright", 10.0, (0.5, 0.0, 0.5)),
+}
+
+
+def check_flags(args: Args, limits: dict) -> None:
+    """Check the flags that all scripts have, and fill in what depends on the task or the machine.
+
+    `limits` holds {what a number must be: (test, flags)}; other numbers must be at least 0. Raises: UserError.
+    """
+    import mani_skill.envs  # noqa: F401  registers the tasks
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    if args.env_id not in REGISTERED_ENVS:
+        known = ", ".join(TASKS)
+        raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {known}")
+    rules = {name: (meaning, test) for meaning, (test, names) in limits.items() for name in names.split()}
+    for name, value in vars(args).items():
+        meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
+        if isinstance(value, int | float) and not test(value):
+            raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
+    if args.max_episode_steps is None:
+        seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
+        args.max_episode_steps = round(seconds * args.control_freq)
+    if args.max_episode_steps < args.chunk_len:
+        raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
+    camera = args.obs_mode == "rgb"
+    args.proprio_noise = (0.1 if camera else 0.0) if args.proprio_noise is None else args.proprio_noise
+    args.num_envs = args.num_envs or (2 if camera else 1)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
+        raise UserError("no CUDA device found: use --device cpu --sim-backend physx_cpu")
+
+
+# --- end shared ---
+
+
+# === Environment =====================================================================================================
+# --- shared: environment ---
+class ObsWrapper(gym.Wrapper):
+    """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
+
+    Proprio is joint positions, gripper pose, and what the task adds (PickCube's goal position); in state mode the task
+    adds its privileged state. Joint velocities are left out: a policy that sees them learns to go on with what it is
+    doing, and stops for good once it has slowed down (docs/force.md). The reward is the success flag. Episodes never
+    end here: `rollout` looks at info["ended"] and keeps the time limit, so that it can also run past a success.
+    After reset(options={"every": n}) only each n-th step is observed, and the others repeat what was seen last: most
+    of a step's time is rendering, and a policy that acts in chunks needs no image within one.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.mode, self.every, self.steps = env.unwrapped.obs_mode, 1, 0
+        self.seen = self.observation(env.unwrapped._init_raw_obs)
+        env.unwrapped.update_obs_space(self.seen)
+
+    def observation(self, raw: dict) -> dict[str, np.ndarray]:
+        from mani_skill.utils.common import flatten_state_dict
+
+        agent = {k: v for k, v in raw["agent"].items() if k != "qvel"}
+        proprio = flatten_state_dict({"agent": agent, "extra": raw["extra"]}, use_torch=True)
+        obs = {"proprio": proprio.float().cpu().numpy()}
+        if "sensor_data" in raw:
+            obs["primary"] = next(iter(raw["sensor_data"].values()))["rgb"].cpu().numpy()
+        return obs
+
+    def reset(self, *, seed=None, options=None):
+        self.every, self.steps, self.unwrapped._obs_mode = (options or {}).get("every", 1), 0, self.mode
+        self.seen = self.observation(self.env.reset(seed=seed)[0])
+        return self.seen, {}
+
+    def step(self, action):
+        self.steps += 1
+        look = self.steps % self.every == 0
+        self.unwrapped._obs_mode = self.mode if look else "none"
+        raw, _, terminated, _, info = self.env.step(action)
+        self.seen = self.observation(raw) if look else self.seen
+        success = info.get("success", torch.zeros_like(terminated)).bool().cpu().numpy()
+        never = np.zeros_like(success)
+        return self.seen, success, never, never, {"ended": terminated.cpu().numpy()}
+
+
+def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
+    """A batch of ManiSkill environments in this process (physx_cpu: of one).
+
+    Raises: UserError if the simulator can't start, which nearly always means Vulkan, or refuses the flags.
+    """
+    import mani_skill.envs  # noqa: F401  registers the tasks
+    from mani_skill.utils import sapien_utils
+
+    torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
+    task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
+    camera = dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov)
+    try:
+        env = gym.make(
+            args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
+            control_mode=args.control_mode, robot_uids=args.robot_uids, render_mode="rgb_array" if render else None,
+            sim_backend=args.sim_backend, render_backend="gpu" if gpu else "cpu", max_episode_steps=1_000_000,
+            reconfiguration_freq=0 if gpu else 1,  # PhysX on the CPU remembers contacts across resets
+            sensor_configs=dict(width=side, height=side, shader_pack="minimal", base_camera=camera), reward_mode="none",
+            human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
+    except (KeyError, AssertionError, NotImplementedError) as error:  # how ManiSkill refuses robots and controllers
+        raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
+    return ObsWrapper(env)
+
+
+def make_env(args: Args, num_envs: int, render: bool = False):
+    """num_envs environments without auto-reset, the same for every backend.
+
+    reset(seed=[num_envs integers]) -> obs, {};  step(action [num_envs, A] in the controller's units) -> obs, success
+    [num_envs], unused, unused, {"ended": terminated by success or failure [num_envs]}. Seeds decide the initial states.
+    """
+    from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
+
+    if args.sim_backend == "physx_cuda":
+        return make_maniskill(args, num_envs, render)
+    make, mode = [lambda: CPUGymWrapper(make_maniskill(args, 1, render))] * num_envs, gym.vector.AutoresetMode.DISABLED
+    if num_envs == 1:
+        return gym.vector.SyncVectorEnv(make, autoreset_mode=mode)
+    return gym.vector.AsyncVectorEnv(make, context="spawn", autoreset_mode=mode)
+
+
+# --- end shared ---
+
+
+# === Demonstrations ==================================================================================================
+# --- shared: demonstrations ---
+@dataclass
+class Demos:
+    """Successful demonstrations as this project's environment sees them; an episode of T steps has T + 1 rows."""
+
+    obs: dict[str, np.ndarray]  # "proprio" [M, P] float32, "primary" [M, H, H, 3] uint8
+    action: np.ndarray  # [M, A] float32, controller's units; the row of an episode's last observation is unused
+    lengths: np.ndarray  # [episodes] T of each, to the end of the recording
+    steps: np.ndarray  # [episodes] steps to the first success: reinforcement learning episodes end there
+    source: str
+
+    def starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
+
+
+def plan_demos(args: Args, path: Path, seed: int, count: int) -> None:
+    """Let ManiSkill's motion planner solve `count` episodes from `seed` on; writes them to `path` (joint positions)."""
+    from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
+    from mani_skill.utils.wrappers.record import RecordEpisode
+
+    make_maniskill(args).close()  # says what is wrong with the simulator or the flags
+    env = gym.make(
+        args.env_id, obs_mode="none", control_mode="pd_joint_pos", robot_uids=args.robot_uids, reward_mode="sparse",
+        sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
+    )  # fmt: skip
+    env = RecordEpisode(env, str(path.parent), trajectory_name=path.stem, save_video=False, save_on_reset=False)
+    last, bar = seed + 3 * count + 50, tqdm(total=count, desc=f"planning {path.stem}", mininterval=2)
+    while bar.n < count and seed < last:
+        try:
+            result = MP_SOLUTIONS[args.env_id](env, seed=seed, debug=False, vis=False)
+            solved = result != -1 and result[-1]["success"].item()
+        except Exception:  # the solutions raise all sorts where no plan exists; the next seed is as good
+            solved = False
+        env.flush_trajectory(save=solved)
+        bar.update(solved)
+        seed += 1
+    env.close()
+    if bar.n < count:
+        raise UserError(f"the motion planner fails on {args.env_id}: {bar.n} of {count} episodes up to seed {last}")
+    path.with_suffix(".done").touch()  # a killed run leaves no half file
+
+
+def open_demos(args: Args, path: Path) -> tuple[Path, list[dict]]:
+    """A trajectory file that fits the flags, replayed under their controller if need be, and its list of episodes."""
+    try:
+        meta = json.loads(path.with_suffix(".json").read_text())
+        episodes, env_id, kwargs = meta["episodes"], meta["env_info"]["env_id"], meta["env_info"]["env_kwargs"]
+        freq, robot = (kwargs.get("sim_config") or {}).get("control_freq", 20), kwargs.get("robot_uids")
+        with h5py.File(path, "r") as file:
+            missing = sum(f"traj_{e['episode_id']}/actions" not in file for e in episodes)
+    except FileNotFoundError as error:
+        raise UserError(f"no demonstrations: {error.filename} doesn't exist (a .h5 has a .json beside it)") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no complete ManiSkill trajectory file ({error}); make or copy it again") from error
+    if missing:
+        raise UserError(f"{path} is truncated: {missing} of the listed episodes are not stored; make or copy it again")
+    for flag, have in dict(env_id=env_id, control_freq=freq, robot_uids=robot or args.robot_uids).items():
+        if have != getattr(args, flag):
+            raise UserError(f"{path} was recorded with --{flag.replace('_', '-')} {have}, not {getattr(args, flag)}")
+    if path == Path(args.demo_path or "") and len(episodes) < args.num_demos:
+        raise UserError(f"{path} holds {len(episodes)} episodes; --num-demos asks for {args.num_demos}")
+    if (mode := kwargs.get("control_mode")) == args.control_mode:
+        return path, episodes
+    if mode != "pd_joint_pos":
+        raise UserError(f"{path} has actions for {mode}; only pd_joint_pos can be converted to {args.control_mode}")
+    target = path.with_name(f"{path.stem}.none.{args.control_mode}.physx_cpu.h5")
+    done = target.with_suffix(".done")
+    if not done.exists() or done.stat().st_mtime_ns < path.stat().st_mtime_ns:
+        command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path)]
+        command += ["--save-traj", "-c", args.control_mode, "-o", "none", "--num-envs", "1"]
+        tool = subprocess.run(command, capture_output=True, errors="replace", env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if tool.returncode or not target.exists():
+            raise UserError(f"ManiSkill can't convert {path} to {args.control_mode}: {tool.stderr[-300:]}")
+        done.touch()
+    return open_demos(args, target)
+
+
+def demo_part(args: Args, path: Path, part: int, parts: int) -> list[dict[str, np.ndarray]]:
+    """One worker's episodes: planned (if `path` is a folder) or read, then replayed to see what the policy will see."""
+    count, planned = len(range(part, args.num_demos, parts)), path.is_dir()
+    if planned:
+        path = path / f"part{part}of{parts}.h5"
+        if not path.with_suffix(".done").exists():  # spares, because a few fail when replayed
+            plan_demos(args, path, 100_000 * part, count + 3 + count // 10)
+    path, episodes = open_demos(args, path)
+    episodes = episodes if planned else np.array_split(episodes, parts)[part]
+    env, found = make_maniskill(args), []
+    with h5py.File(path, "r") as file:
+        for episode in tqdm(episodes, f"replaying {path.stem} {part + 1}/{parts}", mininterval=2):
+            action = file[f"traj_{episode['episode_id']}/actions"][:].astype(np.float32)
+            first = env.reset(seed=episode["reset_kwargs"].get("seed", episode["episode_seed"]))[0]
+            steps = [env.step(a) for a in action]
+            success = [bool(step[1]) for step in steps]
+            if any(success):
+                obs = {f"obs_{k}": np.concatenate([first[k], *(step[0][k] for step in steps)]) for k in first}
+                action = np.concatenate([action, np.zeros_like(action[:1])])
+                found.append(obs | {"action": action, "lengths": [len(steps)], "steps": [success.index(True) + 1]})
+            if len(found) == count:
+                break
+    env.close()
+    if not found:
+        raise UserError(f"no demonstration of {path} succeeds when replayed: recorded with other settings?")
+    return found
+
+
+def load_demos(args: Args) -> Demos:
+    """`num_demos` demonstrations from `--demo-path`, or made by ManiSkill's planner; observed once and cached."""
+    from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
+
+    view = ["layout 2", args.obs_mode, args.control_mode, args.num_demos]
+    view += [args.image_size, TASKS.get(args.env_id)] if args.obs_mode == "rgb" else []
+    if args.demo_path:
+        source, path = str(Path(args.demo_path)), Path(args.demo_path)
+        open_demos(args, path)  # checked and converted here, before there are workers
+        view += [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+    elif args.env_id in MP_SOLUTIONS:
+        source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}"
+        path = Path(args.demo_dir) / source
+        path.mkdir(parents=True, exist_ok=True)
+    else:
+        raise UserError(f"ManiSkill has no motion planner for {args.env_id}: give demonstrations by --demo-path FILE")
+    cache = Path(args.demo_dir) / f"{args.env_id}-{hashlib.sha1(repr((source, view)).encode()).hexdigest()[:12]}.npz"
+    if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        workers = min(os.cpu_count() or 1, 8, args.num_demos)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            parts = list(pool.map(partial(demo_part, args, path, parts=workers), range(workers)))
+        found = [episode for part in parts for episode in part]
+        temporary = cache.with_suffix(f".tmp{os.getpid()}.npz")  # renamed when complete: a kill leaves no half cache
+        try:
+            np.savez(temporary, **{k: np.concatenate([episode[k] for episode in found]) for k in found[0]})
+            os.replace(temporary, cache)
+        finally:
+            temporary.unlink(missing_ok=True)
+    data = np.load(cache)
+    obs = {k.removeprefix("obs_"): data[k] for k in data.files if k.startswith("obs_")}
+    if len(data["steps"]) < args.num_demos:
+        print(f"using {len(data['steps'])} of {args.num_demos} demonstrations; the others of {source} fail in replay")
+    return Demos(obs, data["action"], data["lengths"], data["steps"], source)
+
+
+# --- end shared ---
+
+
+# === Replay ==========================================================================================================
+# --- shared: replay ---
+@dataclass
+class Batch:
+    """Transitions between decisions. B samples, F features, H-step chunks of A-dimensional actions."""
+
+    feature: Tensor  # [B, F] embedding and normalised proprio at t
+    chunk: Tensor  # [B, H*A] actions t..t+H-1, normalised to [-1, 1], time-major
+    reward: Tensor  # [B] sum over i < n of gamma^i * r_{t+i};  n = H, or fewer where the episode ends
+    bootstrap: Tensor  # [B] gamma^n, or 0 if the episode terminated at t + n (not: was truncated)
+    next_feature: Tensor  # [B, F] at t + n
+    mc_return: Tensor  # [B] discounted return from t on
+    success: Tensor  # [B] 1 if the whole trajectory succeeded
+
+    def cat(self, other: Batch) -> Batch:
+        return Batch(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in dataclasses.fields(self)))
+
+
+def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failure: float) -> np.ndarray:
+    """Monte-Carlo returns-to-go, with the lower bound r_fail / (1 - gamma) standing for what follows a truncation.
+
+    Shapes: reward [T] -> [T]. Source: Cal-QL's rule for sparse rewards, extended to every truncation.
+    """
+    value, out = (0.0 if terminated else reward_failure / (1 - gamma)), np.empty_like(reward)
+    for t in reversed(range(len(reward))):
+        value = out[t] = reward[t] + gamma * value
+    return out
+
+
+class ReplayBuffer:
+    """Whole episodes, one row per observation; chunked transitions are put together when they are drawn."""
+
+    def __init__(self, feature_dim: int, action_dim: int, chunk_len: int, gamma: float):
+        self.chunk_len, self.gamma, self.rows = chunk_len, gamma, 0
+        shapes = dict(feature=(feature_dim,), action=(action_dim,), reward=(), bootstrap=(), mc_return=(), success=())
+        self.data = {k: torch.empty(0, *shape) for k, shape in shapes.items()}
+        self.data |= {k: torch.empty(0, dtype=torch.long) for k in ("next", "last")}
+        self.starts = torch.empty(0, dtype=torch.long)  # rows from which a chunk may be drawn
+
+    def add(self, feature: Tensor, action: np.ndarray, reward: np.ndarray, terminated: bool, success: bool,
+            reward_failure: float, hold: np.ndarray) -> None:  # fmt: skip
+        """Append one episode of T steps. Chunks that a time limit cuts short are left out.
+
+        Shapes: feature [L+1, F], action [L, A] normalised, L >= T (actions recorded past the end of the episode fill
+        up its last chunks), reward [T], hold [A] the action that keeps still and fills up after those.
+        """
+        T, L, H, g = len(reward), len(action), self.chunk_len, self.gamma
+        steps = np.minimum(H, T - np.arange(T))  # n of each row
+        padded = np.concatenate([reward, np.zeros(H - 1, np.float32)])
+        chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H) @ (g ** np.arange(H)).astype(np.float32)
+        ends = terminated & (np.arange(T) + steps == T)
+        row, fill = np.arange(L + 1) + self.rows, np.zeros(L + 1 - T, np.float32)
+        new = dict(
+            feature=feature, action=np.concatenate([action, hold[None]]), reward=np.append(chunk_reward, fill),
+            bootstrap=np.append(np.where(ends, 0.0, g**steps), fill), success=np.full(L + 1, success),
+            mc_return=np.append(mc_returns(reward, terminated, g, reward_failure), fill),
+            next=np.append(row[:T] + steps, row[T:]), last=np.full(L + 1, row[-1]),
+        )  # fmt: skip
+        starts = row[:T] if terminated else row[: max(T - H + 1, 0)]
+        end = self.rows + L + 1
+        if end > len(self.data["reward"]):  # grow by doubling
+            size = max(end, 2 * len(self.data["reward"]), 1024)
+            self.data = {k: torch.cat([v, v.new_zeros(size - len(v), *v.shape[1:])]) for k, v in self.data.items()}
+        for key, value in new.items():
+            self.data[key][self.rows : end] = torch.as_tensor(value)
+        self.starts, self.rows = torch.cat([self.starts, torch.as_tensor(starts)]), end
+
+    def draw(self, size: int, generator: torch.Generator) -> Tensor:
+        """Rows of `size` decisions, uniform with replacement: [size] int64."""
+        return self.starts[torch.randint(len(self.starts), (size,), generator=generator)]
+
+    def gather(self, t: Tensor, device: str = "cpu") -> Batch:
+        """The transitions that start at rows t [B]."""
+        d = self.data
+        steps = torch.minimum(t[:, None] + torch.arange(self.chunk_len), d["last"][t][:, None])  # [B, H]
+        same = {k: d[k][t] for k in ("feature", "reward", "bootstrap", "mc_return", "success")}
+        batch = same | {"chunk": d["action"][steps].flatten(1), "next_feature": d["feature"][d["next"][t]]}
+        return Batch(**{k: x.to(device) for k, x in batch.items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {k: v[: self.rows].clone() for k, v in self.data.items()} | {"starts": self.starts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.starts, self.data = state["starts"], {k: state[k] for k in self.data}
+        self.rows = len(self.data["reward"])
+
+
+# --- end shared ---
+
+
+# === Networks ========================================================================================================
+# --- shared: consistency head ---
+SIGMA_MIN, SIGMA_MAX, SIGMA_DATA, RHO, NUM_SIGMAS = 0.002, 80.0, 0.5, 7.0, 40  # ConRFT, as EDM
+
+
+def karras_sigmas() -> Tensor:
+    """The 40 noise levels, descending from 80 to 0.002."""
+    i = torch.arange(NUM_SIGMAS) / (NUM_SIGMAS - 1)
+    return (SIGMA_MAX ** (1 / RHO) + i * (SIGMA_MIN ** (1 / RHO) - SIGMA_MAX ** (1 / RHO))) ** RHO
+
+
+def consistency_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in with f(x, sigma_min) = x exactly. Source: ConRFT's consistency policy."""
+    c_skip = SIGMA_DATA**2 / ((sigma - SIGMA_MIN) ** 2 + SIGMA_DATA**2)
+    c_out = (sigma - SIGMA_MIN) * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2).sqrt()
+    return c_skip, c_out, 1 / (sigma**2 + SIGMA_DATA**2).sqrt()
+
+
+class ConsistencyActor(nn.Module):
+    """One-step consistency policy over action chunks: f(x, sigma | feature) is the denoised chunk.
+
+    It works in its own units, in which each dimension's standard deviation is SIGMA_DATA, as the scalings assume:
+    chunk in [-1, 1] = unit * x. With a far smaller one, learning is much slower (docs/force.md, log).
+    The part of the first layer that reads the feature is computed once per state and shared by its N samples.
+    """
+
+    def __init__(self, feature_dim: int, unit: Tensor, hidden: int, layers: int, time_dim: int = 16):
+        super().__init__()
+        self.chunk_dim, self.time_dim = len(unit), time_dim
+        self.register_buffer("unit", unit.clone())  # [D]
+        self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Tanh(), nn.Linear(2 * time_dim, time_dim))
+        self.feature_in = nn.Linear(feature_dim, hidden)
+        self.sample_in = nn.Linear(self.chunk_dim + time_dim, hidden, bias=False)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden, eps=1e-6) for _ in range(layers))
+        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
+        self.out = nn.Linear(hidden, self.chunk_dim)
+
+    def denoise(self, feature: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] within the action box, own units."""
+        sigma = sigma[..., None]  # [B, N, 1]
+        c_skip, c_out, c_in = consistency_scalings(sigma)
+        half = self.time_dim // 2
+        frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))
+        angle = 250 * torch.log(sigma + 1e-44) * frequencies
+        time = self.time(torch.cat([angle.sin(), angle.cos()], -1)).expand(*x.shape[:2], -1)
+        h = self.feature_in(feature)[:, None] + self.sample_in(torch.cat([c_in * x, time], -1))  # [B, N, hidden]
+        for norm, layer in zip(self.norms, [*self.hidden, self.out]):
+            h = layer(torch.tanh(norm(h)))
+        return (c_out * h + c_skip * x).clamp(-1 / self.unit, 1 / self.unit)
+
+    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
+        """Draw n chunks per state: [B, n, D] in [-1, 1].
+
+        One-step samples lie very close together (the denoiser at sigma 80 nearly ignores its input). With
+        second_sigma > 0 each one is re-noised to that level and denoised once more, which spreads them over what
+        the policy knows; the first step is then shared by all n. `noise` is Gaussian, in units of the action box.
+        """
+        shape = (len(feature), 1 if second_sigma else n, self.chunk_dim)
+        x = SIGMA_MAX * torch.randn(shape, generator=generator, device=feature.device)
+        x = self.denoise(feature, x, torch.full((1, 1), SIGMA_MAX, device=x.device))
+        if second_sigma:
+            z = torch.randn((len(feature), n, self.chunk_dim), generator=generator, device=x.device)
+            x = self.denoise(feature, x + second_sigma * z, torch.full((1, 1), second_sigma, device=x.device))
+        x = self.unit * x
+        if noise:
+            x = (x + noise * torch.randn(x.shape, generator=generator, device=x.device)).clamp(-1, 1)
+        return x
+
+
+# --- end shared ---
+
+
+class FlowActor(nn.Module):
+    """pi0's action expert as a policy over action chunks: noise flows to a chunk along the predicted velocity.
+
+    It works in its own units, with mean 0 and standard deviation 1 as the flow assumes: chunk in [-1, 1] = mean + unit * x.
+    What it reads of a state is a context (cache, valid, state), computed once and shared by its N samples; a released
+    model's further action dimensions are zeros in training, and cut off.
+    """
+
+    def __init__(self, expert: ActionExpert, mean: Tensor, unit: Tensor, tail: tuple[int, int], args: Args):
+        super().__init__()
+        self.expert, self.H, self.tail, self.steps = expert, args.chunk_len, tail, args.flow_steps
+        self.register_buffer("mean", mean.clone())  # [D]
+        self.register_buffer("unit", unit.clone())  # [D]
+
+    def context(self, cache: Tensor, valid: Tensor, proprio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shapes: cache, valid as in `Prefix`, proprio [B, P] -> cache, valid, state [B, state_dim]."""
+        return cache, valid, F.pad(proprio, (0, self.expert.config.state_dim - proprio.shape[1]))
+
+    def unpack(self, feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The context in rows [B, F] that `Agent.row` packed: cache, valid, and the tail: embedding, proprio."""
+        c = self.expert.config
+        numbers = 2 * c.depth * c.kv_heads * c.head_dim  # of a token's cache
+        P = (feature.shape[1] - sum(self.tail)) // (numbers + 1)  # prefix tokens
+        cache, valid, _, proprio = feature.split([numbers * P, P, *self.tail], 1)
+        return self.context(cache.reshape(-1, c.depth, 2, P, c.kv_heads, c.head_dim), valid > 0, proprio)
+
+    def flow(self, context: tuple[Tensor, Tensor, Tensor], n: int, generator) -> Tensor:
+        """Draw n chunks per state: [B, n, D] in [-1, 1]."""
+        shape = (len(context[0]), n, self.H, self.expert.config.action_dim)
+        x = self.expert.sample(*context, torch.randn(shape, generator=generator, device=self.unit.device), self.steps)
+        return (self.mean + self.unit * x[..., : len(self.unit) // self.H].flatten(2)).clamp(-1, 1)
+
+    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
+        """As `ConsistencyActor.sample`. Samples of a flow spread by themselves: `second_sigma` has no use here."""
+        x = self.flow(self.unpack(feature), n, generator)
+        if noise:
+            x = (x + noise * torch.randn(x.shape, generator=generator, device=x.device)).clamp(-1, 1)
+        return x
+
+
+class EnsembleCritic(nn.Module):
+    """E critics Q(s, chunk) as one batched network; states are projected once, whatever the number of chunks.
+
+    It reads the last `feature_dim` numbers of a feature, embedding and proprio: a flow head's rows begin with the cache.
+    """
+
+    def __init__(self, num_critics: int, feature_dim: int, unit: Tensor, hidden: int, layers: int):
+        super().__init__()
+        self.register_buffer("unit", unit.clone())  # [D], as the actor's
+
+        def weight(fan_in: int, out: int) -> nn.Parameter:
+            bound = math.sqrt(6 / (fan_in + out))  # Xavier
+            return nn.Parameter(torch.empty(num_critics, fan_in, out).uniform_(-bound, bound))
+
+        joint = weight(feature_dim + len(unit), hidden).data
+        self.feature_in = nn.Parameter(joint[:, :feature_dim].clone())
+        self.chunk_in = nn.Parameter(joint[:, feature_dim:].clone())
+        self.hidden = nn.ParameterList([weight(hidden, hidden) for _ in range(layers - 1)] + [weight(hidden, 1)])
+        self.bias = nn.ParameterList(nn.Parameter(torch.zeros(num_critics, 1, n)) for n in [hidden] * layers + [1])
+        self.gain = nn.ParameterList(nn.Parameter(torch.ones(num_critics, 1, hidden)) for _ in range(layers))
+        self.shift = nn.ParameterList(nn.Parameter(torch.zeros(num_critics, 1, hidden)) for _ in range(layers))
+
+    def forward(self, feature: Tensor, chunk: Tensor) -> Tensor:
+        """Shapes: feature [B, F], chunk [B, D] or [B, N, D] in [-1, 1] -> Q [E, B] or [E, B, N]."""
+        B, N = len(feature), 1 if chunk.dim() == 2 else chunk.shape[1]
+        feature = feature[:, -self.feature_in.shape[1] :]
+        h = ((chunk / self.unit).reshape(B * N, -1) @ self.chunk_in).unflatten(1, (B, N))
+        h = h + (feature @ self.feature_in)[:, :, None]  # [E, B, N, hidden]
+        h = h.flatten(1, 2) + self.bias[0]  # [E, B*N, hidden]
+        for layer, (weight, bias) in enumerate(zip(self.hidden, list(self.bias)[1:])):
+            h = torch.tanh(F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.gain[layer] + self.shift[layer])
+            h = torch.baddbmm(bias, h, weight)
+        return h.view(-1, B) if chunk.dim() == 2 else h.view(-1, B, N)
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+class Agent(nn.Module):
+    """Everything that is learned: pi0, the policy's head, the critics; and the units of what goes in and out."""
+
+    def __init__(self, args: Args, demos: Demos):
+        super().__init__()
+        self.H, self.instruction = args.chunk_len, TASKS.get(args.env_id, Task()).instruction
+        self.relative = "delta" in args.control_mode
+        proprio, action = demos.obs["proprio"], np.delete(demos.action, demos.starts() + demos.lengths, axis=0)
+        centre = np.zeros(action.shape[1]) if self.relative else (action.max(0) + action.min(0)) / 2
+        scale = np.maximum(args.action_range * np.abs(action - centre).max(0), 1e-3)
+        units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians
+        low, high = np.quantile(proprio, (0.01, 0.99), axis=0)  # what pi0.5's digits span
+        units |= dict(proprio_low=low, proprio_high=high, action_centre=centre, action_scale=scale)
+        for name, value in units.items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
+        self.proprio_dim, self.action_dim = proprio.shape[1], action.shape[1]
+        # At most a quarter of the box: the gripper's two positions have to count for more than their spread says.
+        box = np.clip((action - centre) / scale, -1, 1)
+        mean, spread = (
+            torch.as_tensor(x, dtype=torch.float32).repeat(self.H) for x in (box.mean(0), box.std(0))
+        )  # [H*A]
+        spread = spread.clamp(0.02, 0.25)
+        model = self.build(args)
+        self.backbone, tail = model.prefix, (model.config.embedding_dim, self.proprio_dim)
+        flow = FlowActor(model.expert, mean, spread, tail, args)
+        sizes = (sum(tail), spread / SIGMA_DATA, args.hidden_dim, args.num_layers)  # networks see chunk / unit
+        if args.head == "flow":
+            self.flow, self.actor, self.actor_ema = nn.ModuleList(), flow, copy.deepcopy(flow)
+        else:  # pi0's expert teaches in stage 0 and rests afterwards
+            self.flow = nn.ModuleList([flow])
+            self.actor, self.actor_ema = ConsistencyActor(*sizes), ConsistencyActor(*sizes)
+        self.critic, self.target_critic = (EnsembleCritic(args.num_critics, *sizes) for _ in range(2))
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        for copied in (self.actor_ema, self.target_critic):
+            copied.requires_grad_(False)
+
+    def build(self, args: Args) -> Pi0:
+        """The model for these observations, with --checkpoint's weights. Raises: UserError if it can't be had."""
+        config, camera, P = PI0_PRESETS[args.backbone], args.obs_mode == "rgb", self.proprio_dim
+        if config.text == "hash":
+            sizes = dict(action_dim=self.action_dim, state_dim=P, image_size=args.image_size)
+            cameras, lowdim = (config.cameras, 0) if camera else ((), P)
+            config = dataclasses.replace(config, cameras=cameras, lowdim_dim=lowdim, **sizes)
+        else:
+            config = dataclasses.replace(config, cameras=config.cameras[:1])  # one camera; leaving out is masking
+        if P > config.state_dim or self.action_dim > config.action_dim:
+            room = f"{config.state_dim} numbers of proprio and {config.action_dim} of actions"
+            raise UserError(f"{args.backbone} has room for {room}; {args.env_id} has {P} and {self.action_dim}")
+        self.weights = {"weights": args.sft_checkpoint or args.checkpoint or "random"}
+        try:
+            if args.checkpoint and not (args.resume or args.eval_only or args.sft_checkpoint or args.dry_run):
+                loaded = load_pi0(args.checkpoint, config)
+                model, self.weights = loaded.model, self.weights | {"weights_sha256": loaded.sha256}
+            else:
+                model = Pi0(config)
+            if not args.dry_run:
+                model.prefix.prompt(self.instruction, torch.zeros(1, P))  # fails here or not at all
+        except Pi0Error as error:
+            raise UserError(str(error)) from error
+        choose_trainable(model, args.finetune)
+        if args.bf16:
+            model.prefix.bfloat16()
+        return model
+
+    @property
+    def flow_policy(self) -> FlowActor:
+        """pi0's own policy: the flow head, or the one-step head's teacher."""
+        return self.flow[0] if len(self.flow) else self.actor
+
+    @cached_property
+    def feature_dim(self) -> int:
+        """F: from one observation."""
+        side, proprio = self.backbone.config.image_size, self.proprio_mean.cpu().numpy()[None]
+        with torch.no_grad():
+            return self.feature({"proprio": proprio, "primary": np.zeros((1, side, side, 3), np.uint8)}).shape[1]
+
+    def observe(self, obs: dict[str, np.ndarray], noise: float = 0.0, generator=None) -> tuple[Prefix, Tensor]:
+        """The backbone's pass over observations of N states, and their normalised proprio [N, P], noisy if asked for."""
+        obs = {k: torch.as_tensor(v, device=self.proprio_mean.device) for k, v in obs.items()}
+        proprio = ((obs["proprio"] - self.proprio_mean) / self.proprio_std).clamp(-5, 5)  # [N, P]
+        proprio = self.perturb(proprio, noise, generator)
+        span = (self.proprio_high - self.proprio_low).clamp_min(1e-6)
+        digits = 2 * (proprio * self.proprio_std + self.proprio_mean - self.proprio_low) / span - 1  # for pi0.5
+        ids, valid = self.backbone.prompt(self.instruction, digits)
+        images = {camera: obs["primary"] for camera in self.backbone.config.cameras}
+        return self.backbone(images, ids, valid, lowdim=None if images else proprio), proprio
+
+    def row(self, prefix: Prefix, proprio: Tensor) -> Tensor:
+        """What is kept of a state, [N, F]: embedding and proprio; in front of them the cache, if the policy reads it."""
+        parts = [prefix.embedding, proprio]
+        if not len(self.flow):
+            parts = [prefix.cache.flatten(1).float(), prefix.valid.float(), *parts]
+        return torch.cat(parts, -1)
+
+    def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
+        """Observations of N states to rows [N, F]."""
+        return self.row(*self.observe(obs))
+
+    def bc_loss(self, feature: Tensor, chunk: Tensor, generator, n: int) -> Tensor:
+        """The actor's surrogate of -log pi(chunk|s): rows [B, F], chunks [B, D] -> [B]."""
+        if len(self.flow):
+            return consistency_loss(self.actor, feature, chunk, generator, n)
+        return flow_loss(self.actor, self.actor.unpack(feature), chunk, generator, n)
+
+    def perturb(self, feature: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+        """Gaussian noise on the proprio within features [B, F], in standard deviations of the demonstrations.
+
+        The joint angles at the start give a demonstration away to a few digits, and a policy that recognises it needs
+        no image. With noise it has to look.
+        """
+        if not noise:
+            return feature
+        noise = noise * torch.randn((len(feature), self.proprio_dim), generator=generator, device=feature.device)
+        return torch.cat([feature[:, : -self.proprio_dim], feature[:, -self.proprio_dim :] + noise], -1)
+
+    def normalise(self, action: np.ndarray) -> np.ndarray:
+        """Controller units [.., A] to the policy's box [-1, 1]."""
+        centre, scale = self.action_centre.cpu().numpy(), self.action_scale.cpu().numpy()
+        return np.clip((action - centre) / scale, -1, 1).astype(np.float32)
+
+    def denormalise(self, action: np.ndarray) -> np.ndarray:
+        """The policy's box to controller units, clipped to the controller's own box if it is [-1, 1]."""
+        action = action * self.action_scale.cpu().numpy() + self.action_centre.cpu().numpy()
+        return np.clip(action, -1, 1) if self.relative else action
+
+    def hold_action(self, last: np.ndarray) -> np.ndarray:
+        """The normalised action that keeps still, gripper as in `last` [A]."""
+        hold = np.zeros_like(last) if self.relative else last.copy()
+        hold[-1] = last[-1]
+        return hold
+
+    def act(
+        self, feature: Tensor, actor: ConsistencyActor | FlowActor, args: Args, generator, explore: float = 0.0
+    ) -> np.ndarray:
+        """One chunk per state: [N, F] -> [N, H, A] normalised; a sample, or the best of K candidates by the critic.
+
+        `explore` is the size of a Gaussian push that is the same for all steps of a chunk: the arm moves off its path
+        and not merely shakes, so that the critic sees what other actions are worth.
+        """
+        if args.select == "sample":
+            chunk = actor.sample(feature, 1, generator)[:, 0]
+        else:
+            chunk = actor.sample(feature, args.K, generator, args.candidate_sigma, args.candidate_noise)  # [N, K, H*A]
+            chunk = chunk[torch.arange(len(chunk)), self.critic(feature, chunk).mean(0).argmax(-1)]
+        chunk = chunk.unflatten(1, (self.H, -1))
+        if explore:
+            push = torch.randn(len(chunk), 1, self.action_dim, generator=generator, device=chunk.device)
+            chunk = (chunk + explore * push).clamp(-1, 1)
+        return chunk.cpu().numpy()
+
+
+# === Losses: pure functions ==========================================================================================
+def td_target(batch: Batch, next_q: Tensor, return_mix: float, low: float, high: float) -> Tensor:
+    """y = sum gamma^i r_i + gamma^n * min_k Q'_k(s', a'), a' ~ pi(.|s'), kept within the returns that exist.
+
+    return_mix > 0 moves that share of the target to the Monte-Carlo return, which carries a failure back through the
+    episode at once, where bootstrapping takes thousands of updates.
+    Shapes: next_q [critics in the minimum, B] -> [B].
+    Source: B Qbar of Eq. (1) and Eq. (8), for chunks as in Q-chunking (arXiv:2507.07969); return_mix: ours.
+    """
+    target = batch.reward + batch.bootstrap * next_q.min(0).values
+    return torch.lerp(target, batch.mc_return, return_mix).clamp(low, high)
+
+
+def calql_loss(q_data: Tensor, q_sampled: Tensor, mc_return: Tensor) -> tuple[Tensor, Tensor]:
+    """The conservative term of Eq. (1): LSE over sampled actions of max(Q, Monte-Carlo return), minus Q(data).
+
+    Without importance sampling, since a consistency policy has no density; the data action belongs to the LSE, which
+    bounds the push on it. The constant log(n + 1) leaves gradients alone and makes equal values give zero.
+    Shapes: q_data [E, B], q_sampled [E, B, n], mc_return [B] -> scalar, and the share of q_sampled below its bound.
+    Source: Cal-QL (arXiv:2303.05479), in ConRFT's form (every sampled action is bounded).
+    """
+    bounded = torch.maximum(q_sampled, mc_return[None, :, None])
+    entries = torch.cat([bounded, q_data[..., None]], -1)
+    gap = torch.logsumexp(entries, -1) - math.log(entries.shape[-1]) - q_data  # over actions, never over the batch
+    return gap.mean(), (q_sampled < mc_return[None, :, None]).float().mean()
+
+
+# --- shared: consistency loss ---
+def consistency_loss(
+    actor: ConsistencyActor, feature: Tensor, chunk: Tensor, generator: torch.Generator, n: int = 1
+) -> Tensor:
+    """The policy's surrogate of -log pi(chunk|s): weighted reconstruction of the chunk from n random noise levels.
+
+    Shapes: feature [B, F], chunk [B, D] in [-1, 1] -> [B].
+    Source: ConRFT's L_BC (there n = 1; more share the feature, which is what costs time while the backbone is trained);
+    w(sigma) = sigma^-2 + sigma_data^-2 makes it flat in the raw network output.
+    """
+    sigmas = karras_sigmas()[:-1].to(chunk.device)  # sigma_min itself is the identity
+    sigma = sigmas[torch.randint(len(sigmas), (len(chunk), n), generator=generator, device=chunk.device)]  # [B, n]
+    clean = (chunk / actor.unit)[:, None]  # [B, 1, D]
+    noise = torch.randn((len(chunk), n, chunk.shape[1]), generator=generator, device=chunk.device)
+    denoised = actor.denoise(feature, clean + sigma[..., None] * noise, sigma)  # [B, n, D]
+    return ((sigma**-2 + SIGMA_DATA**-2) * (denoised - clean).square().mean(-1)).mean(-1)
+
+
+# --- end shared ---
+
+
+def flow_loss(actor: FlowActor, context: tuple[Tensor, Tensor, Tensor], chunk: Tensor, generator, n: int = 1) -> Tensor:
+    """The policy's surrogate of -log pi(chunk|s): flow matching at n random times, t = 1 noise, t = 0 the chunk.
+
+    x_t = t * noise + (1 - t) * chunk;  the velocity at (x_t, t) should be noise - chunk;  t ~ 0.001 + 0.999 Beta(1.5, 1)
+    Shapes: chunk [B, D] in [-1, 1] -> [B], the mean over times, steps and dimensions (a released model's padding too).
+    Source: pi0 (arXiv:2410.24164), in openpi's direction of time.
+    """
+    dims, shape = actor.expert.config.action_dim, (len(chunk), n)
+    clean = ((chunk - actor.mean) / actor.unit).unflatten(1, (actor.H, -1))
+    clean = F.pad(clean, (0, dims - clean.shape[-1]))[:, None]  # [B, 1, H, dims]
+    noise = torch.randn((*shape, actor.H, dims), generator=generator, device=chunk.device)
+    t = 0.001 + 0.999 * torch.rand(shape, generator=generator, device=chunk.device) ** (1 / 1.5)  # Beta(1.5, 1)
+    time = t[..., None, None]
+    velocity = actor.expert(*context, time * noise + (1 - time) * clean, t)
+    return (velocity - (noise - clean)).square().mean((1, 2, 3))
+
+
+def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
+    """Eqs. (5-7): (1/rho) * mean(1{y=1} * bc), rho the share of successes: the mean over successful samples.
+
+    Shapes: bc [B], success [B] in {0, 1} -> scalar, 0 if nothing succeeded.
+    """
+    return (success * bc).sum() / success.sum().clamp_min(1.0)
+
+
+def q_loss(q: Tensor, normalise: bool) -> Tensor:
+    """- mean Q(s, pi(s)) over critics and batch, optionally over the mean |Q| (as TD3+BC). Shapes: q [E, B] -> scalar."""
+    return -q.mean() / (q.abs().mean().detach() + 1e-6 if normalise else 1.0)
+
+
+def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool) -> tuple[Tensor, Tensor]:
+    """Weights of a state's K candidates and the gate between them and the buffer action.
+
+    w_k ~ 1{Q_k >= mean Q} exp(Q_k / tau)                                    Eq. (15)
+    zeta = 1{mean Q > Q(s, a_buffer)}                                        Eq. (14)
+    With `adaptive` the temperature is in units of the state's own standard deviation of Q over candidates.
+    Shapes: q [B, K], q_buffer [B] -> w [B, K] summing to 1, zeta [B] in {0, 1}.
+    """
+    mean = q.mean(-1, keepdim=True).minimum(q.amax(-1, keepdim=True))  # Eq. (13); rounding may lift it past equal Q
+    scale = q.std(-1, keepdim=True, correction=0).clamp_min(1e-6) if adaptive else torch.ones_like(mean)
+    logits = (q / (temperature * scale)).masked_fill(q < mean, -torch.inf)  # the best candidate always passes
+    return torch.softmax(logits, -1), (mean[:, 0] > q_buffer).float()
+
+
+# === Updates =========================================================================================================
+def return_bounds(args: Args) -> tuple[float, float, float, float]:
+    """reward of a failing step, reward of success, lowest and highest return."""
+    fail, success = (0.0, 1.0) if args.reward == "binary" else (-0.05, 10.0)
+    return fail, success, fail / (1 - args.gamma), success
+
+
+def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: float, generator) -> dict[str, Tensor]:
+    """One step on Eq. (1), or on Eq. (8) with cql_alpha = 0, and the Polyak step of the targets."""
+    B, D = batch.chunk.shape
+    n = args.cql_samples if cql_alpha else 0
+    with torch.no_grad():
+        next_chunks = agent.actor.sample(batch.next_feature, max(n, 1), generator)  # [B, n, D], the online actor
+        two = torch.randperm(args.num_critics, generator=generator, device=batch.chunk.device)[:2]
+        next_q = agent.target_critic(batch.next_feature, next_chunks[:, 0])[two]
+        _, _, low, high = return_bounds(args)
+        target = td_target(batch, next_q, args.return_mix, low, high)
+    q_data = agent.critic(batch.feature, batch.chunk)  # [E, B]
+    loss_td = (q_data - target).square().mean()
+    logs = {"losses/td": loss_td, "values/q_data": q_data.mean(), "values/td_target": target.mean()}
+    logs |= {"values/mc_return": batch.mc_return.mean(), "values/critic_std": q_data.std(0, correction=0).mean()}
+    loss = loss_td
+    if cql_alpha:
+        with torch.no_grad():
+            random = torch.rand((B, n, D), generator=generator, device=batch.chunk.device) * 2 - 1
+            current = agent.actor.sample(batch.feature, n, generator)
+        q_sampled = agent.critic(batch.feature, torch.cat([random, current, next_chunks], 1))  # all evaluated at s
+        loss_cql, logs["calib/bound_rate"] = calql_loss(q_data, q_sampled, batch.mc_return)
+        logs["losses/calql"], loss = loss_cql, loss + cql_alpha * loss_cql
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    polyak_update(agent.critic, agent.target_critic, args.tau)
+    return logs | {"losses/critic": loss}
+
+
+def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Args, stage: str, generator) -> dict:
+    """One step on the actor's loss of `stage`. expert [B] bool: sample comes from the expert buffer."""
+    logs, target = {}, batch.chunk
+    if stage == "online" and args.vgpd:
+        with torch.no_grad():
+            rows = (~expert | (args.expert_filter == "filter")).nonzero()[:, 0]
+            feature, chunk = batch.feature[rows], batch.chunk[rows]
+            candidates = agent.actor.sample(feature, args.K, generator, args.candidate_sigma, args.candidate_noise)
+            q = agent.critic(feature, candidates).mean(0)  # [B', K]
+            q_buffer = agent.critic(feature, chunk).mean(0)  # [B']
+            weight, zeta = vgpd_target(q, q_buffer, args.temperature, args.temperature_adaptive)
+            # Eq. (14) asks for the w-weighted sum of losses; one k ~ w per state has the same expected gradient.
+            k = torch.multinomial(weight, 1, generator=generator)[:, 0]
+            chosen = candidates[torch.arange(len(rows), device=rows.device), k]  # [B', D]
+            target = batch.chunk.clone()
+            target[rows] = torch.where(zeta[:, None] > 0, chosen, chunk)
+            own = ~expert[rows]
+            logs |= {
+                "vgpd/zeta": zeta[own].mean(), "vgpd/pass_rate": (weight > 0).float().mean(),
+                "vgpd/candidate_std": candidates.std(1, correction=0).mean(),
+                "vgpd/ess": (1 / weight.square().sum(-1)).mean(), "values/q_std": q.std(-1, correction=0).mean(),
+            }  # fmt: skip
+            if args.expert_filter == "filter":
+                logs["vgpd/zeta_expert"] = zeta[expert].mean()
+    bc = agent.bc_loss(batch.feature, target, generator, args.noise_levels)  # [B]
+    loss_bc = success_weighted_bc(bc, batch.success) if stage == "warmup" else bc.mean()
+    weight_bc = args.distill_weight if stage == "online" else args.bc_weight
+    weight_q = args.q_weight if stage == "online" else args.offline_q_weight
+    loss = weight_bc * loss_bc
+    if weight_q:
+        agent.critic.requires_grad_(False)
+        q_policy = agent.critic(batch.feature, agent.actor.sample(batch.feature, 1, generator)[:, 0])  # [E, B]
+        agent.critic.requires_grad_(True)
+        logs |= {"losses/q": (loss_q := q_loss(q_policy, args.q_normalize)), "values/q_policy": q_policy.mean()}
+        loss = loss + weight_q * loss_q  # Eq. (4), (7), (9)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
+    return logs | {"losses/distill" if stage == "online" else "losses/bc": loss_bc, "losses/actor": loss}
+
+
+# --- shared: polyak ---
+@torch.no_grad()
+def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) * target + tau * source, parameter by parameter."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+# --- end shared ---
+
+
+# === Rollouts and evaluation =========================================================================================
+# --- shared: rollouts ---
+EVAL_SEED, TRAIN_SEED = 1_000_000_000, 100_000_000  # demonstrations use seeds from 0; the three never meet
+
+
+@dataclass
+class Episode:
+    """T steps; demonstrations may have more features and actions than that: what was recorded after the success."""
+
+    feature: Tensor  # [T+1, F], empty if not asked for
+    action: np.ndarray  # [T, A] normalised
+    success: np.ndarray  # [T] at each step
+    terminated: bool  # at T
+
+
+@torch.no_grad()
+def rollout(env, agent, args: Args, act, seeds, training: bool, frames: list | None = None) -> list[Episode]:
+    """One episode per environment, side by side; act(feature [N, F]) -> normalised chunk [N, H, A], asked once a chunk.
+
+    training=True ends an episode at success or failure and keeps features; otherwise episodes run to the time limit,
+    so that success at the end can be told from success on the way. `frames` collects the first environment's video.
+    """
+    N, H = len(seeds), agent.H
+    every = 1 if training else H  # replay stores each step's observation
+    obs, ended = env.reset(seed=list(seeds), options={"every": every})[0], np.zeros(N, dtype=bool)
+    length, features, actions, successes = np.full(N, args.max_episode_steps), [], [], []
+    for t in range(args.max_episode_steps):
+        if t % every == 0:
+            features.append(agent.feature(obs))
+        if t % H == 0:
+            chunk = act(features[-1])
+        actions.append(chunk[:, t % H])
+        obs, success, _, _, info = env.step(agent.denormalise(actions[-1]))
+        successes.append(success > 0)
+        if frames is not None:
+            frames.append(env.call("render")[0])
+        if training:
+            length[info["ended"] & ~ended] = t + 1
+            ended |= info["ended"]
+            if ended.all():
+                break
+    stacked = torch.stack([*features, agent.feature(obs)], 1).cpu() if training else torch.empty(N, 0)
+    action, success = np.stack(actions, 1), np.stack(successes, 1)  # [N, T, A], [N, T]
+    return [Episode(stacked[i, : n + 1], action[i, :n], success[i, :n], bool(ended[i])) for i, n in enumerate(length)]
+
+
+# --- end shared ---
+
+
+# --- shared: evaluation ---
+def evaluate(env, agent, args: Args, act, episodes: int, rewards: tuple[float, float] = (0.0, 1.0)) -> dict[str, float]:
+    """Success over the fixed evaluation episodes: the same initial states and policy noise every time.
+
+    act(feature, generator) gives chunks; `rewards` of a failing step and of success make up the return. Uses a
+    generator of its own and leaves torch's global one alone, so training doesn't depend on when it is called.
+    Returns: both success rates, Wilson's 95 % interval, mean env steps to success (over successes), return.
+    """
+    start, flags, act = time.time(), [], partial(act, generator=torch.Generator(args.device).manual_seed(0))
+    with torch.random.fork_rng(devices=[]):
+        for first in range(EVAL_SEED, EVAL_SEED + episodes, args.num_envs):
+            seeds = range(first, first + args.num_envs)
+            flags += [e.success for e in rollout(env, agent, args, act, seeds, training=False)]
+    flags = np.stack(flags[:episodes])  # [episodes, time limit]
+    once, first, (fail, success) = flags.any(1), flags.argmax(1), rewards
+    low, high = binomtest(int(once.sum()), episodes).proportion_ci(method="wilson")
+    metrics = {
+        "eval/success_once": once.mean(), "eval/success_once_low": low, "eval/success_once_high": high,
+        "eval/success_at_end": flags[:, -1].mean(), "eval/num_episodes": episodes, "time/eval_s": time.time() - start,
+        "eval/episode_len": first[once].mean() + 1 if once.any() else args.max_episode_steps,
+        "eval/return": np.where(once, success + fail * first, fail * args.max_episode_steps).mean(),
+    }  # fmt: skip
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def film(agent, args: Args, act, folder: Path) -> None:
+    """Film the first evaluation episodes to folder/episode-I-{success,failure}.mp4."""
+    import imageio
+
+    args = dataclasses.replace(args, sim_backend="physx_cpu")  # one episode at a time
+    env, act = make_env(args, 1, render=True), partial(act, generator=torch.Generator(args.device).manual_seed(0))
+    folder.mkdir(exist_ok=True)
+    for i in range(args.video_episodes):
+        (episode,) = rollout(env, agent, args, act, [EVAL_SEED + i], training=False, frames=(frames := []))
+        name = f"episode-{i}-{'success' if episode.success.any() else 'failure'}.mp4"
+        imageio.mimsave(folder / name, frames, fps=args.control_freq, macro_block_size=1)
+    env.close()
+
+
+# --- end shared ---
+
+
+# === Logging and checkpoints =========================================================================================
+# --- shared: logging ---
+class Logger:
+    """The same rows to metrics.csv (global_step, update_step, name, value), TensorBoard and, if asked, wandb."""
+
+    def __init__(self, folder: Path, args: Args, update_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file, self.wandb = (folder / "metrics.csv").open("a", newline="", buffering=1), None  # flushed by line
+        if not self.file.tell():
+            csv.writer(self.file).writerow(["global_step", "update_step", "name", "value"])
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=update_step + 1)
+        if args.track:
+            import wandb
+
+            names = dict(project="vla-rl", name=folder.name, id=folder.name)
+            self.wandb = wandb.init(**names, resume="allow", dir=str(folder), config=dataclasses.asdict(args))
+
+    def log(self, values: dict, global_step: int, update_step: int) -> None:
+        values = {name: x.item() if isinstance(x, Tensor) else float(x) for name, x in values.items()}
+        csv.writer(self.file).writerows([global_step, update_step, name, f"{x:.6g}"] for name, x in values.items())
+        for name, value in (values | {"time/global_step": global_step}).items():
+            self.board.add_scalar(name, value, update_step)
+        if self.wandb:
+            self.wandb.log(values | {"global_step": global_step, "update_step": update_step})
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Atomic: the file is the old one or the new one, never half of it."""
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def provenance() -> dict:
+    """Git commit, package versions and machine, for config.json and summary.json."""
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
+    commit = subprocess.getoutput(git) or "unknown"
+    packages = {name: version(name) for name in ("torch", "mani_skill", "sapien", "numpy", "gymnasium")}
+    machine = {"cpus": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    return {"git_commit": commit, "python": sys.version.split()[0], "packages": packages} | machine
+
+
+# --- end shared ---
+
+
+# --- shared: checkpoints ---
+def save_checkpoint(folder: Path, name: str, weights: dict[str, Tensor], state: dict) -> None:
+    """Write folder/checkpoints/NAME, point `latest` at it, then drop the older ones; each step is atomic."""
+    root = folder / "checkpoints"
+    while (root / name).exists():  # never in the place of the only good one
+        name += "+"
+    temporary, final = root / f".{name}.tmp", root / name
+    temporary.mkdir(parents=True, exist_ok=True)  # it may be there, left half-written by a kill
+    try:
+        # Through memory: the libraries' own writers hide that a disk is full.
+        weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        (temporary / "weights.safetensors").write_bytes(save(weights))
+        torch.save(state, buffer := io.BytesIO())
+        (temporary / "training.pt").write_bytes(buffer.getbuffer())
+        os.replace(temporary, final)
+        (root / "latest.tmp").write_text(name)
+        os.replace(root / "latest.tmp", root / "latest")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk the last complete checkpoint stays
+    for old in root.iterdir():
+        if old.is_dir() and old != final:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    """Weights and training state of the last checkpoint. Raises: UserError if the folder holds no readable one."""
+    try:
+        here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
+        return load_file(here / "weights.safetensors"), torch.load(here / "training.pt", weights_only=True)
+    except Exception as error:  # the readers raise all sorts
+        hint = "a run that died before its first one has to be started again, under another --run-name"
+        raise UserError(f"{folder} holds no readable checkpoint; {hint} ({error})") from error
+
+
+def load_weights(agent: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Strict load. Raises: UserError that begins with the misfits (another task, observation mode or network size)."""
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{source} is a checkpoint of another task or network: {str(error)[:300]}") from error
+
+
+def load_config(cls, folder: Path):
+    """The flags a run was started with. Raises: UserError if `folder` isn't a run of this script."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config["script"] != Path(__file__).name:
+            raise UserError(f"{folder} is a run of {config['script']}, not of {Path(__file__).name}")
+        return cls(**config["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is no run folder of {Path(__file__).name} (config.json: {error})") from error
+
+
+# --- end shared ---
+
+
+# === Training ========================================================================================================
+STAGES = ("sft", "sft-head", "offline", "warmup", "online", "done")
+
+
+class Run:
+    """The state of a run that a checkpoint holds, and the bookkeeping between updates."""
+
+    def __init__(self, args: Args, folder: Path, demos: Demos):
+        self.args, self.folder, self.demos, self.mark = args, folder, demos, time.time()
+        torch.manual_seed(args.seed)
+        self.agent = Agent(args, demos).to(args.device)
+        if args.sft_checkpoint and not (args.resume or args.eval_only):
+            weights = load_checkpoint(Path(args.sft_checkpoint))[0]  # policy and units; not the critics
+            weights = {k: v for k, v in weights.items() if not k.startswith(("critic.", "target_critic."))}
+            load_weights(self.agent, self.agent.state_dict() | weights, Path(args.sft_checkpoint))
+        sizes = (self.agent.feature_dim, self.agent.action_dim, args.chunk_len, args.gamma)
+        self.expert, self.policy = ReplayBuffer(*sizes), ReplayBuffer(*sizes)
+        devices = {"batch": "cpu", "update": args.device, "rollout": args.device}
+        self.generators = {k: torch.Generator(d).manual_seed(args.seed + i) for i, (k, d) in enumerate(devices.items())}
+        self.count = {"stage": "sft", "stage_update": 0, "update_step": 0, "global_step": 0, "episodes": 0, "due": 0.0}
+        self.evals: list[dict] = []  # one entry per evaluation: stage, global_step and the metrics
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.recent: list[tuple[float, int]] = []  # success and length of the last training episodes
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.teacher = torch.empty(0)  # [demonstrations' rows, samples, H*A] what the flow does, for the one-step head
+        for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):  # the same rows as in `demos`
+            action = self.agent.normalise(demos.action[start : start + length])
+            empty = torch.zeros(length + 1, self.agent.feature_dim)  # embeddings come after stage 0
+            self.add_episode(self.expert, Episode(empty, action, np.arange(1, steps + 1) == steps, True))
+        self.num_demo_rows = self.expert.rows
+
+    @cached_property
+    def env(self):
+        return make_env(self.args, self.args.num_envs)
+
+    def act(self, feature: Tensor, generator: torch.Generator, explore: float = 0.0) -> np.ndarray:
+        """`Agent.act` with the actor that stands for the policy: after stage 0 the averaged one."""
+        averaged = self.args.actor_ema and not self.count["stage"].startswith("sft")
+        actor = self.agent.actor_ema if averaged else self.agent.actor
+        return self.agent.act(feature, actor, self.args, generator, explore)
+
+    def add_episode(self, buffer: ReplayBuffer, episode: Episode) -> None:
+        fail, success, _, _ = return_bounds(self.args)
+        reward = np.where(episode.success, success, fail).astype(np.float32)
+        hold = self.agent.hold_action(episode.action[-1])
+        buffer.add(episode.feature, episode.action, reward, episode.terminated, bool(episode.success.any()), fail, hold)
+
+    def collect(self) -> int:
+        """An episode per environment into the policy buffer, successes into the expert buffer too. Returns steps."""
+        args, first = self.args, TRAIN_SEED + 1_000_000 * self.args.seed + self.count["episodes"]
+        act = partial(self.act, generator=self.generators["rollout"], explore=args.explore_noise)
+        episodes = rollout(self.env, self.agent, args, act, range(first, first + args.num_envs), training=True)
+        for episode in episodes:
+            self.add_episode(self.policy, episode)
+            if episode.success.any():
+                self.add_episode(self.expert, episode)
+            self.recent = [*self.recent, (float(episode.success.any()), len(episode.action))][-20:]
+        steps = sum(len(episode.action) for episode in episodes)
+        self.count["episodes"] += args.num_envs
+        self.count["global_step"] += steps
+        return steps
+
+    def batch(self) -> tuple[Batch, Tensor]:
+        """A batch and which of it is expert data: demonstrations only (stage 1), or half and half (Eqs. 5-9)."""
+        size, g, device = self.args.batch_size, self.generators["batch"], self.args.device
+        own = 0 if self.count["stage"] == "offline" or not len(self.policy.starts) else size - size // 2
+        batch = self.expert.gather(self.expert.draw(size - own, g), device)
+        if own:
+            batch = batch.cat(self.policy.gather(self.policy.draw(own, g), device))
+        return batch, torch.arange(size, device=device) < size - own
+
+    def update(self, cql_alpha: float, train_actor: bool = True) -> dict[str, Tensor]:
+        """`critic_updates` critic steps on fresh batches and one actor step on the last of them."""
+        agent, args, g, logs = self.agent, self.args, self.generators["update"], {}
+        for _ in range(args.critic_updates):
+            batch, expert = self.batch()
+            batch.feature = agent.perturb(batch.feature, args.proprio_noise, g)
+            batch.next_feature = agent.perturb(batch.next_feature, args.proprio_noise, g)
+            logs |= update_critic(agent, self.optimizers["critic"], batch, args, cql_alpha, g)
+        if train_actor:
+            logs |= update_actor(agent, self.optimizers["actor"], batch, expert, args, self.count["stage"], g)
+        return logs | {"buffer/policy_ratio": 1 - expert.float().mean()}
+
+    def enter(self, stage: str) -> bool:
+        """True if `stage` is still to be done; if it begins here, the one before is saved and optimizers are new."""
+        if STAGES.index(self.count["stage"]) > STAGES.index(stage):
+            return False
+        if self.count["stage"] != stage or not self.optimizers:
+            self.clock()
+            self.count |= {"stage": stage, "stage_update": 0}
+            self.make_optimizers()
+            if self.count["update_step"]:
+                self.save()
+        return True
+
+    def make_optimizers(self) -> None:
+        """Those of the present stage (ConRFT starts each stage with a fresh Adam), and stage 0's averaged weights."""
+        args, agent, stage = self.args, self.agent, self.count["stage"]
+        self.average = None
+        if stage.startswith("sft"):
+            parts = [agent.backbone, *agent.flow, agent.actor] if stage == "sft" else [agent.actor]
+            self.trained = nn.ModuleList(part for part in parts if trainable(part))
+            weights = trainable(self.trained)
+            self.optimizers = {"sft": torch.optim.AdamW(weights, lr=args.sft_lr, weight_decay=1e-4)}
+            decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+            self.average = torch.optim.swa_utils.AveragedModel(self.trained, multi_avg_fn=decay)
+        else:
+            nets = {"critic": agent.critic, "actor": agent.actor}
+            self.optimizers = {k: torch.optim.Adam(trainable(net), lr=args.reinforce_lr) for k, net in nets.items()}
+
+    def tick(self, logs: dict, logger: Logger) -> None:
+        """After each update: count it, log now and then, write a checkpoint now and then."""
+        self.count["stage_update"] += 1
+        self.count["update_step"] += 1
+        if self.count["update_step"] % self.args.log_freq == 0:
+            logger.log(logs, self.count["global_step"], self.count["update_step"])
+        # Stage 3 saves between episodes instead: a simulator can't be saved in the middle of one.
+        if self.count["stage_update"] % self.args.checkpoint_freq == 0 and self.count["stage"] != "online":
+            self.save()
+
+    def evaluate(self, logger: Logger, episodes: int) -> None:
+        stage, step = self.count["stage"], self.count["global_step"]
+        metrics = evaluate(self.env, self.agent, self.args, self.act, episodes, return_bounds(self.args)[:2])
+        logger.log(metrics, step, self.count["update_step"])
+        self.evals.append({"stage": stage, "global_step": step} | metrics)
+        once, low, high = (metrics[f"eval/success_once{end}"] for end in ("", "_low", "_high"))
+        line = f"{stage:>8} | env steps {step:6d} | success {once:.2f} [{low:.2f}, {high:.2f}]"
+        tqdm.write(f"{line} | steps to success {metrics['eval/episode_len']:.1f}")
+
+    def bar(self, title: str, total: int, done: int = 0) -> tqdm:
+        """Progress of a stage; the title carries the latest evaluation."""
+        latest = f" | success {self.evals[-1]['eval/success_once']:.2f}" if self.evals else ""
+        title = f"[{STAGES.index(self.count['stage'])}/4] {title}{latest}"
+        return tqdm(total=total, initial=done, desc=title, mininterval=2, disable=not total)
+
+    def clock(self) -> None:
+        """Book the time since the last call on the present stage."""
+        self.seconds[self.count["stage"]] += time.time() - self.mark
+        self.mark = time.time()
+
+    def save(self) -> None:
+        self.clock()
+        state = {name: getattr(self, name) for name in ("count", "evals", "seconds", "recent", "teacher")} | {
+            "generators": {k: g.get_state() for k, g in self.generators.items()},
+            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
+            "average": self.average and self.average.state_dict(),
+            "expert": self.expert.state_dict(),
+            "policy": self.policy.state_dict(),
+            "log_size": (self.folder / "metrics.csv").stat().st_size,
+        }
+        save_checkpoint(self.folder, f"update-{self.count['update_step']}", self.agent.state_dict(), state)
+
+    def load(self) -> None:
+        weights, state = load_checkpoint(self.folder)
+        load_weights(self.agent, weights, self.folder)
+        self.count, self.evals, self.seconds, self.recent = (state[k] for k in ("count", "evals", "seconds", "recent"))
+        self.teacher = state["teacher"]
+        self.make_optimizers()
+        for name, generator in self.generators.items():
+            generator.set_state(state["generators"][name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        for name in ("average", "expert", "policy"):
+            if getattr(self, name) is not None:
+                getattr(self, name).load_state_dict(state[name])
+        if not self.args.eval_only:  # what a killed run logged after its last checkpoint
+            os.truncate(self.folder / "metrics.csv", state["log_size"])
+
+
+# --- shared: random shift ---
+def random_shift(image: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
+    """Shift each image by up to `pad` pixels, edges repeated. Shapes: [B, H, H, 3] uint8 -> same."""
+    B, side = image.shape[:2]
+    shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator)
+    rows, cols = (torch.arange(side) + shift).clamp(0, side - 1).to(image.device)
+    return image[torch.arange(B, device=image.device)[:, None, None], rows[:, :, None], cols[:, None, :]]
+
+
+# --- end shared ---
+
+
+TEACHER_SAMPLES = 2  # chunks that the flow proposes for each demonstrated state, for the one-step head
+
+
+def clone_losses(agent: Agent, obs: dict, chunk: Tensor, args: Args, generator) -> dict[str, Tensor]:
+    """Stage 0's losses on observations of B states and chunks [B, D], each a scalar; they are added."""
+    prefix, proprio = agent.observe(obs, args.proprio_noise, generator)
+    context = agent.flow_policy.context(prefix.cache, prefix.valid, proprio)
+    flow = flow_loss(agent.flow_policy, context, chunk, generator, args.noise_levels).mean()
+    if args.head == "flow":
+        return {"losses/bc": flow}
+    bc = agent.bc_loss(agent.row(prefix, proprio), chunk, generator, args.noise_levels).mean()
+    return {"losses/flow": flow, "losses/bc": bc}
+
+
+def head_losses(run: Run, t: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """The losses of stage 0's second part, the head alone, on rows t [B] of the demonstrations."""
+    args, agent, g, target = run.args, run.agent, run.generators["update"], batch.chunk
+    if args.head == "consistency":  # distillation
+        k = torch.randint(TEACHER_SAMPLES, t.shape, generator=run.generators["batch"])
+        target = run.teacher[t, k].to(args.device)
+    feature = agent.perturb(batch.feature, args.proprio_noise, g)
+    return {"losses/bc": agent.bc_loss(feature, target, g, args.noise_levels).mean()}
+
+
+def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
+    """Stage 0: behaviour cloning of pi0 and head ("sft"), then of the head on cached embeddings ("sft-head")."""
+    args = run.args
+    optimizer, params = run.optimizers["sft"], run.optimizers["sft"].param_groups[0]["params"]
+    obs = {k: torch.from_numpy(v) for k, v in run.demos.obs.items()}
+    if "primary" in obs and stage == "sft":
+        torch.set_num_threads(args.torch_threads or min(os.cpu_count() or 1, 8))
+    last = run.demos.starts() + run.demos.lengths
+    rows = torch.from_numpy(np.delete(np.arange(run.num_demo_rows), last))  # all that have an action
+    with run.bar("SFT" if stage == "sft" else "SFT, head only", total, run.count["stage_update"]) as bar:
+        while (step := run.count["stage_update"]) < total:
+            rate = min((step + 1) / (0.05 * total), 0.5 * (1 + math.cos(math.pi * step / total)))
+            optimizer.param_groups[0]["lr"] = args.sft_lr * rate
+            t = rows[torch.randint(len(rows), (args.sft_batch_size,), generator=run.generators["batch"])]
+            batch = run.expert.gather(t, args.device)
+            if stage == "sft":
+                seen = {k: random_shift(v[t], run.generators["batch"]) for k, v in obs.items() if k != "proprio"}
+                seen |= {"proprio": obs["proprio"][t]}
+                losses = clone_losses(run.agent, seen, batch.chunk, args, run.generators["update"])
+            else:
+                losses = head_losses(run, t, batch)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            norm = nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            run.average.update_parameters(run.trained)
+            run.tick(losses | {"grad_norm/sft": norm, "lr/sft": args.sft_lr * rate}, logger)
+            bar.update()
+    run.trained.load_state_dict(run.average.module.state_dict())
+    run.agent.actor_ema.load_state_dict(run.agent.actor.state_dict())
+    if stage == "sft":
+        embed_demos(run, obs)
+    torch.set_num_threads(args.torch_threads or 1)
+
+
+@torch.no_grad()
+def embed_demos(run: Run, obs: dict[str, Tensor]) -> None:
+    """Each demonstrated observation goes through the backbone once, here; and the flow says what it would do there."""
+    agent, teacher, flow = run.agent, [], run.agent.flow_policy
+    for r in torch.arange(run.num_demo_rows).split(256):
+        prefix, proprio = agent.observe({k: v[r] for k, v in obs.items()})
+        run.expert.data["feature"][r] = agent.row(prefix, proprio).cpu()
+        if run.args.head == "consistency" and run.args.sft_head_updates:
+            context = flow.context(prefix.cache, prefix.valid, proprio)
+            teacher.append(flow.flow(context, TEACHER_SAMPLES, run.generators["update"]).cpu())
+    run.teacher = torch.cat(teacher) if teacher else run.teacher
+
+
+def train_updates(run: Run, logger: Logger, stage: str, total: int) -> None:
+    """Stages 1 and 2: `total` actor updates with their critic updates, on data that is there."""
+    with run.bar("offline Cal-QL" if stage == "offline" else "warm-up", total, run.count["stage_update"]) as bar:
+        while (step := run.count["stage_update"]) < total:
+            actor = stage == "offline" or (run.args.warmup_train_actor and step >= total // 2)
+            run.tick(run.update(run.args.cql_alpha, actor), logger)
+            bar.update()
+
+
+def train_online(run: Run, logger: Logger) -> None:
+    """Stage 3: an episode per environment, then utd_ratio actor updates per step of it."""
+    args, count = run.args, run.count
+    done = count["global_step"] - count["online_start"]
+    with run.bar("online VGPD", args.online_steps, done) as bar:
+        while done < args.online_steps:
+            before, start = done, time.time()
+            steps = run.collect()
+            done, collected = before + steps, time.time()
+            bar.update(steps)
+            count["due"] += args.utd_ratio * steps
+            while count["due"] >= 1:
+                count["due"] -= 1
+                run.tick(run.update(args.online_cql_alpha), logger)
+            success, length = np.mean(run.recent, 0)
+            logs = {
+                "train/success_once": success, "train/episode_len": length, "buffer/size": run.policy.rows,
+                "time/rollout_s": collected - start, "time/update_s": time.time() - collected,
+                "time/env_steps_per_s": steps / (collected - start),
+            }  # fmt: skip
+            logger.log(logs, count["global_step"], count["update_step"])
+            bar.set_postfix(train=f"{success:.2f}", length=f"{length:.0f}")
+            if done // args.eval_freq > before // args.eval_freq and done < args.online_steps:
+                run.evaluate(logger, args.eval_interim_episodes)
+                bar.set_description(f"[4/4] online VGPD | success {run.evals[-1]['eval/success_once']:.2f}")
+                run.save()
+
+
+def calibration(run: Run) -> dict[str, float]:
+    """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
+    if not len(run.policy.starts):
+        return {}
+    with torch.no_grad():
+        batch = run.policy.gather(run.policy.starts, run.args.device)
+        q = run.agent.critic(batch.feature, batch.chunk).mean(0)
+    gap, correlation = q - batch.mc_return, torch.corrcoef(torch.stack([q, batch.mc_return]))[0, 1]
+    return {"calib/q_minus_return": gap.mean(), "calib/abs_error": gap.abs().mean(), "calib/correlation": correlation}
+
+
+def summarise(run: Run) -> dict:
+    """summary.json: what happened, from the recorded evaluations."""
+    online = [e for e in run.evals if e["stage"] in ("online", "done")]
+    first, handover, last, start = run.evals[0], online[0], run.evals[-1], run.count.get("online_start", 0)
+    once, interval = "eval/success_once", ("eval/success_once_low", "eval/success_once_high")
+    steady = [a["global_step"] - start for a, b in zip(online, online[1:] + [last]) if min(a[once], b[once]) >= 0.8]
+    return {
+        "success_once": last[once], "success_interval": [last[k] for k in interval],
+        "success_at_end": last["eval/success_at_end"], "steps_to_success": last["eval/episode_len"],
+        "demo_steps_to_success": float(run.demos.steps.mean()),
+        "sft_success_once": first[once], "sft_success_interval": [first[k] for k in interval],
+        "handover_success_once": handover[once], "largest_drop": max(handover[once] - e[once] for e in online),
+        "online_env_steps": run.count["global_step"] - start, "env_steps": run.count["global_step"],
+        "online_env_steps_at_80": steady[0] if steady else None, "seconds_per_stage": run.seconds,
+        "seconds": sum(run.seconds.values()), "evaluations": run.evals, "demonstrations": run.demos.source,
+    }  # fmt: skip
+
+
+def begin(args: Args) -> Run:
+    """A run in a new folder, or one resumed from its last checkpoint."""
+    if args.resume and args.eval_only:
+        raise UserError("--resume and --eval-only exclude each other")
+    resumed = args.resume or args.eval_only
+    if resumed:
+        places = dict(resume=args.resume, eval_only=args.eval_only, device=args.device)
+        args = dataclasses.replace(load_config(Args, Path(resumed)), **places)
+    validate(args)
+    torch.set_num_threads(args.torch_threads or 1)
+    started = time.time()
+    demos = load_demos(args)
+    name = args.run_name or f"{args.env_id}-force_pi0-{args.obs_mode}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(resumed) if resumed else Path(args.runs) / name
+    if not resumed and (folder / "config.json").exists():
+        raise UserError(f"{folder} exists: choose another --run-name, or go on with it by --resume {folder}")
+    run = Run(args, folder, demos)
+    if not resumed:
+        make_env(args, 1).close()  # fails here or not at all
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "demonstrations": demos.source}
+        write_json(folder / "config.json", config | run.agent.weights | provenance())
+    if resumed:
+        run.load()
+    run.seconds.setdefault("demonstrations", time.time() - started)
+    return run
+
+
+def flops(function) -> int:
+    """Operations that a call does; a multiply-add counts as two."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def dry_run(args: Args) -> dict:
+    """Parameters, memory and work of a run with these flags, from shapes alone: nothing is loaded, nothing computed.
+
+    The GPU's memory is that of stage 0: weights, gradients, Adam, averaged weights, and what the backward pass keeps.
+    """
+    validate(args)
+    A, P = {"pd_ee_delta_pos": 4, "pd_ee_delta_pose": 7}.get(args.control_mode, 8), 25  # P: about what the tasks have
+    obs = {"proprio": np.random.default_rng(0).normal(size=(2, P)).astype(np.float32)}
+    if args.obs_mode == "rgb":
+        obs["primary"] = np.zeros((2, args.image_size, args.image_size, 3), np.uint8)
+    one, many = ({k: np.repeat(v[:1], n, 0) for k, v in obs.items()} for n in (1, args.sft_batch_size))
+    kept: dict[int, int] = {}  # storages that the backward pass keeps: their bytes
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.device("meta"):
+        agent = Agent(args, Demos(obs, np.eye(2, A, dtype=np.float32), np.array([1]), np.array([1]), "none"))
+        tokens, B, D = agent.backbone.config.max_tokens, args.batch_size, args.chunk_len * A
+        agent.backbone.prompt = lambda *_: (torch.zeros(1, tokens, dtype=torch.long), torch.ones(1, tokens).bool())
+        with torch.no_grad():
+            row = agent.feature(one)
+            embed = flops(lambda: agent.feature(one))
+            draw = {n: flops(lambda n=n: agent.actor.sample(row, n, None, args.candidate_sigma)) for n in {1, args.K}}
+        rows, zeros, still = row.expand(B, -1), torch.zeros(B), SimpleNamespace(zero_grad=int, step=int)
+        batch = Batch(rows, torch.zeros(B, D), zeros, zeros, rows, zeros, zeros)
+        like_online = dataclasses.replace(args, offline_q_weight=args.q_weight)  # but for the candidates
+        critic = flops(lambda: update_critic(agent, still, batch, args, args.online_cql_alpha, None))
+        actor = flops(lambda: update_actor(agent, still, batch, zeros.bool(), like_online, "offline", None))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            chunk = torch.zeros(args.sft_batch_size, D)
+            sft = flops(lambda: sum(clone_losses(agent, many, chunk, args, None).values()).backward())
+    learned, pi0 = [agent.backbone, *agent.flow, agent.actor], (agent.backbone, agent.flow_policy)
+    trained = sum(p.numel() for module in learned for p in trainable(module))
+    parameters = {p.untyped_storage()._cdata for p in agent.parameters()}
+    weights = sum(p.numel() * p.element_size() for p in agent.parameters())
+    averaged = sum(p.numel() * p.element_size() for m in learned if trainable(m) for p in m.parameters())
+    activations = sum(size for storage, size in kept.items() if storage not in parameters)
+    return {
+        "backbone": args.backbone, "head": args.head, "finetune": args.finetune,
+        "parameters": sum(p.numel() for p in agent.parameters()),
+        "parameters_pi0": sum(p.numel() for module in pi0 for p in module.parameters()),
+        "trained_in_stage_0": trained, "trained_online": sum(p.numel() for p in trainable(agent.actor)),
+        "replay_bytes_per_step": 4 * row.shape[1] + 4 * A + 36, "flops_action_K1": embed + draw[1],
+        "flops_action_K": embed + draw[args.K], "flops_sft_update": sft,
+        "flops_online_update": args.critic_updates * critic + actor + B // 2 * draw[args.K] * args.vgpd,
+        "gpu_bytes_weights": weights, "gpu_bytes_training": 12 * trained + averaged, "gpu_bytes_activations": activations,
+        "gpu_gib_stage_0": round((weights + 12 * trained + averaged + activations) / 2**30, 2),
+    }  # fmt: skip
+
+
+def main(args: Args) -> Path | None:
+    """Run or resume all stages; returns the run's folder."""
+    # INFRASTRUCTURE: flags, folder, demonstrations, networks
+    if args.dry_run:
+        return print(json.dumps(dry_run(args), indent=2))
+    run = begin(args)
+    args, count, folder = run.args, run.count, run.folder
+    if args.eval_only:
+        metrics = evaluate(run.env, run.agent, args, run.act, args.eval_episodes, return_bounds(args)[:2])
+        print(json.dumps(metrics, indent=2))
+        return folder
+    logger = Logger(folder, args, count["update_step"])
+
+    # ALGORITHM: stage 0
+    if run.enter("sft"):
+        train_sft(run, logger, "sft", args.sft_updates)
+    if run.enter("sft-head"):
+        train_sft(run, logger, "sft-head", args.sft_head_updates)
+        run.evaluate(logger, args.eval_episodes)
+    # ALGORITHM: stage 1
+    if run.enter("offline"):
+        train_updates(run, logger, "offline", args.offline_updates)
+        run.evaluate(logger, args.eval_interim_episodes)
+    # ALGORITHM: stage 2
+    if args.warmup and run.enter("warmup"):
+        with run.bar("warm-up rollouts", args.warmup_episodes, count["episodes"]) as bar:
+            while count["episodes"] < args.warmup_episodes:
+                run.collect()
+                bar.update(args.num_envs)
+        if not count["stage_update"]:
+            logger.log(calibration(run), count["global_step"], count["update_step"])
+        train_updates(run, logger, "warmup", args.warmup_updates)
+        logger.log(calibration(run), count["global_step"], count["update_step"])
+    # ALGORITHM: stage 3
+    if run.enter("online"):
+        if "online_start" not in count:
+            count["online_start"] = count["global_step"]
+            run.evaluate(logger, args.eval_episodes)
+            run.save()
+        train_online(run, logger)
+        run.evaluate(logger, args.eval_episodes)
+
+    # INFRASTRUCTURE: results
+    run.clock()
+    count["stage"] = "done"
+    run.save()
+    logger.close()
+    write_json(folder / "summary.json", summarise(run) | {"env_id": args.env_id, "seed": args.seed} | provenance())
+    if args.video_episodes:
+        film(run.agent, args, run.act, folder / "videos")
+    run.env.close()
+    print(f"done: success {run.evals[-1]['eval/success_once']:.2f}, results in {folder}")
+    return folder
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags over the chosen preset."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if args.preset == "paper":
+        args = tyro.cli(Args, args=argv, description=__doc__, default=dataclasses.replace(Args(), **PAPER))
+    return args
+
+
+# --- shared: entry ---
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full; free some space, then go on with --resume RUN_DIR ({error})", file=sys.stderr)
+        sys.exit(2)
+# --- end shared ---

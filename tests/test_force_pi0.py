@@ -1,0 +1,412 @@
+"""force_pi0.py: flow matching by hand, what is trained and stored, and short real runs with both heads.
+
+The stages themselves are those of force_octo.py, which test_losses.py and test_training.py look at.
+"""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import conftest
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import force_octo
+import force_pi0 as script
+from backbones import pi0
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SMALL = dataclasses.replace(
+    pi0.PRESETS["pi0-compact"], vlm_width=16, vlm_mlp=24, expert_width=12, expert_mlp=20, depth=2, heads=2, head_dim=8,
+    vit_width=8, vit_mlp=16, vit_depth=1, vit_heads=2, image_size=32, points=4, lowdim_tokens=2,
+)  # fmt: skip
+HEADS = pytest.mark.parametrize("head", ["consistency", "flow"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_models():
+    """The compact presets at the smallest size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(script.PI0_PRESETS, "pi0-compact", SMALL)
+        patch.setitem(script.PI0_PRESETS, "pi05-compact", dataclasses.replace(SMALL, pi05=True, max_tokens=80))
+        yield
+
+
+def tiny_args(place, folder, **changes) -> script.Args:
+    places = dict(demo_dir=str(place / "demos"), runs=str(folder))
+    return script.Args(**conftest.TINY | dict(flow_steps=2, noise_levels=2) | places | changes)
+
+
+def toy_demos(camera=False, rows=6):
+    rng = np.random.default_rng(0)
+    obs = {"proprio": rng.normal(size=(rows, 4)).astype(np.float32)}
+    if camera:
+        obs["primary"] = rng.integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8)
+    lengths = np.array([rows - 1])
+    return script.Demos(obs, rng.uniform(-0.3, 0.3, (rows, 3)).astype(np.float32), lengths, lengths, "toy")
+
+
+def toy_agent(camera=False, **flags):
+    torch.manual_seed(0)
+    mode = dict(obs_mode="rgb" if camera else "state", image_size=32, chunk_len=2, hidden_dim=16)
+    return script.Agent(script.Args(**mode | flags), toy_demos(camera))
+
+
+def rng(seed=0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Field(nn.Module):
+    """In the place of the action expert: a velocity field of x and t that is known, and what it was asked."""
+
+    def __init__(self, velocity, dims):
+        super().__init__()
+        self.config, self.velocity, self.asked = SimpleNamespace(action_dim=dims, state_dim=4), velocity, []
+
+    def forward(self, cache, valid, state, x, t):
+        self.asked.append((x, t))
+        return self.velocity(x, t)
+
+    sample = pi0.ActionExpert.sample
+
+
+def field_actor(velocity, dims=3, steps=5):
+    mean, unit = torch.tensor([0.1, -0.1, 0.1, -0.1]), torch.tensor([0.1, 0.2, 0.1, 0.2])  # H = 2 steps, A = 2
+    return script.FlowActor(Field(velocity, dims), mean, unit, (5, 4), script.Args(chunk_len=2, flow_steps=steps))
+
+
+# --- flow matching ---
+
+
+def test_flow_loss():
+    """Against numpy, from the points and times at which the field was asked; the third dimension is padding."""
+    actor = field_actor(lambda x, t: 0.5 * x)
+    chunk = torch.tensor([[0.1, -0.2, 0.05, 0.4], [0.0, 0.0, 0.2, 0.1]])
+    context = (torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, 4))
+    loss = script.flow_loss(actor, context, chunk, rng(), 3)
+    (x, t), unit = actor.expert.asked[0], np.array([0.1, 0.2])
+    assert x.shape == (2, 3, 2, 3) and t.shape == (2, 3) and loss.shape == (2,)
+    for b in range(2):
+        clean = np.concatenate([(chunk[b].numpy().reshape(2, 2) - [0.1, -0.1]) / unit, np.zeros((2, 1))], 1)
+        errors = []
+        for k in range(3):
+            time, point = t[b, k].item(), x[b, k].numpy()
+            noise = (point - (1 - time) * clean) / time
+            errors.append(((0.5 * point - (noise - clean)) ** 2).mean())
+        assert loss[b].item() == pytest.approx(np.mean(errors), rel=1e-3)
+
+
+def test_flow_loss_draws_noise_and_times_as_pi0_does():
+    actor = field_actor(lambda x, t: 0 * x)
+    context = (torch.zeros(500, 1), torch.zeros(500, 1), torch.zeros(500, 4))
+    loss = script.flow_loss(actor, context, torch.tensor([0.3, 0.1, 0.3, 0.1]).repeat(500, 1), rng(), 20)
+    x, t = actor.expert.asked[0]
+    t = t.flatten().numpy()
+    assert t.min() >= 0.001 and t.max() <= 1 and t.mean() == pytest.approx(0.001 + 0.999 * 0.6, abs=0.01)
+    for level in (0.2, 0.5, 0.8):  # Beta(1.5, 1): P(s < level) = level^1.5
+        assert np.mean(t < 0.001 + 0.999 * level) == pytest.approx(level**1.5, abs=0.02)
+    # E (noise - clean)^2 = 1 + clean^2; clean is 2, 1 and 0 (padding)
+    assert loss.mean().item() == pytest.approx(1 + (4 + 1 + 0) / 3, rel=0.03)
+
+
+def test_a_flow_towards_one_chunk_arrives_there():
+    """x_t = t * noise + (1 - t) * c has the velocity (x - c) / t: Euler steps end at c, in the box's units."""
+    target = torch.tensor([[1.5, -2.0, 0.0], [0.5, 1.0, 0.0]])
+    actor = field_actor(lambda x, t: (x - target) / t[..., None, None])
+    chunks = actor.flow((torch.zeros(3, 1), None, None), 7, rng())
+    assert chunks.shape == (3, 7, 4) and [t[0, 0].item() for _, t in actor.expert.asked] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])  # fmt: skip
+    np.testing.assert_allclose(chunks, np.broadcast_to([0.25, -0.5, 0.15, 0.1], (3, 7, 4)), atol=1e-5)
+    far = field_actor(lambda x, t: (x - 100) / t[..., None, None]).flow((torch.zeros(1, 1), None, None), 1, rng())
+    assert (far == 1).all()  # the box's edge
+
+
+@torch.no_grad()
+def test_rows_hold_all_that_the_flow_reads():
+    agent = toy_agent(head="flow")
+    obs = {"proprio": toy_demos().obs["proprio"]}
+    prefix, proprio = agent.observe(obs)
+    row = agent.feature(obs)
+    assert row.shape == (6, agent.feature_dim)
+    cache, valid, state = agent.actor.unpack(row)
+    assert torch.equal(cache, prefix.cache) and torch.equal(valid, prefix.valid) and torch.equal(state, proprio)
+    assert torch.equal(row[:, -4:], proprio) and torch.equal(row[:, -20:-4], prefix.embedding)
+    q = agent.critic(row, torch.zeros(6, 6))
+    assert torch.equal(q, agent.critic(row[:, -20:], torch.zeros(6, 6)))  # it reads no cache
+    one = agent.actor.sample(row, 3, rng())
+    assert torch.equal(one, agent.actor.flow((cache, valid, state), 3, rng()))
+    noisy = agent.perturb(row, 0.5, rng())
+    assert torch.equal(noisy[:, :-4], row[:, :-4]) and not torch.equal(noisy[:, -4:], row[:, -4:])
+
+
+def test_the_flow_head_learns_a_state_dependent_chunk():
+    agent = toy_agent(head="flow", flow_steps=5)
+    obs = {"proprio": toy_demos().obs["proprio"]}
+    chunk = torch.where(torch.arange(6)[:, None] < 3, 0.3, -0.2) * torch.tensor([1, 0.5, -1, 1, 0.5, -1])
+    optimizer, g = torch.optim.Adam(agent.parameters(), lr=5e-3), rng()
+    for _ in range(250):
+        loss = agent.bc_loss(agent.feature(obs), chunk, g, 8).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        samples = agent.actor.sample(agent.feature(obs), 50, g)
+    np.testing.assert_allclose(samples.mean(1), chunk, atol=0.08)
+
+
+# --- the agent ---
+
+
+@pytest.mark.parametrize("backbone", ["pi0-compact", "pi05-compact"])
+@HEADS
+@torch.no_grad()
+def test_what_an_agent_sees(backbone, head):
+    """A camera, or the state as tokens; in pi0.5 the proprio changes the prefix even beside a camera."""
+    obs = toy_demos(camera=True).obs
+    other = obs | {"proprio": obs["proprio"] + 1}
+    agent = toy_agent(camera=True, backbone=backbone, head=head)
+    assert agent.act(agent.feature(obs), agent.actor, script.Args(), rng()).shape == (6, 2, 3)
+    a, b = agent.observe(obs)[0], agent.observe(other)[0]
+    assert torch.equal(a.embedding, b.embedding) == (backbone == "pi0-compact")
+    swapped = agent.observe(obs | {"primary": 255 - obs["primary"]})[0]
+    assert (a.embedding - swapped.embedding).abs().max() > 1e-3
+    state = toy_agent(backbone=backbone, head=head)
+    assert not torch.equal(state.observe(obs)[0].embedding, state.observe(other)[0].embedding)
+
+
+def names(finetune, **flags):
+    agent = toy_agent(camera=True, finetune=finetune, **flags)
+    return agent, {n for n, p in agent.backbone.named_parameters() if p.requires_grad}, {
+        n for n, p in agent.flow_policy.expert.named_parameters() if p.requires_grad
+    }  # fmt: skip
+
+
+def test_finetune():
+    full, prefix, expert = names("full")
+    assert len(prefix) == len(list(full.backbone.parameters()))
+    _, few, all_of_it = names("expert")
+    assert all(n.startswith("points") for n in few) and few and all_of_it == expert
+    _, few, projections = names("head")
+    assert projections == {n for n in expert if n.startswith(("action_", "state_proj"))} and len(projections) == 10
+    agent, low, part = names("lora", head="flow")
+    new = {n for n in low | part if n.endswith((".A", ".B"))}
+    assert (
+        low | part == few | projections | new and len(new) == 2 * 2 * 7
+    )  # A and B of 7 weights in 2 layers, of the same names in both stacks
+    obs = toy_demos(camera=True).obs
+    with torch.no_grad():
+        base = agent.observe(obs)[0].embedding
+        for name, parameter in agent.backbone.named_parameters():
+            if name.endswith(".B"):
+                assert not parameter.any()  # starts as the model it was
+                parameter += 0.1
+        assert not torch.equal(base, agent.observe(obs)[0].embedding)
+
+
+def test_released_weights(monkeypatch):
+    """The files' numbers are the agent's; what can't be loaded is said in one line."""
+    sizes = dict(
+        vlm_width=32, vlm_mlp=48, expert_width=24, expert_mlp=40, depth=2, heads=8, kv_heads=1, head_dim=8, vocabulary=64,
+        vit_width=16, vit_mlp=24, vit_depth=2, vit_heads=2, patch=14, image_size=28, action_dim=5, state_dim=5,
+    )  # fmt: skip
+    monkeypatch.setitem(script.PI0_PRESETS, "pi0", dataclasses.replace(pi0.PRESETS["pi0"], **sizes))
+    flags = dict(camera=True, backbone="pi0", finetune="expert")
+    with pytest.raises(script.UserError, match="pieces, the embedding 64 rows"):
+        toy_agent(**flags, checkpoint=str(FIXTURES / "pi0_tiny"))
+    encode = lambda text, add_bos=False: [2] * add_bos + [3 + ord(c) % 60 for c in text]  # noqa: E731
+    monkeypatch.setattr(pi0, "load_tokenizer", lambda file, rows: SimpleNamespace(encode=encode))
+    agent = toy_agent(**flags, checkpoint=str(FIXTURES / "pi0_tiny"), env_id="PushCube-v1")
+    loaded = pi0.load_pi0(FIXTURES / "pi0_tiny", pi0.PRESETS["pi0"])
+    assert torch.equal(agent.backbone.norm.weight, loaded.model.prefix.norm.weight)
+    assert agent.weights == {"weights": str(FIXTURES / "pi0_tiny"), "weights_sha256": loaded.sha256}
+    with torch.no_grad():
+        row = agent.feature(toy_demos(camera=True).obs)  # 32 px images, resized; 3 of 5 action dimensions
+        assert agent.flow_policy.flow(agent.flow_policy.context(*zip_prefix(agent)), 2, rng()).shape == (6, 2, 6)
+        half = toy_agent(**flags, checkpoint=str(FIXTURES / "pi0_tiny"), env_id="PushCube-v1", bf16=True)
+        other = half.feature(toy_demos(camera=True).obs)
+        assert half.backbone.norm.weight.dtype == torch.bfloat16 and other.dtype == torch.float32
+        assert 0 < (row - other).abs().max() < 0.05 * row.abs().max()
+        assert half.flow_policy.flow(half.flow_policy.context(*zip_prefix(half)), 2, rng()).dtype == torch.float32
+    assert row.shape == (6, agent.feature_dim)
+    with pytest.raises(script.UserError, match=r"no weights at .*absent"):
+        toy_agent(**flags, checkpoint=str(FIXTURES / "absent"))
+    monkeypatch.setitem(script.PI0_PRESETS, "pi0", dataclasses.replace(pi0.PRESETS["pi0"], state_dim=3))
+    with pytest.raises(script.UserError, match="has room for 3 numbers of proprio and 5 of actions"):
+        toy_agent(**flags)
+
+
+def zip_prefix(agent):
+    prefix, proprio = agent.observe(toy_demos(camera=True).obs)
+    return prefix.cache, prefix.valid, proprio
+
+
+@HEADS
+def test_dry_run(head):
+    """Its parameters and rows are those of a real agent, and it costs no memory at the released size."""
+    args = script.Args(env_id="PushCube-v1", obs_mode="state", head=head, device="cpu", hidden_dim=16)
+    found = script.dry_run(dataclasses.replace(args))
+    demos = script.Demos({"proprio": np.zeros((2, 25), np.float32)}, np.eye(2, 4, dtype=np.float32), np.ones(1, int), np.ones(1, int), "")  # fmt: skip
+    agent = script.Agent(args, demos)
+    assert found["parameters"] == sum(p.numel() for p in agent.parameters())
+    assert found["trained_in_stage_0"] == sum(
+        p.numel() for p in agent.parameters() if p.requires_grad
+    ) - sum(p.numel() for p in agent.critic.parameters())  # fmt: skip
+    spare = SMALL.max_tokens - agent.backbone.prompt(agent.instruction)[0].shape[1]  # it counts the longest prompt
+    width = 2 * 2 * 8 + 1 if head == "flow" else 0
+    assert found["replay_bytes_per_step"] == 4 * (agent.feature_dim + spare * width) + 4 * 4 + 36
+    assert found["flops_action_K1"] < found["flops_action_K"] < 20 * found["flops_action_K1"]
+    assert found["gpu_bytes_activations"] > 0
+
+
+def test_dry_run_at_the_released_size():
+    """Linear layers count twice their weights per token: the prefix' tokens and the samples give the bounds."""
+    flags = dict(backbone="pi0", head="flow", finetune="expert", device="cpu", chunk_len=10, flow_steps=2, dry_run=True)
+    found = script.dry_run(script.Args(**flags))
+    assert found["parameters_pi0"] == 3_238_048_528
+    layer = 2 * 1024 * 2048 + 2 * 1024 * 256 + 3 * 1024 * 4096 + 2 * 1024  # attention, MLP, norms
+    projections = 3 * 1024 * 32 + 2 * 1024 + 32 + 3 * 1024 * 1024 + 2 * 1024  # of actions and state; the time MLP
+    assert found["trained_in_stage_0"] == found["trained_online"] == 18 * layer + 1024 + projections
+    tokens, cache = 256 + 48, 2 * 18 * 256
+    assert found["replay_bytes_per_step"] == 4 * (tokens * (cache + 1) + 2048 + 25) + 16 + 36
+    vit, vlm = 256 * 411e6, tokens * 1.98e9
+    assert found["flops_action_K1"] == pytest.approx(2 * (vit + vlm + 2 * 11 * 311e6), rel=0.15)
+    assert found["flops_action_K"] - found["flops_action_K1"] == pytest.approx(19 * 2 * 2 * 11 * 311e6, rel=0.15)
+
+
+# --- runs ---
+
+
+class Killed(BaseException):
+    """What a kill looks like from the inside: nothing catches it."""
+
+
+def metrics(folder) -> list[tuple]:
+    with (folder / "metrics.csv").open() as file:
+        return [tuple(row) for row in csv.reader(file) if not row[2].startswith("time/")]
+
+
+LEARN = {
+    "sft": {"backbone", "actor", "flow"},
+    "sft-head": {"actor"},
+    "offline": {"actor", "critic", "target_critic"},
+    "warmup": {"actor", "critic", "target_critic"},
+    "online": {"actor", "critic", "target_critic"},
+}
+STAGES = [*LEARN, "end"]
+
+
+@pytest.fixture(scope="module", params=["consistency", "flow"])
+def whole(request, place, tmp_path_factory):
+    """An undisturbed run and the weights at the start of each stage and at the end."""
+    starts, enter = {}, script.Run.enter
+
+    def watched(self, stage):
+        if self.count["stage"] != stage or stage == "sft":
+            starts[stage] = {k: v.clone() for k, v in self.agent.state_dict().items()}
+        return enter(self, stage)
+
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.Run, "enter", watched)
+        run = script.main(tiny_args(place, folder, run_name="whole", head=request.param))
+    starts["end"] = script.load_checkpoint(run)[0]
+    return SimpleNamespace(folder=run, starts=starts, head=request.param)
+
+
+def test_every_network_learns_in_its_stages_only(whole):
+    for stage, after in zip(STAGES, STAGES[1:]):
+        for part in ("backbone", "flow", "actor", "critic", "target_critic"):
+            own = [k for k in whole.starts[stage] if k.startswith(part + ".")]
+            moved = [k for k in own if not torch.equal(whole.starts[stage][k], whole.starts[after][k])]
+            if part not in LEARN[stage]:
+                assert not moved, (stage, part, moved[:3])
+            elif own:  # buffers; words never read; and nothing reads the last prefix output of a flow head
+                still = set(own) - set(moved)
+                idle = (".unit", ".mean", "embed_tokens.weight")
+                last = ("backbone.norm", "backbone.layers.1.") if whole.head == "flow" else ()
+                assert not {k for k in still if not k.endswith(idle) and not k.startswith(last)}, (stage, part, still)
+
+
+def test_metrics_and_config(whole):
+    found = {row[2] for row in metrics(whole.folder)}
+    expected = {"losses/bc", "losses/td", "losses/calql", "losses/distill", "vgpd/zeta", "vgpd/ess", "values/q_std",
+                "calib/q_minus_return", "eval/success_once", "buffer/size", "lr/sft", "grad_norm/sft"}  # fmt: skip
+    assert expected <= found and ("losses/flow" in found) == (whole.head == "consistency")
+    for row in metrics(whole.folder)[1:]:
+        assert np.isfinite(float(row[3])) or row[2] == "calib/correlation", row
+    config = json.loads((whole.folder / "config.json").read_text())
+    assert config["script"] == "force_pi0.py" and config["weights"] == "random" and config["args"]["head"] == whole.head
+
+
+def test_resume_equals_an_undisturbed_run(whole, place, monkeypatch):
+    """Killed in stage 0, in its head's part and online, off a checkpoint, and gone on with."""
+    kills, tick = [("sft", 5), ("sft-head", 3), ("online", 5)], script.Run.tick
+
+    def killed_tick(self, logs, logger):
+        tick(self, logs, logger)
+        if kills and kills[0] == (self.count["stage"], self.count["stage_update"]):
+            raise Killed
+
+    monkeypatch.setattr(script.Run, "tick", killed_tick)
+    folder = whole.folder.with_name("killed")
+    args = tiny_args(place, whole.folder.parent, run_name="killed", head=whole.head)
+    while kills:
+        with pytest.raises(Killed):
+            script.main(args)
+        kills.pop(0)
+        args = script.Args(resume=str(folder), device="cpu")
+    assert script.main(args) == folder
+    assert metrics(folder) == metrics(whole.folder)
+    for key, value in script.load_checkpoint(folder)[0].items():
+        assert torch.equal(value, whole.starts["end"][key]), key
+
+
+def test_eval_only_and_a_start_from_the_run(whole, place, tmp_path, capsys):
+    """--sft-checkpoint: the same policy acts after stage 0, which is left out; critics are new."""
+    capsys.readouterr()
+    script.main(script.Args(eval_only=str(whole.folder), device="cpu"))
+    printed, last = capsys.readouterr().out, json.loads((whole.folder / "summary.json").read_text())["evaluations"][-1]
+    own = json.loads(printed[printed.index("{") :])
+    assert all(own[k] == last[k] for k in own if k.startswith("eval/"))
+    args = tiny_args(place, tmp_path, head=whole.head, sft_checkpoint=str(whole.folder), run_name="next", warmup=False,
+                     offline_updates=0, online_steps=0)  # fmt: skip
+    folder = script.main(args)
+    weights = script.load_checkpoint(folder)[0]
+    kept = [k for k in weights if k.startswith(("actor.", "backbone.", "flow."))]
+    assert kept and all(torch.equal(weights[k], whole.starts["end"][k]) for k in kept)
+    assert not torch.equal(weights["critic.chunk_in"], whole.starts["end"]["critic.chunk_in"])
+    assert json.loads((folder / "config.json").read_text())["weights"] == str(whole.folder)
+    other = "flow" if whole.head == "consistency" else "consistency"
+    for changes, words in ((dict(head=other), f"was trained with --head {whole.head}, not {other}"),
+                           (dict(sft_checkpoint=str(tmp_path / "no")), "is no run folder")):  # fmt: skip
+        with pytest.raises(script.UserError, match=words):
+            script.main(dataclasses.replace(args, run_name="bad", **changes))
+
+
+# --- flags ---
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(backbone="pi0"), "--backbone pi0 needs its weights: --checkpoint hf://lerobot/pi0_base"),
+    (dict(checkpoint="x"), "--backbone pi0-compact none"),
+    (dict(backbone="pi05", checkpoint="x"), "needs --obs-mode rgb"),
+    (dict(bf16=True), "--bf16 needs a frozen, released model"),
+    (dict(flow_steps=0), "--flow-steps must be at least 1"),
+    (dict(backbone="pi0", checkpoint="nowhere", obs_mode="rgb", finetune="head"), "no weights at nowhere"),
+], ids=str)  # fmt: skip
+def test_flags_that_cannot_be(flags, words, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "load_demos", lambda args: toy_demos())
+    with pytest.raises(script.UserError, match=words):
+        script.main(tiny_args(place, tmp_path, **flags))
+    assert not list(tmp_path.iterdir())
+
+
+def test_shared_flags_have_the_same_defaults():
+    """But for the model, and the one-step head's distillation."""
+    theirs = {f.name: f.default for f in dataclasses.fields(force_octo.Args)}
+    ours = {f.name: f.default for f in dataclasses.fields(script.Args)}
+    assert theirs.keys() - ours.keys() == set()
+    assert {name for name in theirs if theirs[name] != ours[name]} == {"backbone", "sft_head_updates"}
