@@ -189,6 +189,7 @@ def validate(args: Args) -> None:
     hil, who = args.intervention != "none", f"--intervention {args.intervention}"
     args.num_envs = 1 if hil and args.num_envs is None else args.num_envs
     check_flags(args, LIMITS)
+    check_octo(args)
     if args.intervention == "oracle":
         from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
 
@@ -286,14 +287,8 @@ def check_flags(args: Args, limits: dict) -> None:
         args.max_episode_steps = round(seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
-    camera, released = args.obs_mode == "rgb", args.backbone != "octo-compact"
-    if released != bool(args.checkpoint):
-        raise UserError("--backbone octo-small or octo-base and --checkpoint FOLDER or hf://owner/name need each other")
-    if released and not camera:
-        raise UserError("released Octo weights need --obs-mode rgb: they know cameras only")
-    args.image_size = args.image_size or (256 if released else 64)
-    if released and args.image_size != 256:
-        raise UserError(f"released Octo weights see 256 pixels (wrist camera: 128), not --image-size {args.image_size}")
+    camera = args.obs_mode == "rgb"
+    args.image_size = args.image_size or (64 if args.backbone.endswith("compact") else 256)
     args.proprio_noise = (0.1 if camera else 0.0) if args.proprio_noise is None else args.proprio_noise
     args.num_envs = args.num_envs or (2 if camera else 1)
     if args.device == "auto":
@@ -1022,6 +1017,17 @@ class Critic(EnsembleCritic):
 
 
 # --- shared: octo ---
+def check_octo(args: Args) -> None:
+    """Check the flags of the backbone. Raises: UserError."""
+    released = args.backbone != "octo-compact"
+    if released != bool(args.checkpoint):
+        raise UserError("--backbone octo-small or octo-base and --checkpoint FOLDER or hf://owner/name need each other")
+    if released and args.obs_mode != "rgb":
+        raise UserError("released Octo weights need --obs-mode rgb: they know cameras only")
+    if released and args.image_size != 256:
+        raise UserError(f"released Octo weights see 256 pixels (wrist camera: 128), not --image-size {args.image_size}")
+
+
 class OctoPolicy(nn.Module):
     """Octo and the units of what goes in and out; scripts add the heads and `act`."""
 

@@ -93,8 +93,8 @@ class Args:
     control_mode: str = "pd_ee_delta_pos"  # ManiSkill controller; the paper uses pd_ee_delta_pose
     control_freq: int = 10  # control steps per second (ManiSkill's default is 20, the paper's robot runs at 10)
     max_episode_steps: int | None = None  # time limit in control steps; default: per task, see TASKS
-    robot_uids: str = "panda"  # robot model; panda_wristcam renders several times slower without a GPU
-    image_size: int = 64  # side of the camera image in pixels, a multiple of 16
+    robot_uids: str = "panda"  # robot model
+    image_size: int | None = None  # pixels a side, a multiple of 32; default: 64, or 256 for released weights
     reward: Literal["binary", "conrft"] = "binary"  # 1 or 0 a step; ConRFT: +10 or -0.05
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
     num_envs: int | None = None  # environments side by side (physx_cpu: a process each); default: 2 for rgb, else 1
@@ -138,14 +138,14 @@ class Args:
     warmup_updates: int = 400  # stage 2: actor updates; the first half trains the critic only
     warmup_train_actor: bool = True  # stage 2: train the actor by Eqs. (5-7); otherwise the critic only
     warmup: bool = True  # --no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")
-    online_steps: int = 25_000  # stage 3: control steps, summed over environments
+    online_steps: int = 10_000  # stage 3: control steps, summed over environments
     utd_ratio: float = 0.5  # stage 3: actor updates per control step
     cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2
     online_cql_alpha: float = 0.0  # the same in stage 3 (0 = the paper's Eq. 8)
     cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
     bc_weight: float = 1.0  # weight of BC in stages 1 and 2
     distill_weight: float = 1.0  # stage 3: weight of the distillation loss
-    q_weight: float = 0.02  # stage 3: weight of the Q loss (more is faster, and less safe for grasping; docs/force.md)
+    q_weight: float | None = None  # stage 3: weight of the Q loss (more: faster, less safe); default: rgb 0, state 0.02
     offline_q_weight: float = 0.0  # the same in stages 1 and 2, where the critic isn't calibrated yet
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
@@ -153,9 +153,9 @@ class Args:
     temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
     expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12) or gated (Eq. 14)
     candidate_sigma: float = 0.3  # one-step head: noise level of a second denoising step for candidates (0 = none)
-    candidate_noise: float = 0.03  # Gaussian noise added to candidates, in units of the action box
+    candidate_noise: float = 0.02  # Gaussian push on candidates, in units of the action box
     explore_noise: float = 0.02  # Gaussian push on the chunks of training episodes, in units of the action box
-    actor_ema: float = 0.995  # decay of the averaged actor that acts and is evaluated in stages 2 and 3 (0 = off)
+    actor_ema: float | None = None  # decay of pi_old, which acts and proposes (0: off); default: rgb 0.999, state 0.995
     select: Literal["sample", "best-of-k"] = "sample"  # best of K by the critic isn't in the paper
 
     # --- evaluation and logging ---
@@ -183,7 +183,7 @@ LIMITS = {  # what a number must be: the test for it, and the flags; all other n
     "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature action_range"),
     "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma actor_ema"),
-    "a multiple of 16": (lambda x: x > 0 and x % 16 == 0, "image_size"),
+    "a multiple of 32": (lambda x: x > 0 and x % 32 == 0, "image_size"),
     "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
 }  # fmt: skip
 
@@ -201,6 +201,9 @@ def validate(args: Args) -> None:
         raise UserError(f"--backbone {args.backbone} needs --obs-mode rgb: privileged state is for compact models")
     if args.bf16 and not (released and args.finetune in ("expert", "head")):
         raise UserError("--bf16 needs a frozen, released model: --backbone pi0 or pi05, --finetune expert or head")
+    # A critic on camera features is worth less, so the policy leaves what it knows more slowly (docs/force.md, log).
+    args.q_weight = (0.0 if args.obs_mode == "rgb" else 0.02) if args.q_weight is None else args.q_weight
+    args.actor_ema = (0.999 if args.obs_mode == "rgb" else 0.995) if args.actor_ema is None else args.actor_ema
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
     if args.sft_checkpoint:
@@ -269,6 +272,7 @@ def check_flags(args: Args, limits: dict) -> None:
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
     camera = args.obs_mode == "rgb"
+    args.image_size = args.image_size or (64 if args.backbone.endswith("compact") else 256)
     args.proprio_noise = (0.1 if camera else 0.0) if args.proprio_noise is None else args.proprio_noise
     args.num_envs = args.num_envs or (2 if camera else 1)
     if args.device == "auto":
@@ -284,6 +288,8 @@ def check_flags(args: Args, limits: dict) -> None:
 # --- shared: environment ---
 class ObsWrapper(gym.Wrapper):
     """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
+
+    A robot with a camera on its hand adds "wrist" [N, H/2, H/2, 3].
 
     Proprio is joint positions, gripper pose, and what the task adds (PickCube's goal position); in state mode the task
     adds its privileged state. Joint velocities are left out: a policy that sees them learns to go on with what it is
@@ -305,8 +311,8 @@ class ObsWrapper(gym.Wrapper):
         agent = {k: v for k, v in raw["agent"].items() if k != "qvel"}
         proprio = flatten_state_dict({"agent": agent, "extra": raw["extra"]}, use_torch=True)
         obs = {"proprio": proprio.float().cpu().numpy()}
-        if "sensor_data" in raw:
-            obs["primary"] = next(iter(raw["sensor_data"].values()))["rgb"].cpu().numpy()
+        for name, data in raw.get("sensor_data", {}).items():
+            obs["wrist" if "hand" in name else "primary"] = data["rgb"].cpu().numpy()
         return obs
 
     def reset(self, *, seed=None, options=None):
@@ -335,21 +341,23 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
 
     torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
     task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
-    camera = dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov)
+    cameras = dict(base_camera=dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov))
+    if "wristcam" in args.robot_uids:
+        cameras["hand_camera"] = dict(width=side // 2, height=side // 2)
     try:
         env = gym.make(
             args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
             control_mode=args.control_mode, robot_uids=args.robot_uids, render_mode="rgb_array" if render else None,
             sim_backend=args.sim_backend, render_backend="gpu" if gpu else "cpu", max_episode_steps=1_000_000,
             reconfiguration_freq=0 if gpu else 1,  # PhysX on the CPU remembers contacts across resets
-            sensor_configs=dict(width=side, height=side, shader_pack="minimal", base_camera=camera), reward_mode="none",
+            sensor_configs=dict(width=side, height=side, shader_pack="minimal", **cameras), reward_mode="none",
             human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
         )  # fmt: skip
     except RuntimeError as error:
         raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
     except (KeyError, AssertionError, NotImplementedError) as error:  # how ManiSkill refuses robots and controllers
         raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
-    return ObsWrapper(env)
+    return ObsWrapper(args.place(env) if hasattr(args, "place") else env)  # co_rft_chunked.py moves objects
 
 
 def make_env(args: Args, num_envs: int, render: bool = False):
@@ -377,14 +385,22 @@ def make_env(args: Args, num_envs: int, render: bool = False):
 class Demos:
     """Successful demonstrations as this project's environment sees them; an episode of T steps has T + 1 rows."""
 
-    obs: dict[str, np.ndarray]  # "proprio" [M, P] float32, "primary" [M, H, H, 3] uint8
+    obs: dict[str, np.ndarray]  # "proprio" [M, P] float32, cameras [M, H, H, 3] uint8
     action: np.ndarray  # [M, A] float32, controller's units; the row of an episode's last observation is unused
     lengths: np.ndarray  # [episodes] T of each, to the end of the recording
     steps: np.ndarray  # [episodes] steps to the first success: reinforcement learning episodes end there
     source: str
+    success: np.ndarray | None = None  # [M] after each action; None in caches of an earlier version
 
     def starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
+
+    def at(self, rows: Tensor, window: int) -> dict[str, Tensor]:
+        """Observations at rows [B], with what was seen in the steps before, as `OctoPolicy.feature` wants them."""
+        first = torch.from_numpy(np.repeat(self.starts(), self.lengths + 1))[rows][:, None]
+        step = rows[:, None] + torch.arange(1 - window, 1)  # [B, W]
+        seen = {k: torch.from_numpy(v)[step.maximum(first)] for k, v in self.obs.items() if k != "proprio"}
+        return {"proprio": torch.from_numpy(self.obs["proprio"])[rows], "real": step >= first} | seen
 
 
 def plan_demos(args: Args, path: Path, seed: int, count: int) -> None:
@@ -397,6 +413,7 @@ def plan_demos(args: Args, path: Path, seed: int, count: int) -> None:
         args.env_id, obs_mode="none", control_mode="pd_joint_pos", robot_uids=args.robot_uids, reward_mode="sparse",
         sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
     )  # fmt: skip
+    env = args.place(env) if hasattr(args, "place") else env
     env = RecordEpisode(env, str(path.parent), trajectory_name=path.stem, save_video=False, save_on_reset=False)
     last, bar = seed + 3 * count + 50, tqdm(total=count, desc=f"planning {path.stem}", mininterval=2)
     while bar.n < count and seed < last:
@@ -442,6 +459,7 @@ def open_demos(args: Args, path: Path) -> tuple[Path, list[dict]]:
     if not done.exists() or done.stat().st_mtime_ns < path.stat().st_mtime_ns:
         command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path)]
         command += ["--save-traj", "-c", args.control_mode, "-o", "none", "--num-envs", "1"]
+        command += ["--use-first-env-state"] if getattr(args, "spawn", "random") != "random" else []
         tool = subprocess.run(command, capture_output=True, errors="replace", env=os.environ | {"OMP_NUM_THREADS": "1"})
         if tool.returncode or not target.exists():
             raise UserError(f"ManiSkill can't convert {path} to {args.control_mode}: {tool.stderr[-300:]}")
@@ -466,9 +484,14 @@ def demo_part(args: Args, path: Path, part: int, parts: int) -> list[dict[str, n
             steps = [env.step(a) for a in action]
             success = [bool(step[1]) for step in steps]
             if any(success):
+                still = action[-1] * np.append(np.full(action.shape[1] - 1, "delta" not in args.control_mode), 1)
+                for _ in range(success.index(True) + 1 + getattr(args, "upsample_steps", 0) - len(steps)):
+                    steps.append(env.step(still.astype(np.float32)))
+                success = [bool(step[1]) for step in steps]
                 obs = {f"obs_{k}": np.concatenate([first[k], *(step[0][k] for step in steps)]) for k in first}
-                action = np.concatenate([action, np.zeros_like(action[:1])])
-                found.append(obs | {"action": action, "lengths": [len(steps)], "steps": [success.index(True) + 1]})
+                action = np.stack([*action, *[still] * (len(steps) - len(action)), 0 * still]).astype(np.float32)
+                counts = {"lengths": [len(steps)], "steps": [success.index(True) + 1]}
+                found.append(obs | counts | {"action": action, "success": [*success, False]})
             if len(found) == count:
                 break
     env.close()
@@ -483,12 +506,14 @@ def load_demos(args: Args) -> Demos:
 
     view = ["layout 2", args.obs_mode, args.control_mode, args.num_demos]
     view += [args.image_size, TASKS.get(args.env_id)] if args.obs_mode == "rgb" else []
+    view += [extra] if (extra := getattr(args, "upsample_steps", 0)) else []  # two flags of co_rft_chunked.py
+    spawn = "" if (spawn := getattr(args, "spawn", "random")) == "random" else f"-{spawn}"
     if args.demo_path:
         source, path = str(Path(args.demo_path)), Path(args.demo_path)
         open_demos(args, path)  # checked and converted here, before there are workers
         view += [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
     elif args.env_id in MP_SOLUTIONS:
-        source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}"
+        source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}{spawn}"
         path = Path(args.demo_dir) / source
         path.mkdir(parents=True, exist_ok=True)
     else:
@@ -510,7 +535,7 @@ def load_demos(args: Args) -> Demos:
     obs = {k.removeprefix("obs_"): data[k] for k in data.files if k.startswith("obs_")}
     if len(data["steps"]) < args.num_demos:
         print(f"using {len(data['steps'])} of {args.num_demos} demonstrations; the others of {source} fail in replay")
-    return Demos(obs, data["action"], data["lengths"], data["steps"], source)
+    return Demos(obs, data["action"], data["lengths"], data["steps"], source, data.get("success"))
 
 
 # --- end shared ---
@@ -656,12 +681,12 @@ class ConsistencyActor(nn.Module):
             h = layer(torch.tanh(norm(h)))
         return (c_out * h + c_skip * x).clamp(-1 / self.unit, 1 / self.unit)
 
-    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
+    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0) -> Tensor:
         """Draw n chunks per state: [B, n, D] in [-1, 1].
 
         One-step samples lie very close together (the denoiser at sigma 80 nearly ignores its input). With
         second_sigma > 0 each one is re-noised to that level and denoised once more, which spreads them over what
-        the policy knows; the first step is then shared by all n. `noise` is Gaussian, in units of the action box.
+        the policy knows; the first step is then shared by all n.
         """
         shape = (len(feature), 1 if second_sigma else n, self.chunk_dim)
         x = SIGMA_MAX * torch.randn(shape, generator=generator, device=feature.device)
@@ -669,10 +694,7 @@ class ConsistencyActor(nn.Module):
         if second_sigma:
             z = torch.randn((len(feature), n, self.chunk_dim), generator=generator, device=x.device)
             x = self.denoise(feature, x + second_sigma * z, torch.full((1, 1), second_sigma, device=x.device))
-        x = self.unit * x
-        if noise:
-            x = (x + noise * torch.randn(x.shape, generator=generator, device=x.device)).clamp(-1, 1)
-        return x
+        return self.unit * x
 
 
 # --- end shared ---
@@ -710,12 +732,9 @@ class FlowActor(nn.Module):
         x = self.expert.sample(*context, torch.randn(shape, generator=generator, device=self.unit.device), self.steps)
         return (self.mean + self.unit * x[..., : len(self.unit) // self.H].flatten(2)).clamp(-1, 1)
 
-    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0, noise: float = 0.0) -> Tensor:
+    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0) -> Tensor:
         """As `ConsistencyActor.sample`. Samples of a flow spread by themselves: `second_sigma` has no use here."""
-        x = self.flow(self.unpack(feature), n, generator)
-        if noise:
-            x = (x + noise * torch.randn(x.shape, generator=generator, device=x.device)).clamp(-1, 1)
-        return x
+        return self.flow(self.unpack(feature), n, generator)
 
 
 class EnsembleCritic(nn.Module):
@@ -762,7 +781,7 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, demos: Demos):
         super().__init__()
-        self.H, self.instruction = args.chunk_len, TASKS.get(args.env_id, Task()).instruction
+        self.H, self.window, self.instruction = args.chunk_len, 1, TASKS.get(args.env_id, Task()).instruction
         self.relative = "delta" in args.control_mode
         proprio, action = demos.obs["proprio"], np.delete(demos.action, demos.starts() + demos.lengths, axis=0)
         centre = np.zeros(action.shape[1]) if self.relative else (action.max(0) + action.min(0)) / 2
@@ -831,7 +850,7 @@ class Agent(nn.Module):
         """F: from one observation."""
         side, proprio = self.backbone.config.image_size, self.proprio_mean.cpu().numpy()[None]
         with torch.no_grad():
-            return self.feature({"proprio": proprio, "primary": np.zeros((1, side, side, 3), np.uint8)}).shape[1]
+            return self.feature({"proprio": proprio, "primary": np.zeros((1, 1, side, side, 3), np.uint8)}).shape[1]
 
     def observe(self, obs: dict[str, np.ndarray], noise: float = 0.0, generator=None) -> tuple[Prefix, Tensor]:
         """The backbone's pass over observations of N states, and their normalised proprio [N, P], noisy if asked for."""
@@ -841,7 +860,7 @@ class Agent(nn.Module):
         span = (self.proprio_high - self.proprio_low).clamp_min(1e-6)
         digits = 2 * (proprio * self.proprio_std + self.proprio_mean - self.proprio_low) / span - 1  # for pi0.5
         ids, valid = self.backbone.prompt(self.instruction, digits)
-        images = {camera: obs["primary"] for camera in self.backbone.config.cameras}
+        images = {camera: obs["primary"].flatten(0, -4) for camera in self.backbone.config.cameras}  # W = 1
         return self.backbone(images, ids, valid, lowdim=None if images else proprio), proprio
 
     def row(self, prefix: Prefix, proprio: Tensor) -> Tensor:
@@ -854,6 +873,10 @@ class Agent(nn.Module):
     def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
         """Observations of N states to rows [N, F]."""
         return self.row(*self.observe(obs))
+
+    def recent(self, seen: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The last observation of running episodes, as `Demos.at` gives recorded ones: a window of one step."""
+        return {k: v if k == "proprio" else v[:, None] for k, v in seen[-1].items()}
 
     def bc_loss(self, feature: Tensor, chunk: Tensor, generator, n: int) -> Tensor:
         """The actor's surrogate of -log pi(chunk|s): rows [B, F], chunks [B, D] -> [B]."""
@@ -891,21 +914,32 @@ class Agent(nn.Module):
     def act(
         self, feature: Tensor, actor: ConsistencyActor | FlowActor, args: Args, generator, explore: float = 0.0
     ) -> np.ndarray:
-        """One chunk per state: [N, F] -> [N, H, A] normalised; a sample, or the best of K candidates by the critic.
+        """One chunk per state, pushed by `explore`: [N, F] -> [N, H, A] normalised.
 
-        `explore` is the size of a Gaussian push that is the same for all steps of a chunk: the arm moves off its path
-        and not merely shakes, so that the critic sees what other actions are worth.
+        It is a sample, or the best of K candidates by the critic.
         """
         if args.select == "sample":
             chunk = actor.sample(feature, 1, generator)[:, 0]
         else:
-            chunk = actor.sample(feature, args.K, generator, args.candidate_sigma, args.candidate_noise)  # [N, K, H*A]
+            chunk = self.candidates(feature, actor, args, generator)
             chunk = chunk[torch.arange(len(chunk)), self.critic(feature, chunk).mean(0).argmax(-1)]
-        chunk = chunk.unflatten(1, (self.H, -1))
-        if explore:
-            push = torch.randn(len(chunk), 1, self.action_dim, generator=generator, device=chunk.device)
-            chunk = (chunk + explore * push).clamp(-1, 1)
-        return chunk.cpu().numpy()
+        return self.push(chunk, explore, generator).unflatten(1, (self.H, -1)).cpu().numpy()
+
+    def candidates(self, feature: Tensor, actor: ConsistencyActor | FlowActor, args: Args, generator) -> Tensor:
+        """K proposals per state: [N, F] -> [N, K, H*A] normalised."""
+        return self.push(
+            actor.sample(feature, args.K, generator, args.candidate_sigma), args.candidate_noise, generator
+        )
+
+    def push(self, chunk: Tensor, size: float, generator) -> Tensor:
+        """Add Gaussian noise that is the same for all steps of a chunk [.., H*A], `size` in units of the action box.
+
+        The arm then moves off its path, where independent noise would merely make it shake: more to learn from.
+        """
+        if not size:
+            return chunk
+        noise = torch.randn((*chunk.shape[:-1], 1, self.action_dim), generator=generator, device=chunk.device)
+        return (chunk.unflatten(-1, (self.H, -1)) + size * noise).clamp(-1, 1).flatten(-2)
 
 
 # === Losses: pure functions ==========================================================================================
@@ -1043,7 +1077,7 @@ def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Ar
         with torch.no_grad():
             rows = (~expert | (args.expert_filter == "filter")).nonzero()[:, 0]
             feature, chunk = batch.feature[rows], batch.chunk[rows]
-            candidates = agent.actor.sample(feature, args.K, generator, args.candidate_sigma, args.candidate_noise)
+            candidates = agent.candidates(feature, agent.actor_ema, args, generator)  # a_k ~ pi_old
             q = agent.critic(feature, candidates).mean(0)  # [B', K]
             q_buffer = agent.critic(feature, chunk).mean(0)  # [B']
             weight, zeta = vgpd_target(q, q_buffer, args.temperature, args.temperature_adaptive)
@@ -1111,16 +1145,17 @@ def rollout(env, agent, args: Args, act, seeds, training: bool, frames: list | N
     so that success at the end can be told from success on the way. `frames` collects the first environment's video.
     """
     N, H = len(seeds), agent.H
-    every = 1 if training else H  # replay stores each step's observation
-    obs, ended = env.reset(seed=list(seeds), options={"every": every})[0], np.zeros(N, dtype=bool)
+    every = 1 if training or agent.window > 1 else H  # replay stores each step's observation
+    seen, ended = [env.reset(seed=list(seeds), options={"every": every})[0]], np.zeros(N, dtype=bool)
     length, features, actions, successes = np.full(N, args.max_episode_steps), [], [], []
     for t in range(args.max_episode_steps):
         if t % every == 0:
-            features.append(agent.feature(obs))
+            features.append(agent.feature(agent.recent(seen)))
         if t % H == 0:
             chunk = act(features[-1])
         actions.append(chunk[:, t % H])
         obs, success, _, _, info = env.step(agent.denormalise(actions[-1]))
+        seen = [*seen, obs][-agent.window :]
         successes.append(success > 0)
         if frames is not None:
             frames.append(env.call("render")[0])
@@ -1129,7 +1164,7 @@ def rollout(env, agent, args: Args, act, seeds, training: bool, frames: list | N
             ended |= info["ended"]
             if ended.all():
                 break
-    stacked = torch.stack([*features, agent.feature(obs)], 1).cpu() if training else torch.empty(N, 0)
+    stacked = torch.stack([*features, agent.feature(agent.recent(seen))], 1).cpu() if training else torch.empty(N, 0)
     action, success = np.stack(actions, 1), np.stack(successes, 1)  # [N, T, A], [N, T]
     return [Episode(stacked[i, : n + 1], action[i, :n], success[i, :n], bool(ended[i])) for i, n in enumerate(length)]
 
@@ -1457,11 +1492,12 @@ class Run:
 
 # --- shared: random shift ---
 def random_shift(image: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Shift each image by up to `pad` pixels, edges repeated. Shapes: [B, H, H, 3] uint8 -> same."""
-    B, side = image.shape[:2]
+    """Shift each sample's W images by up to `pad` pixels, edges repeated. Shapes: [B, W, H, H, 3] uint8 -> same."""
+    B, W, side = image.shape[:3]
     shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator)
-    rows, cols = (torch.arange(side) + shift).clamp(0, side - 1).to(image.device)
-    return image[torch.arange(B, device=image.device)[:, None, None], rows[:, :, None], cols[:, None, :]]
+    rows, cols = (torch.arange(side) + shift).clamp(0, side - 1).to(image.device)[:, :, None]  # [B, 1, H] each
+    sample, step = torch.arange(B, device=image.device), torch.arange(W, device=image.device)
+    return image[sample[:, None, None, None], step[:, None, None], rows[..., None], cols[:, :, None]]
 
 
 # --- end shared ---
@@ -1495,8 +1531,7 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
     """Stage 0: behaviour cloning of pi0 and head ("sft"), then of the head on cached embeddings ("sft-head")."""
     args = run.args
     optimizer, params = run.optimizers["sft"], run.optimizers["sft"].param_groups[0]["params"]
-    obs = {k: torch.from_numpy(v) for k, v in run.demos.obs.items()}
-    if "primary" in obs and stage == "sft":
+    if "primary" in run.demos.obs and stage == "sft":
         torch.set_num_threads(args.torch_threads or min(os.cpu_count() or 1, 8))
     last = run.demos.starts() + run.demos.lengths
     rows = torch.from_numpy(np.delete(np.arange(run.num_demo_rows), last))  # all that have an action
@@ -1507,9 +1542,9 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
             t = rows[torch.randint(len(rows), (args.sft_batch_size,), generator=run.generators["batch"])]
             batch = run.expert.gather(t, args.device)
             if stage == "sft":
-                seen = {k: random_shift(v[t], run.generators["batch"]) for k, v in obs.items() if k != "proprio"}
-                seen |= {"proprio": obs["proprio"][t]}
-                losses = clone_losses(run.agent, seen, batch.chunk, args, run.generators["update"])
+                seen = run.demos.at(t, 1)
+                images = {k: random_shift(v, run.generators["batch"]) for k, v in seen.items() if v.dim() == 5}
+                losses = clone_losses(run.agent, seen | images, batch.chunk, args, run.generators["update"])
             else:
                 losses = head_losses(run, t, batch)
             optimizer.zero_grad()
@@ -1522,16 +1557,16 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
     run.trained.load_state_dict(run.average.module.state_dict())
     run.agent.actor_ema.load_state_dict(run.agent.actor.state_dict())
     if stage == "sft":
-        embed_demos(run, obs)
+        embed_demos(run)
     torch.set_num_threads(args.torch_threads or 1)
 
 
 @torch.no_grad()
-def embed_demos(run: Run, obs: dict[str, Tensor]) -> None:
+def embed_demos(run: Run) -> None:
     """Each demonstrated observation goes through the backbone once, here; and the flow says what it would do there."""
     agent, teacher, flow = run.agent, [], run.agent.flow_policy
     for r in torch.arange(run.num_demo_rows).split(256):
-        prefix, proprio = agent.observe({k: v[r] for k, v in obs.items()})
+        prefix, proprio = agent.observe(run.demos.at(r, 1))
         run.expert.data["feature"][r] = agent.row(prefix, proprio).cpu()
         if run.args.head == "consistency" and run.args.sft_head_updates:
             context = flow.context(prefix.cache, prefix.valid, proprio)

@@ -246,7 +246,7 @@ def zip_prefix(agent):
 @HEADS
 def test_dry_run(head):
     """Its parameters and rows are those of a real agent, and it costs no memory at the released size."""
-    args = script.Args(env_id="PushCube-v1", obs_mode="state", head=head, device="cpu", hidden_dim=16)
+    args = script.Args(env_id="PushCube-v1", obs_mode="state", head=head, device="cpu", hidden_dim=16, image_size=64)
     found = script.dry_run(dataclasses.replace(args))
     demos = script.Demos({"proprio": np.zeros((2, 25), np.float32)}, np.eye(2, 4, dtype=np.float32), np.ones(1, int), np.ones(1, int), "")  # fmt: skip
     agent = script.Agent(args, demos)
