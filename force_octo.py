@@ -19,15 +19,16 @@ Commands
   python force_octo.py --env-id PushCube-v1 --obs-mode state         # privileged state: minutes on one core
   python force_octo.py --preset paper --env-id PickCube-v1           # the paper's reading, where it is known
   python force_octo.py --sft-checkpoint runs/NAME                    # start from a run of bc.py
+  python force_octo.py --robot-uids panda_wristcam --backbone octo-small --checkpoint hf://rail-berkeley/octo-small-1.5
   python force_octo.py --resume runs/NAME | --eval-only runs/NAME    # go on after a kill | evaluate the last checkpoint
 
 Where the default differs from the paper (--preset paper: without 2-8; reasons and measurements: docs/force.md)
   1 the critic reads the frozen backbone's embedding and proprio, not images; TD targets stay within possible returns;
     the networks see actions in units of their spread; beside a camera, proprio is noisy while networks train
   2 10 Hz position control, chunks of 4 actions with chunked TD     5 temperature in units of the candidates' Q spread
-  3 reward 0/1, discount 0.98 per step                              6 candidates re-noised once, episodes pushed a little
-  4 half of the critic's target is the Monte-Carlo return           7 Q loss normalised, small, and in stage 3 only
-                                                                    8 an averaged actor acts and is evaluated
+  3 reward 0/1, discount 0.98 per step                              6 candidates re-noised and pushed, episodes pushed
+  4 half of the critic's target is the Monte-Carlo return           7 Q loss normalised, small, in stage 3, not for rgb
+                                                                    8 pi_old is an averaged actor; it acts, too
   and in budgets and step sizes (PAPER below): demonstrations, updates, batch, tau, sampled actions, number of critics,
   noise levels per sample
 Measured: docs/force.md (CPU)
