@@ -1,6 +1,6 @@
 """A run's evaluation videos as one picture: a row per episode, evenly spaced frames from start to success.
 
-    python benchmark/filmstrip.py runs/NAME docs/figures/rollout.png
+python benchmark/filmstrip.py runs/NAME docs/figures/rollout.png
 """
 
 from __future__ import annotations
