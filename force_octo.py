@@ -22,13 +22,14 @@ Commands
   python force_octo.py --robot-uids panda_wristcam --backbone octo-small --checkpoint hf://rail-berkeley/octo-small-1.5
   python force_octo.py --resume runs/NAME | --eval-only runs/NAME    # go on after a kill | evaluate the last checkpoint
 
-Where the default differs from the paper (--preset paper: without 2-8; reasons and measurements: docs/force.md)
+Where the default differs from the paper (--preset paper: without 2-9; reasons and measurements: docs/force.md)
   1 the critic reads the frozen backbone's embedding and proprio, not images; TD targets stay within possible returns;
     the networks see actions in units of their spread; beside a camera, proprio is noisy while networks train
   2 10 Hz position control, chunks of 4 actions with chunked TD     5 temperature in units of the candidates' Q spread
   3 reward 0/1, discount 0.98 per step                              6 candidates re-noised and pushed, episodes pushed
-  4 half of the critic's target is the Monte-Carlo return           7 Q loss normalised, small, in stage 3, not for rgb
-                                                                    8 pi_old is an averaged actor; it acts, too
+  4 half of the critic's target is the Monte-Carlo return           7 Q loss normalised, small, and in stage 3 only
+  9 with a camera, in stage 3: no Q loss, and distillation on         8 pi_old is an averaged actor; it acts, too
+    successful trajectories only
   and in budgets and step sizes (PAPER below): demonstrations, updates, batch, tau, sampled actions, number of critics,
   noise levels per sample
 Measured: docs/force.md (CPU)
@@ -146,6 +147,7 @@ class Args:
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
     temperature: float = 1.0  # tau of Eq. (15), in units of reward or (adaptive) of the candidates' Q spread
     temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
+    success_filter: bool | None = None  # stage 3: distil on successful trajectories only; default: with a camera
     expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12) or gated (Eq. 14)
     candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
     candidate_noise: float = 0.02  # Gaussian push on candidates, in units of the action box
@@ -166,7 +168,7 @@ PAPER = dict(
     control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99,
     chunk_len=1, num_critics=2, noise_levels=1, sft_lr=3e-4, q_weight=1.0, offline_q_weight=0.1, q_normalize=False,
     distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0, candidate_noise=0.0,
-    explore_noise=0.0, actor_ema=0.0, cql_samples=10, offline_updates=20_000, warmup_updates=4000,
+    explore_noise=0.0, actor_ema=0.0, success_filter=False, cql_samples=10, offline_updates=20_000, warmup_updates=4000,
     online_steps=30_000, utd_ratio=1.0, num_demos=50,
 )  # fmt: skip
 
@@ -190,6 +192,7 @@ def validate(args: Args) -> None:
     # A critic on camera features is worth less, so the policy leaves what it knows more slowly (docs/force.md, log).
     args.q_weight = (0.0 if args.obs_mode == "rgb" else 0.02) if args.q_weight is None else args.q_weight
     args.actor_ema = (0.999 if args.obs_mode == "rgb" else 0.995) if args.actor_ema is None else args.actor_ema
+    args.success_filter = args.obs_mode == "rgb" if args.success_filter is None else args.success_filter
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
     if args.sft_checkpoint:
@@ -1004,7 +1007,8 @@ def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Ar
             if args.expert_filter == "filter":
                 logs["vgpd/zeta_expert"] = zeta[expert].mean()
     bc = consistency_loss(agent.actor, batch.feature, target, generator, args.noise_levels)  # [B]
-    loss_bc = success_weighted_bc(bc, batch.success) if stage == "warmup" else bc.mean()
+    successes = stage == "warmup" or (stage == "online" and args.success_filter)
+    loss_bc = success_weighted_bc(bc, batch.success) if successes else bc.mean()
     weight_bc = args.distill_weight if stage == "online" else args.bc_weight
     weight_q = args.q_weight if stage == "online" else args.offline_q_weight
     loss = weight_bc * loss_bc

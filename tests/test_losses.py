@@ -579,6 +579,12 @@ def test_warmup_imitates_successes_only(monkeypatch):
     assert logs["losses/bc"].item() == pytest.approx((loss + ((0.1 + 0.2) ** 2 + 0) / 2) / 2, rel=1e-4)
 
 
+def test_success_filter_leaves_failures_out_of_the_distillation(monkeypatch):
+    _, logs, target, _ = actor_step(monkeypatch, success_filter=True)
+    assert target[1, 0] > 0.29  # sample 1's trajectory failed; it has a target, but no weight
+    assert logs["losses/distill"].item() == pytest.approx((0.1 - 0.3) ** 2, rel=1e-4)
+
+
 def test_q_loss_raises_the_actor_and_spares_the_critic(monkeypatch):
     agent, logs, _, _ = actor_step(monkeypatch, stage="offline", offline_q_weight=1.0, bc_weight=0.0, q_normalize=False)
     # Q(s, pi(s)) = slope * (s + 2 * (s + shift)); d/dshift of its mean over critics: 0.75 * 2
