@@ -693,9 +693,8 @@ class ChunkCritic(nn.Module):
         x = (torch.cat(tokens, 2) + self.position[:num]).flatten(1, 2)  # [E, B*N*(K+1), d]
         for block in self.blocks:
             heads = block["qkv"](F.layer_norm(x, width)).view(num * B * N, K + 1, 3, self.heads, -1)
-            mixed = F.scaled_dot_product_attention(
-                *heads.permute(2, 0, 3, 1, 4), is_causal=True
-            )  # [.., K + 1, d/heads]
+            q, k, v = heads.permute(2, 0, 3, 1, 4)  # [.., K + 1, d/heads] each
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + block["mix"](mixed.transpose(1, 2).reshape(x.shape))
             x = x + block["down"](F.gelu(block["up"](F.layer_norm(x, width))))
         return self.out(F.layer_norm(x, width)).view(num, B, N, K + 1)[..., 1:]

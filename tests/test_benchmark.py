@@ -208,8 +208,12 @@ def test_interrupt_stops_the_runs_and_their_workers(suite, tmp_path):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    assert run.main("stub", runs=tmp_path) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        assert run.main("stub", runs=tmp_path) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     stat, deadline = Path(f"/proc/{worker.read_text()}/stat"), time.time() + 5
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone; or Z, dead and not yet reaped
         while stat.read_text().split()[2] != "Z":

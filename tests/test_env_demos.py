@@ -343,6 +343,8 @@ def scripted_agent(H=3):
         return feature.numpy()[:, 1:, None] + (0.1 * np.arange(1, H + 1))[:, None]
 
     return SimpleNamespace(
+        window=1,
+        recent=lambda seen: seen[-1],
         H=H,
         feature=lambda obs: torch.as_tensor(obs["proprio"]),
         act=act,
