@@ -161,18 +161,30 @@ def check_flags(args: Args, limits: dict) -> None:
     `limits` holds {what a number must be: (test, flags)}; other numbers must be at least 0. Raises: UserError.
     """
     import mani_skill.envs  # noqa: F401  registers the tasks
+    from mani_skill.agents.registration import REGISTERED_AGENTS
+    from mani_skill.utils.assets import DATA_GROUPS, DATA_SOURCES, is_data_source_downloaded
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     if args.env_id not in REGISTERED_ENVS:
         known = ", ".join(TASKS)
         raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {known}")
+    task = REGISTERED_ENVS[args.env_id]
+    if args.robot_uids not in REGISTERED_AGENTS:
+        fitting = ", ".join(uid for uid in getattr(task.cls, "SUPPORTED_ROBOTS", []) if isinstance(uid, str))
+        raise UserError(f"--robot-uids {args.robot_uids} is no ManiSkill robot; {args.env_id} is made for: {fitting}")
+    needed = {*task.asset_download_ids, *REGISTERED_AGENTS[args.robot_uids].asset_download_ids}
+    while needed - DATA_SOURCES.keys():  # groups of groups
+        needed = {part for uid in needed for part in ([uid] if uid in DATA_SOURCES else DATA_GROUPS[uid])}
+    if missing := sorted(uid for uid in needed if not is_data_source_downloaded(uid)):
+        tools = "; ".join(f"python -m mani_skill.utils.download_asset {uid}" for uid in missing)
+        raise UserError(f"{args.env_id} with {args.robot_uids} needs files of ManiSkill's: {tools}")
     rules = {name: (meaning, test) for meaning, (test, names) in limits.items() for name in names.split()}
     for name, value in vars(args).items():
         meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
         if isinstance(value, int | float) and not test(value):
             raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
     if args.max_episode_steps is None:
-        seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
+        seconds = TASKS.get(args.env_id, Task()).seconds or task.max_episode_steps / 10
         args.max_episode_steps = round(seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
@@ -258,10 +270,10 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
             sensor_configs=dict(width=side, height=side, shader_pack="minimal", **cameras), reward_mode="none",
             human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
         )  # fmt: skip
-    except RuntimeError as error:
-        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
     except (KeyError, AssertionError, NotImplementedError) as error:  # how ManiSkill refuses robots and controllers
         raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
+    except RuntimeError as error:
+        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
     return ObsWrapper(args.place(env) if hasattr(args, "place") else env)  # co_rft_chunked.py moves objects
 
 

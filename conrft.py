@@ -112,7 +112,7 @@ class Args:
     chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
     action_range: float = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
     critic_encoder: Literal["embedding", "cnn", "resnet"] = "embedding"  # what the critic sees: embedding or images
-    critic_weights: str | None = None  # torchvision's ResNet-18 weights (.pth) for --critic-encoder resnet, kept frozen
+    critic_weights: str | None = None  # ResNet-18 weights (.safetensors) for --critic-encoder resnet, kept frozen
 
     # --- stage 0: supervised fine-tuning ---
     sft_checkpoint: str | None = None  # run folder of bc.py (consistency head) to start from in the place of stage 0
@@ -154,8 +154,7 @@ class Args:
     record_demos: str | None = None  # write successful episodes with interventions to this .h5, for --demo-path
 
     # --- evaluation and logging ---
-    eval_episodes: int = 100  # episodes of the last evaluation and of the one at hand-over to stage II
-    eval_interim_episodes: int = 100  # episodes of every other evaluation
+    eval_episodes: int = 100  # episodes of an evaluation
     eval_freq: int = 2000  # control steps between evaluations in stage II
     video_episodes: int = 4  # episodes filmed after training (0 = none)
     log_freq: int = 100  # updates between logged rows
@@ -173,7 +172,7 @@ DEVICES = {"keyboard": ("pygame",), "gamepad": ("pygame",), "spacemouse": ("pyga
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
     "at least 1": (lambda x: x >= 1, """control_freq num_envs num_demos noise_levels hidden_dim num_layers num_critics
-        chunk_len sft_batch_size critic_updates cql_samples patience eval_episodes eval_interim_episodes eval_freq
+        chunk_len sft_batch_size critic_updates cql_samples patience eval_episodes eval_freq
         log_freq checkpoint_freq"""),
     "at least 2": (lambda x: x >= 2, "batch_size"),
     "positive": (lambda x: x > 0, "sft_lr reinforce_lr action_range"),
@@ -204,7 +203,7 @@ def validate(args: Args) -> None:
     if args.critic_encoder != "embedding" and args.obs_mode != "rgb":
         raise UserError(f"--critic-encoder {args.critic_encoder} needs --obs-mode rgb")
     if (args.critic_encoder == "resnet") != bool(args.critic_weights):
-        raise UserError("--critic-encoder resnet and --critic-weights FILE (torchvision's ResNet-18) go together")
+        raise UserError("--critic-encoder resnet and --critic-weights FILE.safetensors (ResNet-18) go together")
     devices = () if args.eval_only else DEVICES.get(args.intervention, ())
     for module in (*devices, *["torchvision"] * bool(args.critic_weights)):
         optional(module)
@@ -272,18 +271,30 @@ def check_flags(args: Args, limits: dict) -> None:
     `limits` holds {what a number must be: (test, flags)}; other numbers must be at least 0. Raises: UserError.
     """
     import mani_skill.envs  # noqa: F401  registers the tasks
+    from mani_skill.agents.registration import REGISTERED_AGENTS
+    from mani_skill.utils.assets import DATA_GROUPS, DATA_SOURCES, is_data_source_downloaded
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     if args.env_id not in REGISTERED_ENVS:
         known = ", ".join(TASKS)
         raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {known}")
+    task = REGISTERED_ENVS[args.env_id]
+    if args.robot_uids not in REGISTERED_AGENTS:
+        fitting = ", ".join(uid for uid in getattr(task.cls, "SUPPORTED_ROBOTS", []) if isinstance(uid, str))
+        raise UserError(f"--robot-uids {args.robot_uids} is no ManiSkill robot; {args.env_id} is made for: {fitting}")
+    needed = {*task.asset_download_ids, *REGISTERED_AGENTS[args.robot_uids].asset_download_ids}
+    while needed - DATA_SOURCES.keys():  # groups of groups
+        needed = {part for uid in needed for part in ([uid] if uid in DATA_SOURCES else DATA_GROUPS[uid])}
+    if missing := sorted(uid for uid in needed if not is_data_source_downloaded(uid)):
+        tools = "; ".join(f"python -m mani_skill.utils.download_asset {uid}" for uid in missing)
+        raise UserError(f"{args.env_id} with {args.robot_uids} needs files of ManiSkill's: {tools}")
     rules = {name: (meaning, test) for meaning, (test, names) in limits.items() for name in names.split()}
     for name, value in vars(args).items():
         meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
         if isinstance(value, int | float) and not test(value):
             raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
     if args.max_episode_steps is None:
-        seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
+        seconds = TASKS.get(args.env_id, Task()).seconds or task.max_episode_steps / 10
         args.max_episode_steps = round(seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
@@ -369,10 +380,10 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
             sensor_configs=dict(width=side, height=side, shader_pack="minimal", **cameras), reward_mode="none",
             human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
         )  # fmt: skip
-    except RuntimeError as error:
-        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
     except (KeyError, AssertionError, NotImplementedError) as error:  # how ManiSkill refuses robots and controllers
         raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
+    except RuntimeError as error:
+        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
     return ObsWrapper(args.place(env) if hasattr(args, "place") else env)  # co_rft_chunked.py moves objects
 
 
@@ -1128,9 +1139,11 @@ class Agent(OctoPolicy):
         if args.critic_encoder == "resnet":
             net = optional("torchvision").models.resnet18()
             try:
-                net.load_state_dict(torch.load(args.critic_weights, map_location="cpu", weights_only=True))
+                net.load_state_dict(load_file(args.critic_weights))
             except Exception as error:  # the readers raise all sorts
-                raise UserError(f"--critic-weights {args.critic_weights}: no ResNet-18 weights ({error})") from error
+                raise UserError(
+                    f"--critic-weights {args.critic_weights}: no ResNet-18 weights in .safetensors ({error})"
+                ) from error
             self.trunk = nn.Sequential(*list(net.children())[:-2]).eval().requires_grad_(False)
 
     def maps(self, image: Tensor) -> Tensor:
@@ -1748,7 +1761,7 @@ def train_online(run: Run, logger: Logger) -> None:
             logger.log(logs, count["global_step"], count["update_step"])
             bar.set_postfix(train=f"{success:.2f}", length=f"{length:.0f}", intervened=f"{rate:.2f}")
             if done // args.eval_freq > before // args.eval_freq and done < args.online_steps:
-                run.evaluate(logger, args.eval_interim_episodes)
+                run.evaluate(logger, args.eval_episodes)
                 run.save()
 
 

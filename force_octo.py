@@ -116,8 +116,8 @@ class Args:
 
     # --- stage 0: supervised fine-tuning ---
     sft_checkpoint: str | None = None  # run folder of bc.py (consistency head) to start from in the place of stage 0
-    sft_updates: int = 6000  # updates of backbone and head
-    sft_head_updates: int = 0  # further updates of the head alone, on cached embeddings
+    sft_updates: int = 6000  # updates of stage 0
+    finetune: Literal["full", "head"] = "full"  # stage 0: train backbone and head, or the head alone
     sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
     proprio_noise: float | None = None  # noise on proprio in every update; default: 0.1 std with a camera, else 0
@@ -156,8 +156,7 @@ class Args:
     select: Literal["sample", "best-of-k"] = "sample"  # best of K by the critic isn't in the paper
 
     # --- evaluation and logging ---
-    eval_episodes: int = 100  # episodes of the last evaluation and of the one at hand-over to stage 3
-    eval_interim_episodes: int = 100  # episodes of every other evaluation
+    eval_episodes: int = 100  # episodes of an evaluation
     eval_freq: int = 2000  # control steps between evaluations in stage 3
     video_episodes: int = 4  # episodes filmed after training (0 = none)
     log_freq: int = 100  # updates between logged rows
@@ -174,7 +173,7 @@ PAPER = dict(
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
     "at least 1": (lambda x: x >= 1, """K control_freq num_envs num_demos noise_levels hidden_dim num_layers
-        num_critics chunk_len sft_batch_size critic_updates cql_samples eval_episodes eval_interim_episodes eval_freq
+        num_critics chunk_len sft_batch_size critic_updates cql_samples eval_episodes eval_freq
         log_freq checkpoint_freq"""),
     "at least 2": (lambda x: x >= 2, "batch_size"),
     "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature action_range"),
@@ -196,7 +195,7 @@ def validate(args: Args) -> None:
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
     if args.sft_checkpoint:
-        args.sft_updates = args.sft_head_updates = 0
+        args.sft_updates = 0
         if not (args.resume or args.eval_only):
             check_origin(args, Path(args.sft_checkpoint))
     if args.select == "best-of-k" and args.K < 2:
@@ -252,18 +251,30 @@ def check_flags(args: Args, limits: dict) -> None:
     `limits` holds {what a number must be: (test, flags)}; other numbers must be at least 0. Raises: UserError.
     """
     import mani_skill.envs  # noqa: F401  registers the tasks
+    from mani_skill.agents.registration import REGISTERED_AGENTS
+    from mani_skill.utils.assets import DATA_GROUPS, DATA_SOURCES, is_data_source_downloaded
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     if args.env_id not in REGISTERED_ENVS:
         known = ", ".join(TASKS)
         raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {known}")
+    task = REGISTERED_ENVS[args.env_id]
+    if args.robot_uids not in REGISTERED_AGENTS:
+        fitting = ", ".join(uid for uid in getattr(task.cls, "SUPPORTED_ROBOTS", []) if isinstance(uid, str))
+        raise UserError(f"--robot-uids {args.robot_uids} is no ManiSkill robot; {args.env_id} is made for: {fitting}")
+    needed = {*task.asset_download_ids, *REGISTERED_AGENTS[args.robot_uids].asset_download_ids}
+    while needed - DATA_SOURCES.keys():  # groups of groups
+        needed = {part for uid in needed for part in ([uid] if uid in DATA_SOURCES else DATA_GROUPS[uid])}
+    if missing := sorted(uid for uid in needed if not is_data_source_downloaded(uid)):
+        tools = "; ".join(f"python -m mani_skill.utils.download_asset {uid}" for uid in missing)
+        raise UserError(f"{args.env_id} with {args.robot_uids} needs files of ManiSkill's: {tools}")
     rules = {name: (meaning, test) for meaning, (test, names) in limits.items() for name in names.split()}
     for name, value in vars(args).items():
         meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
         if isinstance(value, int | float) and not test(value):
             raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
     if args.max_episode_steps is None:
-        seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
+        seconds = TASKS.get(args.env_id, Task()).seconds or task.max_episode_steps / 10
         args.max_episode_steps = round(seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
@@ -349,10 +360,10 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
             sensor_configs=dict(width=side, height=side, shader_pack="minimal", **cameras), reward_mode="none",
             human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
         )  # fmt: skip
-    except RuntimeError as error:
-        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
     except (KeyError, AssertionError, NotImplementedError) as error:  # how ManiSkill refuses robots and controllers
         raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
+    except RuntimeError as error:
+        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
     return ObsWrapper(args.place(env) if hasattr(args, "place") else env)  # co_rft_chunked.py moves objects
 
 
@@ -1235,7 +1246,7 @@ def load_config(cls, folder: Path):
 
 
 # === Training ========================================================================================================
-STAGES = ("sft", "sft-head", "offline", "warmup", "online", "done")
+STAGES = ("sft", "offline", "warmup", "online", "done")
 
 
 class Run:
@@ -1269,7 +1280,7 @@ class Run:
 
     def act(self, feature: Tensor, generator: torch.Generator, explore: float = 0.0) -> np.ndarray:
         """`Agent.act` with the actor that stands for the policy: after stage 0 the averaged one."""
-        averaged = self.args.actor_ema and not self.count["stage"].startswith("sft")
+        averaged = self.args.actor_ema and self.count["stage"] != "sft"
         actor = self.agent.actor_ema if averaged else self.agent.actor
         return self.agent.act(feature, actor, self.args, generator, explore)
 
@@ -1331,8 +1342,8 @@ class Run:
         """Those of the present stage (ConRFT starts each stage with a fresh Adam), and stage 0's averaged weights."""
         args, agent, stage = self.args, self.agent, self.count["stage"]
         self.average = None
-        if stage.startswith("sft"):
-            self.trained = nn.ModuleList([agent.backbone, agent.actor] if stage == "sft" else [agent.actor])
+        if stage == "sft":
+            self.trained = nn.ModuleList([agent.backbone, agent.actor] if args.finetune == "full" else [agent.actor])
             self.optimizers = {"sft": torch.optim.AdamW(self.trained.parameters(), lr=args.sft_lr, weight_decay=1e-4)}
             decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
             self.average = torch.optim.swa_utils.AveragedModel(self.trained, multi_avg_fn=decay)
@@ -1362,7 +1373,7 @@ class Run:
     def bar(self, title: str, total: int, done: int = 0) -> tqdm:
         """Progress of a stage; the title carries the latest evaluation."""
         latest = f" | success {self.evals[-1]['eval/success_once']:.2f}" if self.evals else ""
-        title = f"[{STAGES.index(self.count['stage'])}/4] {title}{latest}"
+        title = f"[{STAGES.index(self.count['stage'])}/3] {title}{latest}"
         return tqdm(total=total, initial=done, desc=title, mininterval=2, disable=not total)
 
     def clock(self) -> None:
@@ -1411,22 +1422,24 @@ def random_shift(image: Tensor, generator: torch.Generator, pad: int = 4) -> Ten
 # --- end shared ---
 
 
-def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
-    """Stage 0: behaviour cloning of backbone and head ("sft"), then of the head on cached embeddings ("sft-head")."""
-    args, agent = run.args, run.agent
+def train_sft(run: Run, logger: Logger) -> None:
+    """Stage 0: behaviour cloning of backbone and head, or of the head on cached embeddings; ends with averaged weights."""
+    args, agent, full, total = run.args, run.agent, run.args.finetune == "full", run.args.sft_updates
     optimizer, params = run.optimizers["sft"], run.optimizers["sft"].param_groups[0]["params"]
-    if "primary" in run.demos.obs and stage == "sft":
+    if full and "primary" in run.demos.obs:
         torch.set_num_threads(args.torch_threads or min(os.cpu_count() or 1, 8))
+    if not full:
+        embed_demos(run)
     last = run.demos.starts() + run.demos.lengths
     rows = torch.from_numpy(np.delete(np.arange(run.num_demo_rows), last))  # all that have an action
-    with run.bar("SFT" if stage == "sft" else "SFT, head only", total, run.count["stage_update"]) as bar:
+    with run.bar("SFT", total, run.count["stage_update"]) as bar:
         while (step := run.count["stage_update"]) < total:
             rate = min((step + 1) / (0.05 * total), 0.5 * (1 + math.cos(math.pi * step / total)))
             optimizer.param_groups[0]["lr"] = args.sft_lr * rate
             t = rows[torch.randint(len(rows), (args.sft_batch_size,), generator=run.generators["batch"])]
             batch = run.expert.gather(t, args.device)
             feature = batch.feature
-            if stage == "sft":
+            if full:
                 obs = run.demos.at(t, agent.window)
                 images = {k: random_shift(v, run.generators["batch"]) for k, v in obs.items() if v.dim() == 5}
                 feature = agent.feature(obs | images)
@@ -1442,12 +1455,17 @@ def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
             bar.update()
     run.trained.load_state_dict(run.average.module.state_dict())
     agent.actor_ema.load_state_dict(agent.actor.state_dict())
-    if stage == "sft":
-        with torch.no_grad():  # each observation is embedded once, here
-            rows = torch.arange(run.num_demo_rows).split(256)
-            features = [agent.feature(run.demos.at(r, agent.window)).cpu() for r in rows]
-        run.expert.data["feature"][: run.num_demo_rows] = torch.cat(features)
+    if full:
+        embed_demos(run)
     torch.set_num_threads(args.torch_threads or 1)
+
+
+@torch.no_grad()
+def embed_demos(run: Run) -> None:
+    """Embed each observation of the demonstrations once, into the expert buffer."""
+    rows = torch.arange(run.num_demo_rows).split(256)
+    features = [run.agent.feature(run.demos.at(r, run.agent.window)).cpu() for r in rows]
+    run.expert.data["feature"][: run.num_demo_rows] = torch.cat(features)
 
 
 def train_updates(run: Run, logger: Logger, stage: str, total: int) -> None:
@@ -1482,8 +1500,8 @@ def train_online(run: Run, logger: Logger) -> None:
             logger.log(logs, count["global_step"], count["update_step"])
             bar.set_postfix(train=f"{success:.2f}", length=f"{length:.0f}")
             if done // args.eval_freq > before // args.eval_freq and done < args.online_steps:
-                run.evaluate(logger, args.eval_interim_episodes)
-                bar.set_description(f"[4/4] online VGPD | success {run.evals[-1]['eval/success_once']:.2f}")
+                run.evaluate(logger, args.eval_episodes)
+                bar.set_description(f"[3/3] online VGPD | success {run.evals[-1]['eval/success_once']:.2f}")
                 run.save()
 
 
@@ -1562,14 +1580,12 @@ def main(args: Args) -> Path:
 
     # ALGORITHM: stage 0
     if run.enter("sft"):
-        train_sft(run, logger, "sft", args.sft_updates)
-    if run.enter("sft-head"):
-        train_sft(run, logger, "sft-head", args.sft_head_updates)
+        train_sft(run, logger)
         run.evaluate(logger, args.eval_episodes)
     # ALGORITHM: stage 1
     if run.enter("offline"):
         train_updates(run, logger, "offline", args.offline_updates)
-        run.evaluate(logger, args.eval_interim_episodes)
+        run.evaluate(logger, args.eval_episodes)
     # ALGORITHM: stage 2
     if args.warmup and run.enter("warmup"):
         with run.bar("warm-up rollouts", args.warmup_episodes, count["episodes"]) as bar:

@@ -22,7 +22,7 @@ import force_octo as script
 from force_octo import UserError
 
 SHORT = dict(
-    sft_updates=2, sft_head_updates=1, offline_updates=2, warmup_updates=2, warmup_episodes=1, online_steps=10,
+    sft_updates=2, offline_updates=2, warmup_updates=2, warmup_episodes=1, online_steps=10,
     eval_episodes=1,
 )  # fmt: skip
 
@@ -56,6 +56,9 @@ def test_help_names_and_explains_every_flag(command):
 BAD = {
     "--env-id Nope-v1": "--env-id Nope-v1 is no ManiSkill task",
     "--env-id RollBall-v1": "no motion planner for RollBall-v1.*--demo-path",
+    "--robot-uids panda_bad": "no ManiSkill robot.*made for: .*panda",
+    "--robot-uids xarm6_robotiq": "download_asset xarm6",
+    "--env-id PickSingleYCB-v1": "download_asset ycb",
     "--demo-path nowhere.h5": "nowhere.*doesn't exist",
     "--K 0": "--K must be at least 1",
     "--online-steps -1": "--online-steps must be at least 0",
@@ -154,6 +157,12 @@ def test_no_vulkan_while_making_demonstrations(no_vulkan, monkeypatch, tmp_path)
     with pytest.raises(UserError, match=r"simulator can't start .*setup\.sh"):
         script.load_demos(tiny_args(tmp_path))
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_robot_that_the_task_has_no_keyframe_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "ProcessPoolExecutor", InlinePool)
+    with pytest.raises(UserError, match=r"StackCube-v1 refuses these settings .*NotImplementedError"):
+        script.load_demos(tiny_args(tmp_path, env_id="StackCube-v1", robot_uids="panda_stick"))
 
 
 # --- run folders ---

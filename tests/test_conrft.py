@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
 import bc
 import conrft as script
@@ -17,7 +18,7 @@ import conrft as script
 TINY = dict(
     env_id="PushCube-v1", obs_mode="state", device="cpu", num_demos=4, max_episode_steps=40, hidden_dim=24,
     num_critics=3, chunk_len=3, noise_levels=2, sft_updates=4, sft_batch_size=8, batch_size=8, offline_updates=4,
-    online_steps=60, utd_ratio=0.1, eval_episodes=1, eval_interim_episodes=1, eval_freq=40, video_episodes=0, log_freq=1,
+    online_steps=60, utd_ratio=0.1, eval_episodes=1, eval_freq=40, video_episodes=0, log_freq=1,
     checkpoint_freq=2,
 )  # fmt: skip
 
@@ -508,8 +509,10 @@ def test_a_frozen_resnet(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=SimpleNamespace(resnet18=Net)))
     net = Net()
-    torch.save(net.state_dict(), tmp_path / "net.pth")
-    flags = dict(obs_mode="rgb", image_size=32, critic_encoder="resnet", critic_weights=str(tmp_path / "net.pth"))
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    flags = dict(
+        obs_mode="rgb", image_size=32, critic_encoder="resnet", critic_weights=str(tmp_path / "net.safetensors")
+    )
     run = toy_run(tmp_path, toy_demos(images=True), **flags)
     image = torch.full((1, 32, 32, 3), 255, dtype=torch.uint8)
     white = (1 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
@@ -519,7 +522,10 @@ def test_a_frozen_resnet(tmp_path, monkeypatch):
     run.update(0.0)
     changed = moved(run.agent, before)
     assert not any("trunk" in name for name in changed) and any(name.startswith("critic.encoder") for name in changed)
-    torch.save({"x": torch.zeros(1)}, tmp_path / "net.pth")
+    save_file({"x": torch.zeros(1)}, tmp_path / "net.safetensors")
+    with pytest.raises(script.UserError, match="no ResNet-18 weights"):
+        toy_run(tmp_path, toy_demos(images=True), **flags)
+    torch.save(net.state_dict(), tmp_path / "net.safetensors")  # a pickle under that name is not opened
     with pytest.raises(script.UserError, match="no ResNet-18 weights"):
         toy_run(tmp_path, toy_demos(images=True), **flags)
 
@@ -534,7 +540,7 @@ BAD = [
     (dict(intervention="oracle", record_demos="x"), "must end with .h5"),
     (dict(critic_encoder="cnn"), "--obs-mode rgb"),
     (dict(critic_encoder="resnet", obs_mode="rgb"), "--critic-weights FILE"),
-    (dict(critic_weights="x.pth"), "--critic-encoder resnet"),
+    (dict(critic_weights="x.safetensors"), "--critic-encoder resnet"),
     (dict(patience=0), "--patience"),
     (dict(intervention="oracle", env_id="RollBall-v1"), "no motion planner for RollBall-v1"),
     (dict(device_speed=2.0), "--device-speed"),

@@ -59,7 +59,7 @@ def released(tmp_path):
 def flags(place, folder, **changes):
     chosen = dict(
         env_id="PickCube-v1", obs_mode="rgb", robot_uids="panda_wristcam", backbone="octo-small", checkpoint=str(folder),
-        image_size=None, num_demos=2, num_envs=1, sft_updates=2, sft_head_updates=0, sft_batch_size=2, batch_size=4, offline_updates=1,
+        image_size=None, num_demos=2, num_envs=1, sft_updates=2, sft_batch_size=2, batch_size=4, offline_updates=1,
         warmup_episodes=1, warmup_updates=2, online_steps=4, max_episode_steps=4, eval_episodes=1, noise_levels=1,
     )  # fmt: skip
     return tiny_args(place, **chosen | changes)

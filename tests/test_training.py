@@ -122,10 +122,9 @@ def changed(whole, before, after, part):
     return [k for k in names if not torch.equal(whole.starts[before][k], whole.starts[after][k])], names
 
 
-STAGES = ["sft", "sft-head", "offline", "warmup", "online", "end"]
+STAGES = ["sft", "offline", "warmup", "online", "end"]
 LEARN = {
     "sft": {"backbone", "actor"},
-    "sft-head": {"actor"},
     "offline": {"actor", "critic", "target_critic"},
     "warmup": {"actor", "critic", "target_critic"},
     "online": {"actor", "critic", "target_critic"},
@@ -173,23 +172,23 @@ def test_metrics(whole):
 
 def test_stages_log_what_they_do(whole):
     args, found = tiny_args(whole.folder), rows(whole.folder)
-    ends = np.cumsum([args.sft_updates, args.sft_head_updates, args.offline_updates, args.warmup_updates])
+    ends = np.cumsum([args.sft_updates, args.offline_updates, args.warmup_updates])
 
     def logged(name):
         return {u for _, u, n, _ in found if n == name}
 
-    half = ends[2] + args.warmup_updates // 2
-    assert logged("grad_norm/sft") == set(range(1, ends[1] + 1))
-    assert logged("losses/calql") == set(range(ends[1] + 1, ends[3] + 1))  # not online: Eq. (8)
-    critic_alone = set(range(ends[2] + 1, half + 1))
-    assert logged("losses/bc") == set(range(1, ends[3] + 1)) - critic_alone
+    half = ends[1] + args.warmup_updates // 2
+    assert logged("grad_norm/sft") == set(range(1, ends[0] + 1))
+    assert logged("losses/calql") == set(range(ends[0] + 1, ends[2] + 1))  # not online: Eq. (8)
+    critic_alone = set(range(ends[1] + 1, half + 1))
+    assert logged("losses/bc") == set(range(1, ends[2] + 1)) - critic_alone
     last = max(logged("losses/td"))
-    assert logged("vgpd/zeta") == logged("losses/distill") == set(range(ends[3] + 1, last + 1))
+    assert logged("vgpd/zeta") == logged("losses/distill") == set(range(ends[2] + 1, last + 1))
     ratio = {u: float(v) for _, u, n, v in found if n == "buffer/policy_ratio"}
-    assert {ratio[u] for u in range(ends[1] + 1, ends[2] + 1)} == {0.0}
-    assert {ratio[u] for u in range(ends[2] + 1, last + 1)} == {0.5}
-    before = max(g for g, u, _, _ in found if u == ends[3])  # env steps when stage 3 began
-    assert last - ends[3] == int(args.utd_ratio * (found[-1][0] - before) + 1e-6)
+    assert {ratio[u] for u in range(ends[0] + 1, ends[1] + 1)} == {0.0}
+    assert {ratio[u] for u in range(ends[1] + 1, last + 1)} == {0.5}
+    before = max(g for g, u, _, _ in found if u == ends[2])  # env steps when stage 3 began
+    assert last - ends[2] == int(args.utd_ratio * (found[-1][0] - before) + 1e-6)
     values = [float(v) for _, _, n, v in found if n in ("values/td_target", "values/mc_return")]
     assert min(values) >= 0 and max(values) <= 1  # the range of returns with rewards 0 and 1
 
@@ -210,11 +209,11 @@ def test_config_and_summary(whole, place):
     assert 0 <= low <= summary["success_once"] <= high <= 1
     assert summary["steps_to_success"] == last["eval/episode_len"] and 0 < summary["steps_to_success"] <= 40
     assert summary["online_env_steps"] >= 150 and summary["env_steps"] > summary["online_env_steps"]
-    assert {"sft", "sft-head", "offline", "warmup", "online"} <= summary["seconds_per_stage"].keys()
+    assert {"sft", "offline", "warmup", "online"} <= summary["seconds_per_stage"].keys()
     assert summary["seconds"] == pytest.approx(sum(summary["seconds_per_stage"].values()))
     assert {"largest_drop", "online_env_steps_at_80", "handover_success_once", "sft_success_once"} <= summary.keys()
     stages = [e["stage"] for e in summary["evaluations"]]
-    assert stages[:2] == ["sft-head", "offline"] and stages.count("online") >= 3  # hand-over, between, last
+    assert stages[:2] == ["sft", "offline"] and stages.count("online") >= 3  # hand-over, between, last
 
 
 def test_summary_numbers():
@@ -224,7 +223,7 @@ def test_summary_numbers():
 
     values = [(0, 0.7), (10, 0.85), (20, 0.6), (30, 0.8), (40, 0.9)]
     run = SimpleNamespace(
-        evals=[evaluation("sft-head", 0, 0.5), evaluation("offline", 0, 0.1)]
+        evals=[evaluation("sft", 0, 0.5), evaluation("offline", 0, 0.1)]
         + [evaluation("online", 100 + step, success) for step, success in values],
         count={"online_start": 100, "global_step": 145}, seconds={"a": 1.0, "b": 2.0},
         demos=SimpleNamespace(steps=np.array([10, 20]), source="here"),
@@ -246,7 +245,7 @@ def test_summary_numbers():
 
 def test_resume_equals_an_undisturbed_run(whole, place, reaching, monkeypatch):
     """Killed once in every stage, off a checkpoint, and gone on with: all that follows is the same."""
-    kills, tick = [("sft", 5), ("sft-head", 3), ("offline", 3), ("warmup", 5), ("online", 25)], script.Run.tick
+    kills, tick = [("sft", 5), ("offline", 3), ("warmup", 5), ("online", 25)], script.Run.tick
 
     def killed_tick(self, logs, logger):
         tick(self, logs, logger)
@@ -296,7 +295,7 @@ def test_evaluation_is_the_same_every_time(whole, place, reaching, monkeypatch, 
 
 
 def short(place, name, **flags):
-    few = dict(sft_updates=2, sft_head_updates=1, offline_updates=2, warmup_episodes=1, warmup_updates=2)
+    few = dict(sft_updates=2, offline_updates=2, warmup_episodes=1, warmup_updates=2)
     folder = script.main(tiny_args(place, run_name=name, **few | dict(online_steps=10, eval_episodes=1) | flags))
     return folder, {n for _, _, n, _ in rows(folder)}
 
@@ -330,7 +329,7 @@ def test_no_warmup(place, plain):
     assert summary["seconds_per_stage"].get("warmup", 0) == 0 and summary["env_steps"] == summary["online_env_steps"]
     assert "calib/q_minus_return" not in names and "calib/q_minus_return" in plain[1]
     first = min(u for _, u, n, _ in rows(folder) if n == "vgpd/zeta")
-    assert first == 2 + 1 + 2 + 1  # right after stage 1
+    assert first == 2 + 2 + 1  # right after stage 1
     assert "losses/calql" in {n for _, u, n, _ in rows(folder) if u >= first}  # kept online if asked for
 
 
@@ -338,7 +337,7 @@ def test_q_weight_expert_filter_and_a_warmup_of_the_critic_alone(place, plain):
     folder, names = short(place, "all", q_weight=1.0, expert_filter="filter", warmup_train_actor=False)
     added = {"losses/q", "values/q_policy", "vgpd/zeta_expert"}
     assert added <= names and not added & plain[1]
-    assert {u for _, u, n, _ in rows(folder) if n == "losses/bc"} == {1, 2, 3, 4, 5}
+    assert {u for _, u, n, _ in rows(folder) if n == "losses/bc"} == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("select", ["sample", "best-of-k"])
@@ -365,7 +364,7 @@ def test_select(place, select, monkeypatch):
 @pytest.mark.parametrize("flags", [
     dict(chunk_len=1, K=1, reward="conrft", critic_updates=1, num_critics=1, num_layers=1),
     dict(actor_ema=0.0, candidate_sigma=0.0, candidate_noise=0.0, utd_ratio=0.0),
-    dict(warmup_episodes=0, warmup_updates=0, offline_updates=0, sft_updates=0, sft_head_updates=0, online_steps=0),
+    dict(warmup_episodes=0, warmup_updates=0, offline_updates=0, sft_updates=0, online_steps=0),
 ], ids=["least sizes", "extras off", "nothing to do"])  # fmt: skip
 def test_settings_at_the_edge_run(place, flags):
     folder, _ = short(place, f"edge-{next(iter(flags))}", **flags)
