@@ -24,8 +24,17 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import stats  # noqa: E402
-from benchmark.rows import BOOKKEEPING, ROOT, CommandError, Row, all_commands, load_script, misfit  # noqa: E402
-from benchmark.rows import read_commands, read_csv  # noqa: E402
+from benchmark.rows import (  # noqa: E402
+    BOOKKEEPING,
+    ROOT,
+    CommandError,
+    Row,
+    all_commands,
+    load_script,
+    misfit,
+    read_commands,
+    read_csv,
+)
 
 RESULTS = ROOT / "benchmark" / "results"
 EVALUATION = {
