@@ -27,18 +27,23 @@ from PIL.PngImagePlugin import PngInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import stats  # noqa: E402
-from benchmark.collect import RESULTS  # noqa: E402
+from benchmark.collect import KEEP, RESULTS  # noqa: E402
 from benchmark.rows import ROOT, CommandError, CommandFile, Row, all_commands, read_csv  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-# A method keeps its colour (Okabe and Ito's, told apart by colour-blind readers) and marker in all figures; its
-# ablations are told apart by the dashes.
-COLOURS = {"FORCE": "#0072B2", "ConRFT (no HIL)": "#D55E00", "Cal-QL": "#CC79A7", "CO-RFT": "#009E73", "BC": "#000000",
-           "ConRFT": "#E69F00", "FORCE on pi0": "#56B4E9", "Cal-ConRFT": "#999999"}  # fmt: skip
-MARKERS = dict(zip(COLOURS, "osD^vPXh"))
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
+# Rows keep their colour (Okabe and Ito's and Tol's, which colour-blind readers tell apart), marker and dashes in all
+# figures; ablations that aren't listed take their method's colour.
+LOOKS = {
+    "FORCE": ("#0072B2", "o", "-"), "FORCE, no warm-up": ("#56B4E9", "^", (0, (4, 1.5))),
+    "FORCE, no VGPD": ("#009E73", "v", (0, (1.5, 1))), "FORCE, no warm-up, no VGPD": ("#999999", "X", (0, (5, 1, 1, 1))),
+    "ConRFT (no HIL)": ("#D55E00", "s", "-"), "ConRFT": ("#882255", "P", "-"), "Cal-QL": ("#CC79A7", "D", "-"),
+    "Cal-ConRFT": ("#AA4499", "d", "-"), "CO-RFT": ("#E69F00", "h", "-"), "BC": ("#000000", "*", "-"),
+    "FORCE on pi0": ("#332288", "p", "-"),
+}  # fmt: skip
+DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
+OVERVIEW = ("main", "force-ablation", "force-rgb", "pi0-state")  # files in the figures over all methods
 STYLE = {
     "figure.dpi": 160, "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8,
     "svg.hashsalt": "benchmark", "svg.fonttype": "path", "legend.frameon": False, "legend.fontsize": 7,
@@ -85,13 +90,23 @@ def styles(rows: list[Row]) -> dict[str, dict]:
     count, chosen = {}, {}
     for row in rows:
         if row.label not in chosen:
-            i = count[row.method] = count.get(row.method, -1) + 1
-            chosen[row.label] = dict(
-                color=COLOURS.get(row.method, "#666666"),
-                marker=MARKERS.get(row.method, "o"),
-                ls=DASHES[i % len(DASHES)],
-            )
+            colour, marker, dashes = LOOKS.get(row.label) or LOOKS.get(row.method, ("#666666", "o", "-"))
+            if row.label not in LOOKS:
+                i = count[row.method] = count.get(row.method, 0) + 1
+                marker, dashes = "^vXpP*"[i % 6], DASHES[i % len(DASHES)]
+            chosen[row.label] = dict(color=colour, marker=marker, ls=dashes)
     return chosen
+
+
+def draw_mean(ax, runs: list[tuple[np.ndarray, np.ndarray]], band: bool = True, **look) -> None:
+    """Mean over runs (x, y) of different x, within the range that all have; `band` is from the least to the greatest."""
+    runs = [(x, y) for x, y in runs if len(x)]
+    if runs:
+        grid = np.linspace(max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs), 2 * KEEP)
+        stacked = np.stack([np.interp(grid, x, y) for x, y in runs])
+        ax.plot(grid, stacked.mean(0), **look)
+        if band:
+            ax.fill_between(grid, stacked.min(0), stacked.max(0), color=look["color"], alpha=0.15, lw=0)
 
 
 def panels(tasks: list, width: float, height: float, rows: int = 1, **options):
@@ -100,8 +115,12 @@ def panels(tasks: list, width: float, height: float, rows: int = 1, **options):
     return plt.subplots(rows, len(tasks), **shape)
 
 
-def legend(figure, handles: list, columns: int = 4) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, max(len(handles), 1)), handlelength=3)
+def legend(figure, handles: list) -> None:
+    """Below the panels, in as many columns as fit."""
+    each = 0.65 + 0.062 * max(len(handle.get_label()) for handle in handles)  # inches
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / each)))
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(-(-len(handles) // columns) - 2, 0))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=3)
 
 
 # ---- figures: each returns one, or None if there is nothing to draw ----
@@ -146,20 +165,19 @@ def plot_curves(file: CommandFile, data: Data):
             grid = np.linspace(0, min(x[-1] for x, _ in runs), 201)
             stacked = np.stack([np.interp(grid, x, y) for x, y in runs])
             ax.fill_between(grid, stacked.min(0), stacked.max(0), color=colour, alpha=0.15, lw=0)
-            level = len(stats.curve(next(iter(data.of(row).values())))[0]) < 2
-            every = [] if level else np.unique(np.searchsorted(grid, runs[0][0][1:-1]).clip(0, 200))
-            (line,) = ax.plot(grid, stacked.mean(0), lw=1.0 if level else 1.7, color=colour, ls=look["ls"],
-                              marker=None if level else look["marker"], markevery=list(map(int, every)) or None, ms=4)  # fmt: skip
-            handles.setdefault(row.label, line)
+            level = not any(len(stats.curve(run)[0]) > 1 for run in data.of(row).values())
+            look = look | (dict(marker=None, lw=1.0) if level else dict(lw=1.6, ms=4))
+            every = [int(i) for i in np.searchsorted(grid, runs[0][0]).clip(0, 200)]
+            ax.plot(grid, stacked.mean(0), **look, markevery=every, clip_on=False)
+            handles.setdefault(row.label, plt.Line2D([], [], **look, label=row.label))
         ax.set(
             title=named(task), ylim=(-3, 103), xlim=(1.9 * left, 1.02 * right), xlabel="control steps since hand-over"
         )
         ax.xaxis.set_major_locator(plt.MaxNLocator(4))
         ax.axvline(0, color="#999999", lw=0.6, ls=":", zorder=0)
     axes[0][0].set_ylabel("success, %")
-    shown = [plt.Line2D([], [], **style[label], ms=4, lw=1.7, label=label) for label in handles]
-    shown.append(plt.Line2D([], [], color="#444444", marker="D", ms=3.5, mfc="white", ls="", label="after SFT"))
-    legend(figure, shown)
+    cloned = plt.Line2D([], [], color="#444444", marker="D", ms=3.5, mfc="white", ls="", label="after SFT")
+    legend(figure, [*handles.values(), cloned])
     return figure
 
 
@@ -170,74 +188,73 @@ def plot_drop(rows: list[Row], data: Data):
         return None
     tasks, style = tasks_of(rows), styles(rows)
     labels = list(dict.fromkeys(row.label for row in rows))
-    figure, axes = panels(tasks, 2.3, 0.75 + 0.3 * len(labels), sharey=True, sharex=True)
+    figure, axes = panels(tasks, 2.2, max(0.95 + 0.38 * len(labels), 1.8), sharey=True, sharex=True)
     for ax, task in zip(axes[0], tasks):
         for row in [row for row in rows if (row.env_id, row.obs_mode) == task]:
             runs = [run for run in data.of(row).values() if stats.largest_drop(run) is not None]
             for i, run in enumerate(runs):
                 rates = 100 * np.asarray(stats.curve(run)[1])
-                y, colour = labels.index(row.label) + 0.22 * (i - (len(runs) - 1) / 2), style[row.label]["color"]
-                ax.plot([rates.min(), rates[0]], [y, y], color=colour, lw=3, alpha=0.35, solid_capstyle="butt")
-                ax.plot(rates[0], y, "o", ms=4.5, mfc="white", mec=colour, mew=1)
-                ax.plot(rates.min(), y, marker=3, ms=5, color=colour)
-                ax.plot(rates[-1], y, "|", ms=7, mew=1.6, color=colour)
-        ax.set(title=named(task), xlim=(-4, 104), xlabel="success, %", ylim=(len(labels) - 0.5, -0.5))
+                y, colour = labels.index(row.label) + 0.25 * (i - (len(runs) - 1) / 2), style[row.label]["color"]
+                ax.plot([rates.min(), rates[0]], [y, y], color=colour, lw=2.5, alpha=0.35, solid_capstyle="butt")
+                ax.plot(rates[-1], y, "s", ms=3.5, color=colour)
+                ax.plot(rates.min(), y, marker="<", ms=4, color=colour, mew=0)
+                ax.plot(rates[0], y, "o", ms=4.5, mfc="none", mec=colour, mew=1)
+        ax.set(title=named(task), xlim=(-4, 106), xlabel="success, %", ylim=(len(labels) - 0.45, -0.55))
         ax.set_yticks(range(len(labels)), labels)
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="x", lw=0.3, color="#cccccc")
-    marks = [("o", "white", "at hand-over"), (3, "#444444", "lowest online evaluation"), ("|", "#444444", "at the end")]
-    lines = [plt.Line2D([], [], color="#444444", marker=m, mfc=f, ls="", ms=5, label=label) for m, f, label in marks]
+        ax.hlines(np.arange(1, len(labels)) - 0.5, -4, 106, lw=0.3, color="#cccccc")
+    marks = [("o", "none", "at hand-over"), ("<", "#444444", "lowest online"), ("s", "#444444", "at the end")]
+    lines = [plt.Line2D([], [], color="#444444", marker=m, mfc=f, ls="", ms=4.5, label=label) for m, f, label in marks]
     legend(figure, lines)
     return figure
 
 
 def plot_calibration(rows: list[Row], data: Data):
-    """Top: Q minus return on the warm-up rollouts, before and after warm-up. Bottom: Q and return of training batches."""
-    rows = [row for row in rows if any(len(data.series(row, s, "calib/q_minus_return")[0]) > 1 for s in data.of(row))]
+    """Top and middle: Q against the warm-up rollouts' returns, before and after warm-up. Bottom: Q minus return online, mean over seeds."""
+    names = {
+        "calib/q_minus_return": "Q minus return,\nwarm-up rollouts",
+        "calib/correlation": "correlation of\nQ and return",
+    }
+    rows = [row for row in rows if any(len(stats.curve(run)[0]) > 1 for run in data.of(row).values())]
+    rows = [row for row in rows if any(len(data.series(row, seed, "values/q_data")[0]) for seed in data.of(row))]
     if not rows:
         return None
     tasks, style = tasks_of(rows), styles(rows)
-    figure, axes = panels(tasks, 2.5, 3.9, rows=2)
+    figure, axes = panels(tasks, 2.4, 5.0, rows=3, sharey="row")
     for column, task in enumerate(tasks):
-        above, below = axes[:, column]
         mine = [row for row in rows if (row.env_id, row.obs_mode) == task]
+        warm = [row for row in mine if not row.ablation]  # up to hand-over, ablations of what follows are the same
         for row in mine:
-            look = style[row.label] | {"marker": "o"}
-            for i, seed in enumerate(data.of(row)):
-                _, _, gap = data.series(row, seed, "calib/q_minus_return")
-                _, _, error = data.series(row, seed, "calib/abs_error")
-                _, _, correlation = data.series(row, seed, "calib/correlation")
-                if len(gap) < 2:
-                    continue
-                x = np.arange(2) + 0.06 * (i - 1) + 0.2 * (mine.index(row) - (len(mine) - 1) / 2)
-                above.errorbar(x, gap[[0, -1]], yerr=error[[0, -1]], color=look["color"], lw=1.2, ls=look["ls"],
-                               elinewidth=0.7, capsize=2, marker="o", ms=4)  # fmt: skip
-                for k in (0, -1):
-                    above.annotate(
-                        f"r = {correlation[k]:.2f}", (x[k], gap[k]), (5, 4), textcoords="offset points", fontsize=6
-                    )
-                for name, dashes in (("values/q_data", "-"), ("values/mc_return", (0, (2, 1.2)))):
-                    updates, steps, values = data.series(row, seed, name)
-                    below.plot(updates[steps >= 0], values[steps >= 0], lw=1.1, color=look["color"], ls=dashes)
-        above.axhline(0, color="#999999", lw=0.6, ls=":")
-        above.set(title=named(task), xlim=(-0.4, 1.6))
-        above.set_xticks([0, 1], ["before", "after warm-up"])
-        below.set(xlabel="updates", ylim=(0, None))
-        below.xaxis.set_major_locator(plt.MaxNLocator(4))
-    for ax in axes[0]:  # one scale
-        ends = [limit for other in axes[0] for limit in other.get_ylim()]
-        ax.set_ylim(min(ends), max(ends))
-    axes[0][0].set_ylabel("Q minus return\n(bars: mean error)")
-    axes[1][0].set_ylabel("batch mean\nafter warm-up")
-    lines = [plt.Line2D([], [], color=style[label]["color"], ls=style[label]["ls"], label=label) for label in style]
-    lines += [plt.Line2D([], [], color="#444444", ls=ls, label=name) for ls, name in
-              (("-", "Q of recorded actions"), ((0, (2, 1.2)), "Monte-Carlo return"))]  # fmt: skip
-    legend(figure, lines)
+            marker, look = style[row.label]["marker"], dict(color=style[row.label]["color"], ls=style[row.label]["ls"])
+            online = []
+            for i, seed in enumerate(seeds := list(data.of(row))):
+                for name, ax in zip(names, axes[:, column]):
+                    _, _, value = data.series(row, seed, name)
+                    if len(value) > 1 and row in warm:
+                        aside = 0.2 * (warm.index(row) - (len(warm) - 1) / 2) + 0.04 * (i - (len(seeds) - 1) / 2)
+                        ax.plot(np.arange(2) + aside, value[[0, -1]], **look, marker=marker, ms=3.5, lw=1)
+                _, steps, q = data.series(row, seed, "values/q_data")
+                _, _, returned = data.series(row, seed, "values/mc_return")
+                online.append((steps[steps >= 0], (q - returned)[steps >= 0]))
+            draw_mean(axes[2, column], online, band=False, **look, lw=1.2)
+        for ax in axes[:2, column]:
+            ax.set_xticks([0, 1], ["before", "after warm-up"])
+            ax.set_xlim(-0.5, 1.5)
+        axes[2, column].set_xlabel("control steps since hand-over")
+        axes[2, column].xaxis.set_major_locator(plt.MaxNLocator(4))
+        for ax in axes[:, column]:
+            ax.axhline(0, color="#999999", lw=0.6, ls=":", zorder=0)
+        axes[0, column].set_title(named(task))
+    axes[1, 0].set_ylim(top=1.03)
+    for ax, title in zip(axes[:, 0], [*names.values(), "Q minus return,\ntraining batches"]):
+        ax.set_ylabel(title)
+    legend(figure, [plt.Line2D([], [], **look, ms=3.5, lw=1, label=label) for label, look in style.items()])
     return figure
 
 
 def plot_distillation(rows: list[Row], data: Data):
-    """VGPD's gate, and the spread of its candidates in actions and in Q, against control steps since hand-over."""
+    """VGPD's gate, and the spread of its candidates in actions and in Q: mean over seeds, and their range."""
     names = {
         "vgpd/zeta": "states that learn a\nproposal (zeta)", "vgpd/candidate_std": "spread of proposals,\naction box",
         "values/q_std": "their spread in Q",
@@ -250,11 +267,8 @@ def plot_distillation(rows: list[Row], data: Data):
     for column, task in enumerate(tasks):
         for (name, title), ax in zip(names.items(), axes[:, column]):
             for row in [row for row in rows if (row.env_id, row.obs_mode) == task]:
-                for seed in data.of(row):
-                    _, steps, values = data.series(row, seed, name)
-                    ax.plot(
-                        steps, values, lw=0.9, alpha=0.9, color=style[row.label]["color"], ls=style[row.label]["ls"]
-                    )
+                look = dict(color=style[row.label]["color"], ls=style[row.label]["ls"], lw=1.2)
+                draw_mean(ax, [data.series(row, seed, name)[1:] for seed in data.of(row)], **look)
             ax.set_ylim(0, 1 if name == "vgpd/zeta" else None)
             if not column:
                 ax.set_ylabel(title)
@@ -320,7 +334,7 @@ def main(results: Path = RESULTS, root: Path = ROOT, check: bool = False) -> int
         return 2
     data, drawn = Data(results), []
     known = {file.name: [row for row in file.rows if data.of(row)] for file in files}
-    rows = list(dict.fromkeys(row for found in known.values() for row in found))
+    rows = list(dict.fromkeys(row for name in OVERVIEW for row in known.get(name, [])))
     wanted = {file.name: (known[file.name], lambda _, file=file: plot_curves(file, data)) for file in files}
     for name, plot in (
         ("early-drop", plot_drop),

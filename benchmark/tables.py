@@ -99,18 +99,23 @@ def steps_cell(own: Runs) -> str:
     return "–" if steps is None else f"{steps:.1f}" + (f" ({demos:.1f})" if demos else "")
 
 
+def average(by_task: dict[str, float]) -> str:
+    """Over a paper's tasks, halves rounded up as the papers do."""
+    return f"{np.mean(list(by_task.values())) + 1e-9:.1f}"
+
+
 class Papers:
     """papers.csv, and which of its sources have been used since `cite` was last called."""
 
     def __init__(self):
         self.lines, self.used = read_csv(PAPERS), set()
 
-    def value(self, methods: tuple[str, ...], task: str, metric: str) -> str:
+    def value(self, methods: tuple[str, ...], task: str, metric: str, unit: str = "") -> str:
         """The papers' numbers for a method, each with its source; "–" if there are none."""
         wanted = [line for line in self.lines if (line["task"], line["metric"]) == (task, metric)]
         found = [line for line in wanted if line["method"] in methods]
         self.used |= {line["source"] for line in found}
-        return ", ".join(f"*{line['value']}* [{line['source']}]" for line in found) or "–"
+        return ", ".join(f"*{line['value']}*{unit} [{line['source']}]" for line in found) or "–"
 
     def grid(self, source: str, metric: str) -> dict[str, dict[str, float]]:
         """A paper's table: method -> task -> number."""
@@ -302,7 +307,7 @@ def success_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -> 
         body.append([label, *cells, "–"])
     for method, by_task in theirs.items():
         cells = [f"*{by_task[t]:g}*" if t in by_task else "–" for t in tasks]
-        body.append([f"*{method}* [FORCE T1]", *cells, f"*{np.mean(list(by_task.values())):.1f}*"])
+        body.append([f"*{method}* [FORCE T1]", *cells, f"*{average(by_task)}*"])
     lines = [line for row in file.rows for run in of_row(row, runs).values() for line in run]
     parts = [table(["Success, %", *tasks, "Mean of theirs"], body)]
     parts.append(f"{setting(list(file.rows))}; mean over seeds, Wilson 95 % interval. {made_by(lines)}".strip())
@@ -338,15 +343,15 @@ def steps_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -> st
     header = ["Task", "Method", "Per seed", "Runs that got there", "Median", "Mean within the common budget", "Theirs"]
     both = sorted(set(totals.get("FORCE", {})) & set(totals.get("FORCE, no warm-up", {})))
     with_, without = (sum(totals.get(label, {}).get(t, 0) for t in both) for label in ("FORCE", "FORCE, no warm-up"))
-    claim = papers.value(("FORCE",), "all", "steps_at_80_reduction_percent")
+    claim = papers.value(("FORCE",), "all", "steps_at_80_reduction_percent", " %")
     if without:
         said.append(
             f"Summed over {', '.join(both)}, warm-up changes the mean within the budget by {percent(with_ / without - 1)} % "
-            f"({without:.0f} to {with_:.0f} steps); the paper's reduction, over four tasks: {claim} %."
+            f"({without:.0f} to {with_:.0f} steps); the paper's reduction, over four tasks: {claim}."
         )
     else:
         why = f"both are at 80 % at hand-over on {', '.join(both)}" if both else "no task has runs of both yet"
-        said.append(f"Reduction by warm-up: {why}; the paper's, over four tasks: {claim} %.")
+        said.append(f"Reduction by warm-up: {why}; the paper's, over four tasks: {claim}.")
     text = (
         "Control steps since hand-over at the first evaluation with at least 80 % that the next one confirms; what came "
         "before hand-over (demonstrations, warm-up rollouts) isn't counted, and a run that starts there has 0. A run "
@@ -358,10 +363,11 @@ def steps_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -> st
 
 def execution_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -> str:
     """FORCE's Table 2 and ConRFT's Table I: success and steps to success."""
-    rows = {row: len(file.seeds(row)) for file in files.values() for row in file.rows}
+    chosen = [files["main"], *(file for file in files.values() if file.name != "main")]
+    rows = {row: len(file.seeds(row)) for file in chosen for row in file.rows}
     rows = {r: n for r, n in rows.items() if r in files["main"].rows or "HIL-ConRFT" in r.paper}
-    body = []
-    for row, wanted in rows.items():
+    tasks, body = list(dict.fromkeys(row.env_id for row in rows)), []
+    for row, wanted in sorted(rows.items(), key=lambda item: tasks.index(item[0].env_id)):
         own = of_row(row, runs)
         sft = {run: [e] for run, lines in own.items() if (e := stats.after_sft(lines))}
         steps, demos = (
@@ -384,7 +390,7 @@ def execution_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -
         pair = [[task, *(f"*{rates[m][task]:g} / {steps[m][task]:g}*" for m in methods)] for task in tasks]
         means = ["Mean"]
         for m in methods:
-            means.append(f"*{np.mean(list(rates[m].values())):.1f} / {np.mean(list(steps[m].values())):.1f}*")
+            means.append(f"*{average(rates[m])} / {average(steps[m])}*")
         parts += [f"Theirs, success in % / steps [{source}]:", table(["Task", *methods], [*pair, means])]
     return "\n\n".join([*parts, papers.cite()])
 
@@ -421,19 +427,15 @@ def corft_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -> st
             papers.grid("CO-RFT T1", f"{start}_{where}_success_percent")["CO-RFT"] for where in ("ind", "ood")
         )
         theirs += [[task, start, f"*{inside[task]:g}*", f"*{outside[task]:g}*"] for task in inside]
-        means = (np.mean(list(found.values())) for found in (inside, outside))
-        theirs.append(["Mean", start, *(f"*{mean:.1f}*" for mean in means)])
-    gains = [
-        papers.value(("CO-RFT",), "all", m)
-        for m in ("ind_gain_points", "ood_gain_points", "cycle_time_reduction_percent")
-    ]
+        theirs.append(["Mean", start, *(f"*{average(found)}*" for found in (inside, outside))])
+    claims = {"ind_gain_points": " points", "ood_gain_points": " points", "cycle_time_reduction_percent": " %"}
+    gains = [papers.value(("CO-RFT",), "all", metric, unit) for metric, unit in claims.items()]
     parts += [
         "Theirs, success of CO-RFT in % [CO-RFT T1]:",
         table(["Task", "Start", "Same places", "Elsewhere"], theirs),
     ]
     parts.append(
-        f"Their gain over cloning: {gains[0]} points in the same places, {gains[1]} elsewhere; cycle time shorter by "
-        f"{gains[2]} %."
+        f"Their gain over cloning: {gains[0]} in the same places, {gains[1]} elsewhere; cycle time: {gains[2]} less."
     )
     return "\n\n".join([*parts, papers.cite()])
 
@@ -443,11 +445,11 @@ def figures_block(page: Path, root: Path) -> str:
     about = {
         "early-drop": "Does success fall when online learning begins? For each method and seed: success at hand-over, the "
         "lowest evaluation from there on, and the last one.",
-        "calibration": "What warm-up does to the critic. Above: Q minus the return that followed, mean over the decisions "
-        "of the warm-up rollouts, with the mean absolute error as bars and the correlation r beside it. Below: Q of the "
-        "actions in the training batches, and their Monte-Carlo returns, from hand-over on.",
+        "calibration": "What warm-up does to the critic. Above and in the middle: Q of the decisions of the warm-up "
+        "rollouts against the returns that followed, mean difference and correlation. Below: Q of the actions in the "
+        "training batches minus their Monte-Carlo returns, from hand-over on, mean over seeds.",
         "distillation": "VGPD: the share of states that learn one of the policy's proposals in the place of the recorded "
-        "action (zeta), and how far the proposals lie apart, in actions and in Q.",
+        "action (zeta), and how far the proposals lie apart, in actions and in Q; mean over seeds, and their range.",
     }
     shown = [f"{image}\n\n{text}" for name, text in about.items() if (image := picture(name, name, page, root))]
     return "\n\n".join(shown) or "Nothing has been run yet."
