@@ -275,10 +275,9 @@ def plot_distillation(rows: list[Row], data: Data):
         axes[0][column].set_title(named(task))
         axes[-1][column].set_xlabel("control steps since hand-over")
         axes[-1][column].xaxis.set_major_locator(plt.MaxNLocator(4))
-    for ax in axes[1:, 0]:
-        ax.set_ylim(
-            0, 1.05 * max(line.get_ydata().max() for other in axes[list(axes[:, 0]).index(ax)] for line in other.lines)
-        )
+    for row_of_axes in axes[1:]:
+        top = max(line.get_ydata().max() for ax in row_of_axes for line in ax.lines)
+        row_of_axes[0].set_ylim(0, 1.08 * top)
     if len(style) > 1:
         legend(figure, [plt.Line2D([], [], color=s["color"], ls=s["ls"], label=label) for label, s in style.items()])
     return figure

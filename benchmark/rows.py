@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import importlib
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def expand(path: Path) -> list[list[str]]:
     """The words of every command that `bash PATH` would run. Nothing is run: `python` prints, and no other program is
     found. Raises: CommandError."""
     script = 'python() { printf "%q " python "$@"; echo; }; source "$1"'
-    words = ["/bin/bash", "-euc", script, "bash", str(path.resolve())]
+    words = [shutil.which("bash"), "-euc", script, "bash", str(path.resolve())]
     done = subprocess.run(words, capture_output=True, text=True, env={"PATH": "/nonexistent"})
     if done.returncode or done.stderr:
         raise CommandError(f"{path}: only loops and python commands, please ({' '.join(done.stderr.split())})")
