@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmark import collect, plots, rows, run, stats, tables
+from benchmark import collect, plots, rows, run, speed, stats, tables
 
 STUB = """
 import json, os, subprocess, sys, time
@@ -756,3 +757,41 @@ def test_broken_markers_are_refused():
             tables.replace_block(text, "a", "content")
     made = tables.replace_block("x\n<!-- begin: a -->\n<!-- end: a -->\ny", "a", r"back\1slash")
     assert made == "x\n<!-- begin: a -->\nback\\1slash\n<!-- end: a -->\ny"
+
+
+# ---- speed ----
+def test_what_speed_compares_with_is_the_same_network():
+    setting = speed.Setting(K=3, hidden_dim=16, num_critics=3, batch_size=8)
+    critic = setting.agent.critic
+    for i, part in enumerate((*critic.gain, *critic.shift, *critic.bias)):
+        torch.nn.init.normal_(part, generator=torch.Generator().manual_seed(i))
+    feature, chunk = setting.batch.feature, setting.batch.chunk
+    several = torch.stack([chunk, -chunk, 0.5 * chunk], 1)
+    for other in (speed.PlainCritic(critic), speed.OneByOneCritic(critic)):
+        for chunks in (chunk, several):
+            torch.testing.assert_close(other(feature, chunks), critic(feature, chunks), atol=1e-5, rtol=1e-5)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(
+            speed.PlainCritic(setting.agent.target_critic)(feature, chunk), critic(feature, chunk)
+        )
+    one_by_one = speed.Setting(speed.OneByOneAgent, K=3, hidden_dim=16, num_critics=3, batch_size=8)
+    candidates = one_by_one.agent.candidates(feature, one_by_one.agent.actor, one_by_one.args, one_by_one.generator)
+    assert candidates.shape == (8, 3, chunk.shape[1]) and not torch.equal(candidates[:, 0], candidates[:, 1])
+    before = [p.clone() for p in one_by_one.agent.actor.parameters()]
+    one_by_one.vgpd()
+    assert any(not torch.equal(a, b) for a, b in zip(before, one_by_one.agent.actor.parameters(), strict=True))
+
+
+def test_speed_measures_all_and_writes_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "EPISODE", 4)
+    page = tmp_path / "page.md"
+    assert speed.main(quick=True, out=page) == 0
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.read_text().splitlines() if "|" in line
+    ]
+    ratios = [float(cells[3].split()[0]) for cells in lines if len(cells) == 4 and cells[3][0].isdigit()]
+    assert len(ratios) == 12 and ratios.count(1) >= 5 and min(ratios) > 0
+    sizes = {cells[0]: int(cells[1].replace(",", "")) for cells in lines if len(cells) == 3 and cells[1][0].isdigit()}
+    images = sizes["camera: images of 64 px at both ends, a row per transition"]
+    assert images == 2 * (64 * 64 * 3 + 25 * 4) + 4 * (16 + 4)
+    assert "torch" in page.read_text() and str(tmp_path) not in page.read_text()
