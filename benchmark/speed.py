@@ -45,19 +45,21 @@ class Comparison:
 def measure(comparison: Comparison, rounds: int, seconds: float) -> dict[str, np.ndarray]:
     """Seconds per unit of each variant in each round. Shapes: name -> [rounds]."""
 
-    def once(work: Callable[[], float | None]) -> float:
+    def once(work: Callable[[], float | None]) -> tuple[float, float]:
+        """Seconds per unit, and seconds that the call took."""
         start = time.process_time()
         own = work()
-        return time.process_time() - start if own is None else own
+        took = time.process_time() - start
+        return (took if own is None else own), took
 
-    repeats = {name: 1 for name in comparison.variants}
+    repeats = {}
     for name, work in comparison.variants.items():  # the first call is warm-up; short work is repeated
         once(work)
-        repeats[name] = max(1, round(seconds / max(once(work), 1e-6)))
+        repeats[name] = max(1, round(seconds / max(once(work)[1], 1e-6)))
     found = {name: [] for name in comparison.variants}
     for _ in tqdm(range(rounds), comparison.question, mininterval=2):
         for name, work in comparison.variants.items():
-            found[name].append(np.mean([once(work) for _ in range(repeats[name])]))
+            found[name].append(np.mean([once(work)[0] for _ in range(repeats[name])]))
     return {name: np.array(values) for name, values in found.items()}
 
 
