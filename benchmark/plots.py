@@ -236,7 +236,7 @@ def plot_calibration(rows: list[Row], data: Data):
                         ax.plot(np.arange(2) + aside, value[[0, -1]], **look, marker=marker, ms=3.5, lw=1)
                 _, steps, q = data.series(row, seed, "values/q_data")
                 _, _, returned = data.series(row, seed, "values/mc_return")
-                online.append((steps[steps >= 0], (q - returned)[steps >= 0]))
+                online.append((steps[steps > 0], (q - returned)[steps > 0]))
             draw_mean(axes[2, column], online, band=False, **look, lw=1.2)
         for ax in axes[:2, column]:
             ax.set_xticks([0, 1], ["before", "after warm-up"])
