@@ -1,10 +1,11 @@
-"""Turns finished run folders into benchmark/results/SUITE.csv (a line per run) and SUITE-curves.csv.
+"""Turns finished run folders into benchmark/results/runs.csv (a line per evaluation) and diagnostics.csv.
 
-    python benchmark/collect.py force-state
+    python benchmark/collect.py                                          # whatever is finished, of all command files
+    python benchmark/collect.py benchmark/commands/force-state.sh --runs runs/benchmark
 
-Every number comes from a run's own files. Runs of the committed CSV that aren't in the runs folder (another machine's)
-are kept. Runs of one row that differ in code, settings or versions, come from uncommitted code, or don't fit the row's
-command are refused; `--allow-mixed` takes them, and the report says so below the table.
+Every number comes from a run's own files; what they don't tell stays empty. A run replaces its own lines, all others
+stay: those of other files, and of other machines. Runs of one row that differ in code, settings or versions, come from
+uncommitted code, or don't fit the row's command are refused; `--allow-mixed` takes them, and the tables say so.
 """
 
 from __future__ import annotations
@@ -14,41 +15,67 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import tyro
-from scipy.stats import binomtest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.suites import BOOKKEEPING, ROOT, Row, load_script, misfit, suite_of  # noqa: E402
+from benchmark import stats  # noqa: E402
+from benchmark.rows import (  # noqa: E402
+    BOOKKEEPING,
+    ROOT,
+    CommandError,
+    Row,
+    all_commands,
+    load_script,
+    misfit,
+    read_commands,
+    read_csv,
+)
 
 RESULTS = ROOT / "benchmark" / "results"
-COLUMNS = (
-    "row", "method", "env_id", "obs_mode", "seed", "success_once", "low", "high", "success_at_end", "episodes",
-    "steps_to_success", "demo_steps_to_success", "sft_success_once", "sft_low", "sft_high", "sft_episodes",
-    "handover_success_once", "largest_drop", "online_env_steps", "env_steps", "online_env_steps_at_80", "seconds",
-    "git_commit", "code", "torch", "mani_skill", "device", "demonstrations", "settings", "command", "notes",
-)  # fmt: skip
 EVALUATION = {
-    "success_once": "eval/success_once", "low": "eval/success_once_low", "high": "eval/success_once_high",
-    "episodes": "eval/num_episodes", "episode_len": "eval/episode_len",
-}  # columns of SUITE-curves.csv and what they are in a run  # fmt: skip
-CURVE_KEYS = ("row", "method", "env_id", "obs_mode", "seed", "stage", "online_env_step", "update_step")
-DIAGNOSTICS = re.compile(r"calib/.*|vgpd/(zeta|candidate_std|ess)|values/q_std")
-ONLINE = ("online", "done")  # stages of evaluations from hand-over on
+    "num_episodes": "eval/num_episodes", "success_once": "eval/success_once", "success_at_end": "eval/success_at_end",
+    "episode_len": "eval/episode_len", "eval_s": "time/eval_s",
+}  # columns, and what they are in a run  # fmt: skip
+COLUMNS = (
+    "row", "method", "ablation", "backbone", "obs_mode", "env_id", "seed",
+    "stage", "select",  # what was evaluated: the stage that had been trained, and (CO-RFT) which of its policies
+    "final",  # 1: the run's result
+    "global_step",  # control steps taken in training, summed over environments
+    "update_step",
+    *list(EVALUATION)[:4],  # episode_len: mean control steps to success, over successes
+    "wall_s",  # seconds since the run's first log entry, while it was running
+    "eval_s",  # of them in this evaluation
+    "seconds",  # of the whole run, by its own clock
+    "demo_steps_to_success", "git_commit",
+    "code",  # hash of the script and the backbones at that commit
+    "config_hash",  # of all flags but those that say which run it is
+    "versions", "device", "demonstrations",
+    "settings",  # flags that differ from the script's defaults
+    "command", "notes",
+)  # fmt: skip
+DIAGNOSTICS = (
+    "calib/q_minus_return", "calib/abs_error", "calib/correlation", "calib/bound_rate", "values/q_data",
+    "values/mc_return", "values/q_std", "vgpd/zeta", "vgpd/candidate_std", "vgpd/ess", "intervention/rate",
+    "train/success_once", "val/td_error", "val/q_policy", "val/mc_return",
+)  # fmt: skip
+PLACE = ("row", "seed", "global_step", "update_step")  # of a line of diagnostics.csv
 KEEP = 40  # values of a diagnostic per run
-SAME = ("code", "settings", "torch", "mani_skill", "device", "demonstrations")  # within a row, over its seeds
+SAME = ("code", "settings", "versions", "device", "demonstrations")  # within a row, over its seeds
 
 
 def number(value) -> str:
-    """As it goes into a CSV: six significant digits, empty for None."""
-    return "" if value is None else value if isinstance(value, str) else f"{value:.6g}"
+    """As it goes into a CSV: six significant digits (whole numbers in full), empty for None."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return str(int(value)) if float(value).is_integer() else f"{value:.6g}"
 
 
+# ---- where a run comes from ----
 @cache
 def code_of(commit: str, script: str) -> str:
     """Hash of the script and the backbones at `commit`: commits that differ elsewhere have the same."""
@@ -60,170 +87,197 @@ def code_of(commit: str, script: str) -> str:
     return hashlib.sha1("".join(f.stdout for f in found).encode()).hexdigest()[:12]
 
 
-def derive(evaluations: list[dict]) -> dict:
-    """Numbers of a run from its evaluations: the last one, the one after SFT, hand-over, drop, steps to 80 %.
-
-    Steps at 80 %: control steps since hand-over at the first online evaluation with success of at least 80 % that also
-    holds at the next one. Drop: hand-over's success minus the lowest online success (negative: never fell).
-    """
-    wilson = [binomtest(successes(e), int(e["eval/num_episodes"])).proportion_ci(method="wilson") for e in evaluations]
-    sft = next((i for i, e in enumerate(evaluations) if stage_of(e).startswith("sft")), None)
-    online = [e for e in evaluations if stage_of(e) in ONLINE]
-    rate, last = [e["eval/success_once"] for e in online], evaluations[-1]
-    lowest_two = map(min, rate, rate[1:] + rate[-1:])
-    steady = [e["global_step"] for e, low in zip(online, lowest_two, strict=True) if low >= 0.8]
-    return {
-        "success_once": last["eval/success_once"], "low": wilson[-1].low, "high": wilson[-1].high,
-        "success_at_end": last["eval/success_at_end"], "episodes": last["eval/num_episodes"],
-        "steps_to_success": last["eval/episode_len"],
-        "sft_success_once": None if sft is None else evaluations[sft]["eval/success_once"],
-        "sft_low": None if sft is None else wilson[sft].low, "sft_high": None if sft is None else wilson[sft].high,
-        "sft_episodes": None if sft is None else evaluations[sft]["eval/num_episodes"],
-        "handover_success_once": rate[0] if rate else None, "largest_drop": rate[0] - min(rate) if rate else None,
-        "online_env_steps_at_80": steady[0] - online[0]["global_step"] if steady else None,
-    }  # fmt: skip
-
-
-def stage_of(evaluation: dict) -> str:
-    return evaluation.get("stage", "bc")  # bc.py has one stage only
-
-
-def successes(evaluation: dict) -> int:
-    return round(evaluation["eval/success_once"] * evaluation["eval/num_episodes"])
+def without_places(args: dict) -> dict:
+    """Flags that say how a run learns; of files only their names."""
+    kept = {name: value for name, value in args.items() if name not in BOOKKEEPING}
+    for name in ("demo_path", "checkpoint", "sft_checkpoint", "critic_weights", "record_demos"):
+        if kept.get(name) and "://" not in kept[name]:
+            kept[name] = Path(kept[name]).name
+    return kept
 
 
 def settings_of(args: dict, script: str) -> str:
     """Flags that differ from the script's defaults, as "name=value ...", without bookkeeping and machine paths."""
     defaults = dataclasses.asdict(load_script(ROOT / script).Args())
-    left_out = ("env_id", "obs_mode", *BOOKKEEPING)
-    differing = {name: v for name, v in args.items() if v != defaults.get(name) and name not in left_out}
-    for name in ("demo_path", "checkpoint"):
-        if "://" not in (value := differing.get(name) or ""):
-            differing |= {name: Path(value).name} if value else {}
-    return " ".join(f"{n}={v}" for n, v in sorted(differing.items()))
+    differing = {n: v for n, v in without_places(args).items() if v != defaults.get(n)}
+    return " ".join(f"{n}={v}" for n, v in sorted(differing.items()) if n not in ("env_id", "obs_mode"))
 
 
-def read_run(row: Row, folder: Path) -> dict[str, str]:
-    """A finished run as a line of SUITE.csv."""
-    config, summary = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary"))
-    args = config["args"]
-    derived, notes, script = derive(summary["evaluations"]), [], row.command.split()[1]
-    wrong = [k for k in derived if k in summary and number(summary[k]) != number(derived[k])]
-    if wrong:
+def config_hash(args: dict) -> str:
+    return hashlib.sha1(json.dumps(without_places(args), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def notes_on(row: Row, config: dict, summary: dict, run: stats.Lines) -> list[str]:
+    """What is wrong with a run."""
+    notes, last = [], stats.result(run)
+    online = stats.handover(run) is not None
+    claims = {"success_once": last["success_once"], "success_at_end": last["success_at_end"]}
+    claims |= {"steps_to_success": last["episode_len"]}
+    claims |= {"handover_success_once": number(stats.handover(run))} if online else {}
+    if wrong := [name for name, value in claims.items() if name in summary and number(summary[name]) != value]:
         notes.append(f"summary.json disagrees with its evaluations: {', '.join(wrong)}")
     if difference := misfit(row, config):
         notes.append(f"not the row's command: {difference}")
     start, end = config["git_commit"], summary["git_commit"]
     if start.endswith("-dirty"):
         notes.append("uncommitted code")
-    if code_of(start, script) != code_of(end, script):
+    if code_of(start, row.script) != code_of(end, row.script):
         notes.append(f"the code changed while it ran: {start[:8]} to {end[:8]}")
-    line = derived | {
-        name: summary.get(name) for name in ("demo_steps_to_success", "online_env_steps", "env_steps", "seconds")
-    }
-    line |= {
-        "row": row.name, "method": row.method, "env_id": args["env_id"], "obs_mode": args["obs_mode"],
-        "seed": args["seed"], "git_commit": start, "code": code_of(start, script), "torch": config["packages"]["torch"],
-        "mani_skill": config["packages"]["mani_skill"], "device": config["gpu"] if args["device"] == "cuda" else "cpu",
-        "demonstrations": Path(config["demonstrations"]).name, "settings": settings_of(args, script),
-        "command": row.command, "notes": "; ".join(notes),
+    return notes
+
+
+# ---- what a run has measured ----
+def read_metrics(folder: Path) -> list[tuple[int, int, str, str]]:
+    """metrics.csv: (global_step, update_step, name, value) for each line; none if there is no file."""
+    if not (path := folder / "metrics.csv").exists():
+        return []
+    with path.open(newline="") as file:
+        return [(int(g), int(u), name, value) for g, u, name, value in list(csv.reader(file))[1:]]
+
+
+def clock(folder: Path) -> dict[tuple[str, int], list[float]]:
+    """Seconds at which the run logged each (name, update_step) that belongs to an evaluation, from TensorBoard's files.
+
+    Counted while the run was running: the time between a kill and the resumption is left out, work done twice is in.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    times, before = {}, 0.0
+    for path in sorted((folder / "tensorboard").glob("events.*"), key=lambda p: p.name.split(".")[3]):
+        first = last = None
+        for event in EventFileLoader(str(path)).Load():
+            first, last = event.wall_time if first is None else first, event.wall_time
+            for value in event.summary.value:
+                if value.tag.startswith("eval/success_once"):
+                    times.setdefault((value.tag, event.step), []).append(before + last - first)
+        before += last - first if first else 0.0
+    return times
+
+
+def read_run(row: Row, folder: Path) -> stats.Lines:
+    """A finished run as lines of runs.csv, one per evaluation."""
+    config, summary = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary"))
+    args, evaluations = config["args"], summary["evaluations"]
+    logged = [
+        (name, u) for _, u, name, _ in read_metrics(folder) if name.removesuffix("_selected") == "eval/success_once"
+    ]
+    places = logged if len(logged) == len(evaluations) else [None] * len(evaluations)
+    times = clock(folder)
+    versions = {"python": config.get("python")} | config["packages"]
+    common = {
+        "row": row.name, "method": row.method, "ablation": row.ablation, "backbone": args.get("backbone"),
+        "obs_mode": args["obs_mode"], "env_id": args["env_id"], "seed": args["seed"], "seconds": summary.get("seconds"),
+        "demo_steps_to_success": summary.get("demo_steps_to_success"), "git_commit": config["git_commit"],
+        "code": code_of(config["git_commit"], row.script), "config_hash": config_hash(args),
+        "versions": ", ".join(f"{name} {v}" for name, v in versions.items() if v),
+        "device": config["gpu"] if args["device"] == "cuda" else "cpu",
+        "demonstrations": Path(config["demonstrations"]).name, "settings": settings_of(args, row.script),
+        "command": row.command,
     }  # fmt: skip
-    return {name: number(line[name]) for name in COLUMNS}
+    lines = []
+    for i, (e, place) in enumerate(zip(evaluations, places, strict=True)):
+        same = [t for t in places[i:] if t and t == place]  # two evaluations may fall on one update
+        wall = times.get(place, [])
+        own = {
+            "stage": e.get("stage", "bc"), "select": e.get("select"), "global_step": e.get("global_step", 0),
+            "update_step": place[1] if place else e.get("update"),
+            "wall_s": wall[-len(same)] if place and len(wall) >= len(same) else None,
+        }  # fmt: skip
+        lines.append(common | own | {column: e.get(name) for column, name in EVALUATION.items()})
+    chosen = [line for line in lines if line["select"] in (None, args.get("select"))]
+    (chosen or lines[:1])[-1]["final"] = 1  # CO-RFT's --select sft: the first evaluation
+    lines = [{name: number(line.get(name)) for name in COLUMNS} for line in lines]
+    notes = "; ".join(notes_on(row, config, summary, lines))
+    return [line | {"notes": notes} for line in lines]
 
 
-def read_curves(line: dict[str, str], folder: Path) -> list[dict[str, str]]:
-    """A run's evaluations (stage given), then its diagnostics (update_step given), as lines of SUITE-curves.csv."""
-    evaluations = json.loads((folder / "summary.json").read_text())["evaluations"]
-    start = next((e["global_step"] for e in evaluations if stage_of(e) in ONLINE), 0)
-    key, lines = {name: line[name] for name in CURVE_KEYS[:5]}, []
-    for e in evaluations:
-        place = {"stage": stage_of(e), "online_env_step": number(e.get("global_step", 0) - start)}
-        lines.append(key | place | {column: number(e[name]) for column, name in EVALUATION.items()})
+def read_diagnostics(row: Row, seed: str, folder: Path) -> stats.Lines:
+    """A run's diagnostics as lines of diagnostics.csv: at most KEEP values of each, evenly spaced, ends included."""
     series: dict[str, list[tuple[int, int, str]]] = {}
-    for global_step, update_step, name, value in list(csv.reader((folder / "metrics.csv").open()))[1:]:
-        if DIAGNOSTICS.fullmatch(name):
-            series.setdefault(name, []).append((int(global_step), int(update_step), value))
+    for global_step, update_step, name, value in read_metrics(folder):
+        if name in DIAGNOSTICS:
+            series.setdefault(name, []).append((global_step, update_step, value))
     merged: dict[tuple[int, int], dict[str, str]] = {}
     for name, values in series.items():
         last = len(values) - 1
         for i in sorted({round(k * last / (KEEP - 1)) for k in range(KEEP)}) if last >= KEEP else range(last + 1):
             merged.setdefault(values[i][:2], {})[name] = values[i][2]
-    for (global_step, update_step), values in sorted(merged.items(), key=lambda item: item[0][::-1]):
-        place = {"online_env_step": number(global_step - start), "update_step": number(update_step)}
-        lines.append(key | place | values)
-    return lines
+    key = {"row": row.name, "seed": seed}
+    ordered = sorted(merged.items(), key=lambda item: item[0][::-1])
+    return [key | {"global_step": str(g), "update_step": str(u)} | values for (g, u), values in ordered]
 
 
-def mixed(lines: list[dict[str, str]]) -> str:
+# ---- the two files ----
+def mixed(runs: list[stats.Lines]) -> str:
     """What differs between the runs of one row; empty if nothing does."""
-    values = {name: sorted({line[name] for line in lines}) for name in SAME}
+    values = {name: sorted({run[0][name] for run in runs}) for name in SAME}
     return "; ".join(f"{name}: {' | '.join(found)}" for name, found in values.items() if len(found) > 1)
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_csv(path: Path, columns: list[str], lines: list[dict[str, str]]) -> None:
+def write_csv(path: Path, columns: tuple[str, ...], lines: stats.Lines) -> None:
+    """Atomic: the file is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
     os.replace(temporary, path)
 
 
+def merge(path: Path, columns: tuple[str, ...], found: dict[tuple[str, int], stats.Lines]) -> None:
+    """Put the lines of runs into a CSV, in the place of the same runs' lines; ordered by row and seed."""
+    runs = stats.by_run(read_csv(path) if path.exists() else []) | found
+    write_csv(path, columns, [line for run in sorted(runs) for line in runs[run]])
+
+
 def main(
-    suite: tyro.conf.Positional[str],
+    commands: tyro.conf.Positional[tuple[Path, ...]] = (),
     runs: Path = Path("runs/benchmark"),
     results: Path = RESULTS,
     allow_mixed: bool = False,
 ) -> int:
-    """Collect a suite's finished runs; exit code 1 if there are none, or if they don't belong in one table.
+    """Collect finished runs; exit code 1 if there are none, or if some don't belong in one table.
 
     Args:
-        suite: name of the suite.
+        commands: command files; default: all of benchmark/commands.
         runs: folder of the run folders, from the repository's root.
         results: where the CSVs go.
-        allow_mixed: take them all the same; the report says so.
+        allow_mixed: take them all the same; the tables say so.
     """
-    rows = {row.name: row for row in suite_of(suite).rows}
-    path, curves_path = results / f"{suite}.csv", results / f"{suite}-curves.csv"
-    found: dict[tuple[str, str], tuple[dict, list[dict]]] = {}
+    try:
+        files = [read_commands(path) for path in commands] or all_commands()
+    except CommandError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows, found, diagnostics = {row.name: row for file in files for row in file.rows}, {}, {}
     for row in rows.values():
         folders = [f for f in (ROOT / runs).glob(f"{row.name}-*") if f.name.removeprefix(f"{row.name}-").isdigit()]
         for folder in folders:
+            seed = int(folder.name.rpartition("-")[2])
             if (folder / "summary.json").exists():
-                line = read_run(row, folder)
-                found[row.name, line["seed"]] = line, read_curves(line, folder)
-            else:
+                found[row.name, seed] = read_run(row, folder)
+                diagnostics[row.name, seed] = read_diagnostics(row, str(seed), folder)
+            elif folder.is_dir():
                 print(f"{folder.name}: not finished, left out", file=sys.stderr)
     if not found:
-        print(f"error: no finished run of {suite} in {runs}", file=sys.stderr)
+        print(f"error: no finished run in {runs}", file=sys.stderr)
         return 1
-    old_curves = read_csv(curves_path) if curves_path.exists() else []
-    for line in read_csv(path) if path.exists() else []:
-        if line["row"] in rows and (run := (line["row"], line["seed"])) not in found:
-            print(f"{'-'.join(run)}: kept from {path.name}", file=sys.stderr)
-            found[run] = line, [c for c in old_curves if (c["row"], c["seed"]) == run]
-    order = sorted(found, key=lambda run: (list(rows).index(run[0]), int(run[1])))
-    lines, problems = [found[run][0] for run in order], []
-    for name in rows:
-        group = [line for line in lines if line["row"] == name]
-        problems += [f"{'-'.join((name, line['seed']))}: {line['notes']}" for line in group if line["notes"]]
-        problems += [f"{name}: its runs differ in {differing}"] if (differing := mixed(group)) else []
+    path, problems = results / "runs.csv", []
+    everything = stats.by_run(read_csv(path) if path.exists() else []) | found
+    for name in dict.fromkeys(row for row, _ in found):
+        group = {run: lines for run, lines in everything.items() if run[0] == name}
+        problems += [f"{name}-{seed}: {lines[0]['notes']}" for (_, seed), lines in group.items() if lines[0]["notes"]]
+        if differing := mixed(list(group.values())):
+            problems.append(f"{name}: its runs differ in {differing}")
     for problem in problems:
         print(f"{'note' if allow_mixed else 'error'}: {problem}", file=sys.stderr)
     if problems and not allow_mixed:
-        print("nothing written; --allow-mixed takes these runs, and the report says so", file=sys.stderr)
+        print("nothing written; --allow-mixed takes these runs, and the tables say so", file=sys.stderr)
         return 1
-    curves = [line for run in order for line in found[run][1]]
-    names = {name for line in curves for name, value in line.items() if value} - {*CURVE_KEYS, *EVALUATION}
-    write_csv(path, list(COLUMNS), lines)
-    write_csv(curves_path, [*CURVE_KEYS, *EVALUATION, *sorted(names)], curves)
-    print(f"{path.name}: {len(lines)} runs; {curves_path.name}: {len(curves)} lines")
+    merge(path, COLUMNS, found)
+    merge(results / "diagnostics.csv", (*PLACE, *DIAGNOSTICS), diagnostics)
+    print(f"{len(found)} runs of {len(rows)} rows; {path.name} now holds {len(everything)}")
     return 0
 
 
