@@ -1771,7 +1771,7 @@ def summarise(run: Run) -> dict:
     online = [e for e in run.evals if e["stage"] in ("online", "done")]
     first, handover, last, start = run.evals[0], online[0], run.evals[-1], run.count.get("online_start", 0)
     once, interval = "eval/success_once", ("eval/success_once_low", "eval/success_once_high")
-    steady = [a["global_step"] - start for a, b in zip(online, online[1:] + [last]) if min(a[once], b[once]) >= 0.8]
+    steady = [a["global_step"] - start for a, b in zip(online, online[1:]) if min(a[once], b[once]) >= 0.8]
     return {
         "success_once": last[once], "success_interval": [last[k] for k in interval],
         "success_at_end": last["eval/success_at_end"], "steps_to_success": last["eval/episode_len"],

@@ -151,7 +151,7 @@ class Args:
     expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12) or gated (Eq. 14)
     candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
     candidate_noise: float = 0.02  # Gaussian push on candidates, in units of the action box
-    explore_noise: float = 0.02  # Gaussian push on the chunks of training episodes, in units of the action box
+    explore_noise: float | None = None  # the same push on the chunks of training episodes; default: rgb 0, state 0.02
     actor_ema: float | None = None  # decay of pi_old, which acts and proposes (0: off); default: rgb 0.999, state 0.995
     select: Literal["sample", "best-of-k"] = "sample"  # best of K by the critic isn't in the paper
 
@@ -191,6 +191,7 @@ def validate(args: Args) -> None:
     # A critic on camera features is worth less, so the policy leaves what it knows more slowly (docs/force.md, log).
     args.q_weight = (0.0 if args.obs_mode == "rgb" else 0.02) if args.q_weight is None else args.q_weight
     args.actor_ema = (0.999 if args.obs_mode == "rgb" else 0.995) if args.actor_ema is None else args.actor_ema
+    args.explore_noise = (0.0 if args.obs_mode == "rgb" else 0.02) if args.explore_noise is None else args.explore_noise
     args.success_filter = args.obs_mode == "rgb" if args.success_filter is None else args.success_filter
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
@@ -1522,7 +1523,7 @@ def summarise(run: Run) -> dict:
     online = [e for e in run.evals if e["stage"] in ("online", "done")]
     first, handover, last, start = run.evals[0], online[0], run.evals[-1], run.count.get("online_start", 0)
     once, interval = "eval/success_once", ("eval/success_once_low", "eval/success_once_high")
-    steady = [a["global_step"] - start for a, b in zip(online, online[1:] + [last]) if min(a[once], b[once]) >= 0.8]
+    steady = [a["global_step"] - start for a, b in zip(online, online[1:]) if min(a[once], b[once]) >= 0.8]
     return {
         "success_once": last[once], "success_interval": [last[k] for k in interval],
         "success_at_end": last["eval/success_at_end"], "steps_to_success": last["eval/episode_len"],
