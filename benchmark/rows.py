@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS, ROWS, BARS = (ROOT / "benchmark" / name for name in ("commands", "rows.csv", "bars.csv"))
 
 # Flags that say which run it is and where things lie, not how it learns.
-BOOKKEEPING = ("seed", "runs", "run_name", "resume", "eval_only", "track", "device", "torch_threads", "demo_dir")
+BOOKKEEPING = tuple("seed runs run_name resume eval_only track device torch_threads video_episodes demo_dir".split())
 PLACE = ("--seed", "--runs", "--run-name")  # those of them that a command file gives to each run
 
 
