@@ -65,7 +65,7 @@ class Args:
     eval_only: str | None = None  # run folder to evaluate, without training
     track: bool = False  # log to Weights & Biases too (works offline)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto", "cpu" or "cuda"
-    torch_threads: int = 0  # CPU threads of torch; 0: one, but all cores (up to 8) to train with a camera
+    torch_threads: int = 0  # CPU threads; 0: one, but OMP_NUM_THREADS or all cores (up to 8) for training with a camera
 
     # --- environment ---
     obs_mode: Literal["rgb", "state"] = "rgb"  # camera + proprio, or privileged state (fast)
@@ -129,6 +129,9 @@ def validate(args: Args) -> None:
 
 
 # --- shared: tasks ---
+THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
+
+
 class UserError(Exception):
     """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
 
@@ -1014,7 +1017,7 @@ def train(run: Run, logger: Logger) -> None:
     """Gradient steps on random batches; with a frozen backbone, each observation is embedded once."""
     args, policy, chunks, g = run.args, run.policy, run.chunks, run.generators
     if "primary" in run.demos.obs:
-        torch.set_num_threads(args.torch_threads or min(os.cpu_count() or 1, 8))
+        torch.set_num_threads(args.torch_threads or THREADS)
     if args.finetune == "head":
         with torch.no_grad():
             rows = torch.arange(len(chunks.action)).split(256)

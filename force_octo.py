@@ -86,7 +86,7 @@ class Args:
     eval_only: str | None = None  # run folder to evaluate, without training
     track: bool = False  # log to Weights & Biases too (works offline)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto", "cpu" or "cuda"
-    torch_threads: int = 0  # CPU threads of torch; 0: one, but all cores (up to 8) for stage 0 with a camera
+    torch_threads: int = 0  # CPU threads; 0: one, but OMP_NUM_THREADS or all cores (up to 8) for stage 0 with a camera
 
     # --- environment ---
     obs_mode: Literal["rgb", "state"] = "rgb"  # camera + proprio, or privileged state (fast)
@@ -220,6 +220,9 @@ def check_origin(args: Args, folder: Path) -> None:
 
 
 # --- shared: tasks ---
+THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
+
+
 class UserError(Exception):
     """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
 
@@ -1428,7 +1431,7 @@ def train_sft(run: Run, logger: Logger) -> None:
     args, agent, full, total = run.args, run.agent, run.args.finetune == "full", run.args.sft_updates
     optimizer, params = run.optimizers["sft"], run.optimizers["sft"].param_groups[0]["params"]
     if full and "primary" in run.demos.obs:
-        torch.set_num_threads(args.torch_threads or min(os.cpu_count() or 1, 8))
+        torch.set_num_threads(args.torch_threads or THREADS)
     if not full:
         embed_demos(run)
     last = run.demos.starts() + run.demos.lengths
