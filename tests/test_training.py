@@ -323,6 +323,28 @@ def test_no_vgpd(place):
     assert "losses/distill" in names and "losses/td" in names
 
 
+def test_finetune_head_trains_the_head_alone(place):
+    args = tiny_args(place, run_name="head", finetune="head")
+    run = script.begin(args)
+    before = {name: value.clone() for name, value in run.agent.state_dict().items()}
+    assert run.enter("sft")
+    script.train_sft(run, script.Logger(run.folder, args, 0))
+    moved = {
+        name.split(".")[0] for name, value in run.agent.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert moved == {"actor", "actor_ema"}
+    with torch.no_grad():
+        feature = run.agent.feature(run.demos.at(torch.tensor([3]), run.agent.window))[0]
+    torch.testing.assert_close(run.expert.data["feature"][3], feature)  # what the head was trained on
+
+
+@pytest.mark.parametrize("obs_mode, push", [("rgb", 0.0), ("state", 0.02)])
+def test_episodes_are_pushed_without_a_camera_only(place, obs_mode, push):
+    args = tiny_args(place, obs_mode=obs_mode, explore_noise=None)
+    script.validate(args)
+    assert args.explore_noise == push
+
+
 def test_no_warmup(place, plain):
     folder, names = short(place, "no-warmup", warmup=False, online_cql_alpha=0.1)
     summary = json.loads((folder / "summary.json").read_text())
