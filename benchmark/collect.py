@@ -88,11 +88,11 @@ def code_of(commit: str, script: str) -> str:
 
 
 def without_places(args: dict) -> dict:
-    """Flags that say how a run learns; of files only their names."""
+    """Flags that say how a run learns; of files only their names, and of runs of the same seed only the row."""
     kept = {name: value for name, value in args.items() if name not in BOOKKEEPING}
     for name in ("demo_path", "checkpoint", "sft_checkpoint", "critic_weights", "record_demos"):
         if kept.get(name) and "://" not in kept[name]:
-            kept[name] = Path(kept[name]).name
+            kept[name] = Path(kept[name]).name.removesuffix(f"-{args['seed']}")
     return kept
 
 

@@ -2,7 +2,8 @@
 
 A command file is a shell script of `python SCRIPT.py FLAGS --seed S --runs FOLDER --run-name ROW-S`, in a loop over
 seeds; the shell itself expands it, so what runs is what `bash FILE.sh` would run. A row is what its seeds share: the
-command without these three flags. Files that name the same row share its runs.
+command without these three flags, and with --sft-checkpoint as "$runs/ROW-$seed": a run that has to be finished before.
+Files that name the same row share its runs.
 
 rows.csv   method and ablation of each row, as tables name them, and the method's names in papers.csv
 bars.csv   what a row must reach: success, sft (after stage 0), drop (largest fall below hand-over), steps_ratio (steps
@@ -28,6 +29,7 @@ COMMANDS, ROWS, BARS = (ROOT / "benchmark" / name for name in ("commands", "rows
 # Flags that say which run it is and where things lie, not how it learns.
 BOOKKEEPING = tuple("seed runs run_name resume eval_only track device torch_threads video_episodes demo_dir".split())
 PLACE = ("--seed", "--runs", "--run-name")  # those of them that a command file gives to each run
+ORIGIN = "--sft-checkpoint"  # names a run that has to be finished before
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Row:
     @property
     def script(self) -> str:
         return self.command.split()[1]
+
+    def words(self, seed: int, runs: Path | str) -> list[str]:
+        """The command with a seed and a folder of runs where it names another run."""
+        return [w.replace("$runs/", f"{runs}/").replace("-$seed", f"-{seed}") for w in shlex.split(self.command)]
 
     def flag(self, name: str, default: str = "") -> str:
         words = shlex.split(self.command)
@@ -113,6 +119,11 @@ def read_commands(path: Path) -> CommandFile:
             raise CommandError(f"{path}: --run-name must be ROW-SEED, not {name} with --seed {seed}")
         if row not in about:
             raise CommandError(f"{path}: rows.csv has no row {row}")
+        if ORIGIN in words[:-1]:
+            origin, folder = words.index(ORIGIN) + 1, f"{words[words.index('--runs') + 1]}/"
+            if not words[origin].startswith(folder) or not words[origin].endswith(f"-{seed}"):
+                raise CommandError(f"{path}: {ORIGIN} must be RUNS/ROW-{seed}, not {words[origin]}")
+            words[origin] = f"$runs/{words[origin].removeprefix(folder).removesuffix(seed)}$seed"
         left_out = {i + k for i in at.values() for k in (0, 1)}
         command = shlex.join(word for i, word in enumerate(words) if i not in left_out)
         names = tuple(filter(None, about[row]["paper"].split(";")))
@@ -157,7 +168,8 @@ def misfit(row: Row, config: dict) -> str:
     """
     if config["script"] != Path(row.script).name:
         return f"script {config['script']}"
-    wanted = dataclasses.asdict(load_script(ROOT / row.script).parse_args(shlex.split(row.command)[2:]))
+    args = {"seed": 0, "runs": ""} | config["args"]
+    wanted = dataclasses.asdict(load_script(ROOT / row.script).parse_args(row.words(args["seed"], args["runs"])[2:]))
     return ", ".join(
         f"{name}={value} instead of {wanted.get(name, 'no such flag')}"
         for name, value in config["args"].items()

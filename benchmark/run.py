@@ -4,8 +4,9 @@
     python benchmark/run.py benchmark/commands/main.sh --only push --seeds 1 --dry-run
     python benchmark/run.py benchmark/commands/main.sh --launcher slurm --workers 20 --slurm partition=cpu timeout_min=600
 
-A run with a summary.json is skipped, one with a checkpoint is resumed, anything else is started. Each run writes its
-log beside its folder. Start from a clean checkout that stays as it is: every run records the commit it saw.
+A run with a summary.json is skipped, one with a checkpoint is resumed, anything else is started, but not before the run
+that its --sft-checkpoint names is finished. Each run writes its log beside its folder. Start from a clean checkout that
+stays as it is: every run records the commit it saw.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark.rows import ROOT, CommandError, Row, misfit, read_commands, read_csv  # noqa: E402
+from benchmark.rows import ORIGIN, ROOT, CommandError, Row, misfit, read_commands, read_csv  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results" / "runs.csv"  # how long runs took before, for the time left
 TAIL = 15  # lines of a failed run's log that are shown
@@ -62,6 +63,12 @@ class Job:
         return (self.folder / "summary.json").exists()
 
     @property
+    def needs(self) -> Path | None:
+        """The folder of the run that this one starts from."""
+        words = self.row.words(self.seed, self.runs)
+        return ROOT / words[words.index(ORIGIN) + 1] if ORIGIN in words else None
+
+    @property
     def making_demos(self) -> bool:
         """Scripts write config.json once they have their demonstrations."""
         return self.process is not None and not (self.folder / "config.json").exists()
@@ -69,12 +76,15 @@ class Job:
     def command(self) -> list[str]:
         """What continues this run, or starts it."""
         if (self.folder / "checkpoints" / "latest").exists():
-            return [*shlex.split(self.row.command)[:2], "--resume", str(self.runs / self.name)]
+            return [*self.row.words(self.seed, self.runs)[:2], "--resume", str(self.runs / self.name)]
         place = ["--seed", str(self.seed), "--runs", str(self.runs), "--run-name", self.name]
-        return [*shlex.split(self.row.command), *place]
+        return [*self.row.words(self.seed, self.runs), *place]
 
     def start(self) -> None:
         """Start the subprocess, in a process group of its own; sets `error` instead if something is in the way."""
+        if self.needs and not (self.needs / "summary.json").exists():
+            self.error = f"starts from {self.needs}, which isn't finished: run that first"
+            return
         self.log.parent.mkdir(parents=True, exist_ok=True)
         config, command = self.folder / "config.json", self.command()
         with self.log.open("a") as log:
@@ -192,7 +202,8 @@ def run_here(jobs: list[Job], workers: int, poll_seconds: float = 0.5) -> list[J
                 progress.ended(job)
             busy = {job.row.env_id for job in running if job.making_demos}
             for job in waiting[:]:
-                if len(running) < workers and job.row.env_id not in busy:
+                early = job.needs in {other.folder for other in (*waiting, *running)}
+                if len(running) < workers and job.row.env_id not in busy and not early:
                     waiting.remove(job)
                     running.append(job)
                     busy.add(job.row.env_id)
@@ -316,7 +327,9 @@ def main(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         if launcher == "slurm" and todo:
             options = {name: int(v) if v.isdigit() else v for name, _, v in (word.partition("=") for word in slurm)}
-            failed = run_in_queue(todo, workers, options)
+            failed = []
+            for part in ([job for job in todo if not job.needs], [job for job in todo if job.needs]):
+                failed += run_in_queue(part, workers, options) if part else []
         else:
             failed = run_here(todo, workers)
     except CommandError as error:

@@ -38,6 +38,7 @@ class Args:
     device: str = "cpu"
     mode: str = "ok"
     gamma: float = 0.9
+    sft_checkpoint: str | None = None
     limit: int | None = None
 
 def parse_args(argv=None):
@@ -109,7 +110,8 @@ def test_dry_run_prints_every_command_and_each_parses(name, tmp_path, capsys):
     assert run.main(FILES[name], runs=tmp_path / "runs", dry_run=True) == 0
     printed, file = capsys.readouterr().out.splitlines(), rows.read_commands(FILES[name])
     for line, (row, seed) in zip(printed, file.runs, strict=True):
-        assert line == f"{row.command} --seed {seed} --runs {tmp_path}/runs --run-name {row.name}-{seed}"
+        command = row.command.replace("'$runs/", f"{tmp_path}/runs/").replace("$seed'", str(seed))
+        assert line == f"{command} --seed {seed} --runs {tmp_path}/runs --run-name {row.name}-{seed}"
         _, script, *words = shlex.split(line)
         args = importlib.import_module(Path(script).stem).parse_args(words)
         assert (args.env_id, args.obs_mode, args.seed) == (row.env_id, row.obs_mode, seed)
@@ -126,7 +128,10 @@ def test_a_command_file_is_what_bash_runs(name, tmp_path):
     out = tmp_path / "out"
     subprocess.run([shutil.which("bash"), FILES[name]], env={"PATH": str(tmp_path), "OUT": str(out)}, check=True)
     place = "--seed {1} --runs runs/benchmark --run-name {0.name}-{1}"
-    wanted = [f"{row.command} {place.format(row, seed)}" for row, seed in rows.read_commands(FILES[name]).runs]
+    wanted = [
+        f"{row.command} {place.format(row, seed)}".replace("'$runs/", "runs/benchmark/").replace("$seed'", str(seed))
+        for row, seed in rows.read_commands(FILES[name]).runs
+    ]
     assert out.read_text().splitlines() == wanted
 
 
@@ -168,6 +173,7 @@ def test_the_main_file_is_the_whole_grid():
         ("python a.py --seed 1 --runs r --run-name old-1", "rows.csv has no row old"),
         ("python a.py --seed 1 --runs r --run-name new-1\n" * 2, "a run or a row that is there twice"),
         ("# nothing", "no command at all"),
+        ("python a.py --sft-checkpoint other/old-2 --seed 1 --runs r --run-name new-1", "must be RUNS/ROW-1, not other/old-2"),
     ],
 )
 def test_command_files_that_are_none(suite, tmp_path, capsys, text, message):
@@ -269,6 +275,25 @@ def test_runner_does_not_make_the_same_demonstrations_twice(suite, tmp_path, cap
     assert started == ["push-1", "pull-1", "again-1"]  # another task doesn't wait
     first, second = (json.loads((tmp_path / f"{n}-1" / "config.json").read_text())["time"] for n in ("push", "again"))
     assert second[0] > first[1]  # started once the first had its demonstrations
+
+
+def test_a_run_waits_for_the_run_that_it_starts_from(suite, tmp_path, capsys):
+    first = "--env-id PushCube-v1 --mode slow"
+    path = suite("late --sft-checkpoint elsewhere/first-$seed", f"first {first}", "other --env-id PullCube-v1")
+    assert run.main(path, runs=tmp_path, workers=3) == 0
+    started = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if ": python" in line]
+    assert started == ["first-1", "other-1", "late-1"]
+    config = json.loads((tmp_path / "late-1" / "config.json").read_text())
+    assert config["args"]["sft_checkpoint"] == f"{tmp_path}/first-1"
+    assert config["time"][0] >= (tmp_path / "first-1" / "summary.json").stat().st_mtime
+    (row,) = [row for row in rows.read_commands(path).rows if row.name == "late"]
+    assert not rows.misfit(row, config)
+    assert "sft_checkpoint" in rows.misfit(row, config | {"args": config["args"] | {"sft_checkpoint": "first-2"}})
+
+    path = suite("late --sft-checkpoint elsewhere/bad-$seed", "bad --mode fail")
+    shutil.rmtree(tmp_path / "late-1")
+    assert run.main(path, runs=tmp_path) == 1
+    assert f"FAILED late-1: starts from {tmp_path}/bad-1, which isn't finished" in capsys.readouterr().err
 
 
 def test_runner_leaves_a_run_that_is_already_running_alone(suite, tmp_path, capsys):
