@@ -173,7 +173,10 @@ def test_the_main_file_is_the_whole_grid():
         ("python a.py --seed 1 --runs r --run-name old-1", "rows.csv has no row old"),
         ("python a.py --seed 1 --runs r --run-name new-1\n" * 2, "a run or a row that is there twice"),
         ("# nothing", "no command at all"),
-        ("python a.py --sft-checkpoint other/old-2 --seed 1 --runs r --run-name new-1", "must be RUNS/ROW-1, not other/old-2"),
+        (
+            "python a.py --sft-checkpoint other/old-2 --seed 1 --runs r --run-name new-1",
+            "must be RUNS/ROW-1, not other/old-2",
+        ),
     ],
 )
 def test_command_files_that_are_none(suite, tmp_path, capsys, text, message):
@@ -414,6 +417,14 @@ def test_a_queue_runs_the_same_file(suite, tmp_path, capsys, monkeypatch):
     assert times[1][0] > times[0][1]  # one of them made the demonstrations
     assert run.main(path, runs=tmp_path, launcher="slurm", slurm=("nonsense=1",)) == 2
     assert "unknown parameter nonsense" in capsys.readouterr().err
+
+
+def test_a_queue_gets_runs_that_start_from_others_later(suite, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", Queue)
+    path = suite("late --sft-checkpoint elsewhere/first-$seed", "first --env-id PushCube-v1 --mode slow")
+    assert run.main(path, runs=tmp_path, launcher="slurm", workers=2) == 0
+    first, late = ((tmp_path / f"{name}-1" / "summary.json").stat().st_mtime for name in ("first", "late"))
+    assert late > first
 
 
 def test_a_queue_needs_its_package(suite, tmp_path, capsys, monkeypatch):
