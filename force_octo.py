@@ -347,10 +347,11 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
 
     Raises: UserError if the simulator can't start, which nearly always means Vulkan, or refuses the flags.
     """
-    import mani_skill.envs  # noqa: F401  registers the tasks
+    import mani_skill.envs  # registers the tasks
     from mani_skill.utils import sapien_utils
 
     torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
+    mani_skill.logger.setLevel("ERROR")  # some tasks warn at every reset
     task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
     cameras = dict(base_camera=dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov))
     if "wristcam" in args.robot_uids:
