@@ -164,12 +164,15 @@ def load_script(path: Path):
 def misfit(row: Row, config: dict) -> str:
     """How a run (its config.json) differs from the row's command; empty if it doesn't.
 
-    Flags that the run doesn't know are newer than it, and flags whose default is None are filled in by the script.
+    Flags that the run doesn't know are newer than it. Flags whose default is None are filled in by the script, and so are
+    --sft-updates (0 with --sft-checkpoint) and --eval-spawn data.
     """
     if config["script"] != Path(row.script).name:
         return f"script {config['script']}"
     args = {"seed": 0, "runs": ""} | config["args"]
     wanted = dataclasses.asdict(load_script(ROOT / row.script).parse_args(row.words(args["seed"], args["runs"])[2:]))
+    filled = {"sft_updates": wanted.get("sft_checkpoint"), "eval_spawn": wanted.get("eval_spawn") == "data"}
+    wanted |= {name: None for name, by_script in filled.items() if by_script}
     return ", ".join(
         f"{name}={value} instead of {wanted.get(name, 'no such flag')}"
         for name, value in config["args"].items()

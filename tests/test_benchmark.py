@@ -259,6 +259,17 @@ def test_runner_keeps_a_run_without_a_checkpoint_aside(suite, tmp_path):
     assert (tmp_path / "new-1" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("name, filled", [("force-pick", {"sft_updates": 0}), ("corft-pick", {"eval_spawn": "random"})])
+def test_what_a_script_fills_in_is_no_difference(name, filled):
+    (row,) = [row for row in rows.read_commands(FILES["main"]).rows if row.name == f"{name}-state"]
+    args = vars(rows.load_script(rows.ROOT / row.script).parse_args(row.words(3, "runs")[2:])) | filled
+    assert args["seed"] == 1 and "$" not in str(args)  # the seed is bookkeeping
+    config = {"script": row.script, "args": args | {"seed": 3, "runs": "runs"}}
+    assert rows.misfit(row, config) == ""
+    config["args"] |= {"gamma": 0.5}
+    assert rows.misfit(row, config).startswith("gamma=0.5 instead of")
+
+
 def test_runner_refuses_to_resume_a_run_of_another_command(suite, tmp_path, capsys):
     path = suite("half --gamma 0.5")
     (tmp_path / "half-1" / "checkpoints").mkdir(parents=True)
