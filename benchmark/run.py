@@ -82,11 +82,11 @@ class Job:
 
     def start(self) -> None:
         """Start the subprocess, in a process group of its own; sets `error` instead if something is in the way."""
-        if self.needs and not (self.needs / "summary.json").exists():
-            self.error = f"starts from {self.needs}, which isn't finished: run that first"
-            return
         self.log.parent.mkdir(parents=True, exist_ok=True)
         config, command = self.folder / "config.json", self.command()
+        if self.needs and "--resume" not in command and not (self.needs / "summary.json").exists():
+            self.error = f"starts from {self.needs}, which isn't finished: run that first"
+            return
         with self.log.open("a") as log:
             try:  # the child inherits the lock, so it holds for as long as the run lives
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)

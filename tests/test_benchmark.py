@@ -304,6 +304,12 @@ def test_a_run_waits_for_the_run_that_it_starts_from(suite, tmp_path, capsys):
     assert not rows.misfit(row, config)
     assert "sft_checkpoint" in rows.misfit(row, config | {"args": config["args"] | {"sft_checkpoint": "first-2"}})
 
+    (tmp_path / "late-1" / "summary.json").unlink()
+    (tmp_path / "late-1" / "checkpoints").mkdir()
+    (tmp_path / "late-1" / "checkpoints" / "latest").write_text("update-1")
+    shutil.rmtree(tmp_path / "first-1")  # a run with a checkpoint of its own doesn't need it any more
+    assert run.main(path, runs=tmp_path, only="late") == 0
+
     path = suite("late --sft-checkpoint elsewhere/bad-$seed", "bad --mode fail")
     shutil.rmtree(tmp_path / "late-1")
     assert run.main(path, runs=tmp_path) == 1
