@@ -41,13 +41,11 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -56,7 +54,6 @@ from types import SimpleNamespace
 from typing import Literal
 
 import gymnasium as gym
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -226,9 +223,6 @@ def check_origin(args: Args, folder: Path) -> None:
 
 
 # --- shared: tasks ---
-THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
-
-
 class UserError(Exception):
     """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
 
@@ -255,36 +249,31 @@ TASKS = {
 }
 
 
+# --- end shared ---
+
+
+# --- shared: flags ---
+THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
+
+
 def check_flags(args: Args, limits: dict) -> None:
     """Check the flags that all scripts have, and fill in what depends on the task or the machine.
 
     `limits` holds {what a number must be: (test, flags)}; other numbers must be at least 0. Raises: UserError.
     """
     import mani_skill.envs  # noqa: F401  registers the tasks
-    from mani_skill.agents.registration import REGISTERED_AGENTS
-    from mani_skill.utils.assets import DATA_GROUPS, DATA_SOURCES, is_data_source_downloaded
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     if args.env_id not in REGISTERED_ENVS:
         known = ", ".join(TASKS)
         raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {known}")
-    task = REGISTERED_ENVS[args.env_id]
-    if args.robot_uids not in REGISTERED_AGENTS:
-        fitting = ", ".join(uid for uid in getattr(task.cls, "SUPPORTED_ROBOTS", []) if isinstance(uid, str))
-        raise UserError(f"--robot-uids {args.robot_uids} is no ManiSkill robot; {args.env_id} is made for: {fitting}")
-    needed = {*task.asset_download_ids, *REGISTERED_AGENTS[args.robot_uids].asset_download_ids}
-    while needed - DATA_SOURCES.keys():  # groups of groups
-        needed = {part for uid in needed for part in ([uid] if uid in DATA_SOURCES else DATA_GROUPS[uid])}
-    if missing := sorted(uid for uid in needed if not is_data_source_downloaded(uid)):
-        tools = "; ".join(f"python -m mani_skill.utils.download_asset {uid}" for uid in missing)
-        raise UserError(f"{args.env_id} with {args.robot_uids} needs files of ManiSkill's: {tools}")
     rules = {name: (meaning, test) for meaning, (test, names) in limits.items() for name in names.split()}
     for name, value in vars(args).items():
         meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
         if isinstance(value, int | float) and not test(value):
             raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
     if args.max_episode_steps is None:
-        seconds = TASKS.get(args.env_id, Task()).seconds or task.max_episode_steps / 10
+        seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
         args.max_episode_steps = round(seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
@@ -378,6 +367,10 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
     return ObsWrapper(args.place(env) if hasattr(args, "place") else env)  # co_rft_chunked.py moves objects
 
 
+# --- end shared ---
+
+
+# --- shared: vector environment ---
 def make_env(args: Args, num_envs: int, render: bool = False):
     """num_envs environments without auto-reset, the same for every backend.
 
@@ -407,8 +400,8 @@ class Demos:
     action: np.ndarray  # [M, A] float32, controller's units; the row of an episode's last observation is unused
     lengths: np.ndarray  # [episodes] T of each, to the end of the recording
     steps: np.ndarray  # [episodes] steps to the first success: reinforcement learning episodes end there
+    success: np.ndarray  # [M] bool, after each action
     source: str
-    success: np.ndarray | None = None  # [M] after each action; None in caches of an earlier version
 
     def starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
@@ -421,139 +414,29 @@ class Demos:
         return {"proprio": torch.from_numpy(self.obs["proprio"])[rows], "real": step >= first} | seen
 
 
-def plan_demos(args: Args, path: Path, seed: int, count: int) -> None:
-    """Let ManiSkill's motion planner solve `count` episodes from `seed` on; writes them to `path` (joint positions)."""
-    from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
-    from mani_skill.utils.wrappers.record import RecordEpisode
-
-    make_maniskill(args).close()  # says what is wrong with the simulator or the flags
-    env = gym.make(
-        args.env_id, obs_mode="none", control_mode="pd_joint_pos", robot_uids=args.robot_uids, reward_mode="sparse",
-        sim_backend="physx_cpu", render_backend="cpu", sim_config=dict(control_freq=args.control_freq),
-    )  # fmt: skip
-    env = args.place(env) if hasattr(args, "place") else env
-    env = RecordEpisode(env, str(path.parent), trajectory_name=path.stem, save_video=False, save_on_reset=False)
-    last, bar = seed + 3 * count + 50, tqdm(total=count, desc=f"planning {path.stem}", mininterval=2)
-    while bar.n < count and seed < last:
-        try:
-            result = MP_SOLUTIONS[args.env_id](env, seed=seed, debug=False, vis=False)
-            solved = result != -1 and result[-1]["success"].item()
-        except Exception:  # the solutions raise all sorts where no plan exists; the next seed is as good
-            solved = False
-        env.flush_trajectory(save=solved)
-        bar.update(solved)
-        seed += 1
-    env.close()
-    if bar.n < count:
-        raise UserError(f"the motion planner fails on {args.env_id}: {bar.n} of {count} episodes up to seed {last}")
-    path.with_suffix(".done").touch()  # a killed run leaves no half file
-
-
-def open_demos(args: Args, path: Path) -> tuple[Path, list[dict]]:
-    """A trajectory file that fits the flags, replayed under their controller if need be, and its list of episodes."""
-    try:
-        meta = json.loads(path.with_suffix(".json").read_text())
-        episodes, env_id, kwargs = meta["episodes"], meta["env_info"]["env_id"], meta["env_info"]["env_kwargs"]
-        freq, robot = (kwargs.get("sim_config") or {}).get("control_freq", 20), kwargs.get("robot_uids")
-        with h5py.File(path, "r") as file:
-            missing = sum(f"traj_{e['episode_id']}/actions" not in file for e in episodes)
-    except FileNotFoundError as error:
-        raise UserError(f"no demonstrations: {error.filename} doesn't exist (a .h5 has a .json beside it)") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no complete ManiSkill trajectory file ({error}); make or copy it again") from error
-    if missing:
-        raise UserError(f"{path} is truncated: {missing} of the listed episodes are not stored; make or copy it again")
-    for flag, have in dict(env_id=env_id, control_freq=freq, robot_uids=robot or args.robot_uids).items():
-        if have != getattr(args, flag):
-            raise UserError(f"{path} was recorded with --{flag.replace('_', '-')} {have}, not {getattr(args, flag)}")
-    if path == Path(args.demo_path or "") and len(episodes) < args.num_demos:
-        raise UserError(f"{path} holds {len(episodes)} episodes; --num-demos asks for {args.num_demos}")
-    if (mode := kwargs.get("control_mode")) == args.control_mode:
-        return path, episodes
-    if mode != "pd_joint_pos":
-        raise UserError(f"{path} has actions for {mode}; only pd_joint_pos can be converted to {args.control_mode}")
-    target = path.with_name(f"{path.stem}.none.{args.control_mode}.physx_cpu.h5")
-    done = target.with_suffix(".done")
-    if not done.exists() or done.stat().st_mtime_ns < path.stat().st_mtime_ns:
-        command = [sys.executable, "-m", "mani_skill.trajectory.replay_trajectory", "--traj-path", str(path)]
-        command += ["--save-traj", "-c", args.control_mode, "-o", "none", "--num-envs", "1"]
-        command += ["--use-first-env-state"] if getattr(args, "spawn", "random") != "random" else []
-        tool = subprocess.run(command, capture_output=True, errors="replace", env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if tool.returncode or not target.exists():
-            raise UserError(f"ManiSkill can't convert {path} to {args.control_mode}: {tool.stderr[-300:]}")
-        done.touch()
-    return open_demos(args, target)
-
-
-def demo_part(args: Args, path: Path, part: int, parts: int) -> list[dict[str, np.ndarray]]:
-    """One worker's episodes: planned (if `path` is a folder) or read, then replayed to see what the policy will see."""
-    count, planned = len(range(part, args.num_demos, parts)), path.is_dir()
-    if planned:
-        path = path / f"part{part}of{parts}.h5"
-        if not path.with_suffix(".done").exists():  # spares, because a few fail when replayed
-            plan_demos(args, path, 100_000 * part, count + 3 + count // 10)
-    path, episodes = open_demos(args, path)
-    episodes = episodes if planned else np.array_split(episodes, parts)[part]
-    env, found = make_maniskill(args), []
-    with h5py.File(path, "r") as file:
-        for episode in tqdm(episodes, f"replaying {path.stem} {part + 1}/{parts}", mininterval=2):
-            action = file[f"traj_{episode['episode_id']}/actions"][:].astype(np.float32)
-            first = env.reset(seed=episode["reset_kwargs"].get("seed", episode["episode_seed"]))[0]
-            steps = [env.step(a) for a in action]
-            success = [bool(step[1]) for step in steps]
-            if any(success):
-                still = action[-1] * np.append(np.full(action.shape[1] - 1, "delta" not in args.control_mode), 1)
-                for _ in range(success.index(True) + 1 + getattr(args, "upsample_steps", 0) - len(steps)):
-                    steps.append(env.step(still.astype(np.float32)))
-                success = [bool(step[1]) for step in steps]
-                obs = {f"obs_{k}": np.concatenate([first[k], *(step[0][k] for step in steps)]) for k in first}
-                action = np.stack([*action, *[still] * (len(steps) - len(action)), 0 * still]).astype(np.float32)
-                counts = {"lengths": [len(steps)], "steps": [success.index(True) + 1]}
-                found.append(obs | counts | {"action": action, "success": [*success, False]})
-            if len(found) == count:
-                break
-    env.close()
-    if not found:
-        raise UserError(f"no demonstration of {path} succeeds when replayed: recorded with other settings?")
-    return found
-
-
 def load_demos(args: Args) -> Demos:
-    """`num_demos` demonstrations from `--demo-path`, or made by ManiSkill's planner; observed once and cached."""
-    from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
+    """The demonstrations that the flags ask for: those of an earlier run, or of make_demos.py, a program of its own.
 
-    view = ["layout 2", args.obs_mode, args.control_mode, args.num_demos]
-    view += [args.image_size, TASKS.get(args.env_id)] if args.obs_mode == "rgb" else []
-    view += [extra] if (extra := getattr(args, "upsample_steps", 0)) else []  # two flags of co_rft_chunked.py
-    spawn = "" if (spawn := getattr(args, "spawn", "random")) == "random" else f"-{spawn}"
-    if args.demo_path:
-        source, path = str(Path(args.demo_path)), Path(args.demo_path)
-        open_demos(args, path)  # checked and converted here, before there are workers
-        view += [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
-    elif args.env_id in MP_SOLUTIONS:
-        source = f"{args.env_id}-{args.robot_uids}-{args.control_freq}hz-{args.num_demos}{spawn}"
-        path = Path(args.demo_dir) / source
-        path.mkdir(parents=True, exist_ok=True)
-    else:
-        raise UserError(f"ManiSkill has no motion planner for {args.env_id}: give demonstrations by --demo-path FILE")
-    cache = Path(args.demo_dir) / f"{args.env_id}-{hashlib.sha1(repr((source, view)).encode()).hexdigest()[:12]}.npz"
+    Raises: SystemExit where make_demos.py fails; it has said why.
+    """
+    flags = dict(
+        env_id=args.env_id, robot_uids=args.robot_uids, control_mode=args.control_mode, control_freq=args.control_freq,
+        obs_mode=args.obs_mode, image_size=args.image_size, sim_backend=args.sim_backend, num_demos=args.num_demos,
+        demo_path=args.demo_path, **{k: getattr(args, k) for k in ("spawn", "upsample_steps") if hasattr(args, k)},
+    )  # fmt: skip
+    content = [flags, TASKS.get(args.env_id), "layout 3"]
+    if args.demo_path and os.path.exists(args.demo_path):
+        content += [os.path.getsize(args.demo_path), os.path.getmtime(args.demo_path)]
+    cache = Path(args.demo_dir) / f"{args.env_id}-{hashlib.sha1(repr(content).encode()).hexdigest()[:12]}.npz"
     if not cache.exists():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        workers = min(os.cpu_count() or 1, 8, args.num_demos)
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            parts = list(pool.map(partial(demo_part, args, path, parts=workers), range(workers)))
-        found = [episode for part in parts for episode in part]
-        temporary = cache.with_suffix(f".tmp{os.getpid()}.npz")  # renamed when complete: a kill leaves no half cache
-        try:
-            np.savez(temporary, **{k: np.concatenate([episode[k] for episode in found]) for k in found[0]})
-            os.replace(temporary, cache)
-        finally:
-            temporary.unlink(missing_ok=True)
+        flags |= {"out": cache, "demo_dir": args.demo_dir}
+        tool = [sys.executable, str(Path(__file__).with_name("make_demos.py"))]
+        tool += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None]
+        if code := subprocess.run(tool).returncode:
+            sys.exit(code)
     data = np.load(cache)
-    obs = {k.removeprefix("obs_"): data[k] for k in data.files if k.startswith("obs_")}
-    if len(data["steps"]) < args.num_demos:
-        print(f"using {len(data['steps'])} of {args.num_demos} demonstrations; the others of {source} fail in replay")
-    return Demos(obs, data["action"], data["lengths"], data["steps"], source, data.get("success"))
+    obs = {name.removeprefix("obs_"): data[name] for name in data.files if name.startswith("obs_")}
+    return Demos(obs, *(data[name] for name in ("action", "lengths", "steps", "success")), str(data["source"]))
 
 
 # --- end shared ---
@@ -1819,6 +1702,6 @@ if __name__ == "__main__":
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: the disk is full; free some space, then go on with --resume RUN_DIR ({error})", file=sys.stderr)
+        print(f"error: the disk is full; free space, then start again or --resume RUN_DIR ({error})", file=sys.stderr)
         sys.exit(2)
 # --- end shared ---

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import force_octo
+import make_demos
 
 torch.set_num_threads(1)
 
@@ -61,6 +62,14 @@ def as_flags(args: force_octo.Args) -> list[str]:
     return flags
 
 
+def tool_args(args) -> make_demos.Args:
+    """The flags with which a script calls make_demos.py, writing beside its cache."""
+    names = {field.name for field in dataclasses.fields(make_demos.Args)} - {"torch_threads"}
+    return make_demos.Args(
+        **{k: v for k, v in vars(args).items() if k in names}, out=str(Path(args.demo_dir) / "out.npz")
+    )
+
+
 class InlinePool:
     """In the place of ProcessPoolExecutor: demonstration workers run in this process."""
 
@@ -75,6 +84,12 @@ class InlinePool:
 
     def map(self, function, parts):
         return map(function, parts)
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """make_demos.py's workers run in this process."""
+    monkeypatch.setattr(make_demos, "ProcessPoolExecutor", InlinePool)
 
 
 @pytest.fixture

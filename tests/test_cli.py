@@ -1,6 +1,5 @@
 """The command line: help, bad input, run folders that can't be used, full disks, and the commands in the documents."""
 
-import concurrent.futures
 import dataclasses
 import importlib
 import json
@@ -16,9 +15,10 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, InlinePool, as_flags, tiny_args
+from conftest import ROOT, SCRIPT, as_flags, tiny_args, tool_args
 
 import force_octo as script
+import make_demos
 from force_octo import UserError
 
 SHORT = dict(
@@ -55,11 +55,6 @@ def test_help_names_and_explains_every_flag(command):
 
 BAD = {
     "--env-id Nope-v1": "--env-id Nope-v1 is no ManiSkill task",
-    "--env-id RollBall-v1": "no motion planner for RollBall-v1.*--demo-path",
-    "--robot-uids panda_bad": "no ManiSkill robot.*made for: .*panda",
-    "--robot-uids xarm6_robotiq": "download_asset xarm6",
-    "--env-id PickSingleYCB-v1": "download_asset ycb",
-    "--demo-path nowhere.h5": "nowhere.*doesn't exist",
     "--K 0": "--K must be at least 1",
     "--online-steps -1": "--online-steps must be at least 0",
     "--offline-updates -5": "--offline-updates must",
@@ -95,7 +90,7 @@ def no_work(monkeypatch, tmp_path):
     def refuse(*_):
         raise AssertionError("accepted: it began to make demonstrations")
 
-    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(subprocess, "run", refuse)
     monkeypatch.chdir(tmp_path)
 
 
@@ -104,6 +99,35 @@ def test_bad_flags(flags, command, no_work, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     one_error(command(*flags.split()), BAD[flags])
     assert not list(tmp_path.iterdir())  # neither a run folder nor a cache
+
+
+BAD_DEMOS = {
+    "--env-id Nope-v1": "--env-id Nope-v1 is no ManiSkill task",
+    "--env-id RollBall-v1": "no motion planner for RollBall-v1.*--demo-path",
+    "--robot-uids panda_bad": "no ManiSkill robot.*made for: .*panda",
+    "--robot-uids xarm6_robotiq": "download_asset xarm6",
+    "--env-id PickSingleYCB-v1": "download_asset ycb",
+    "--demo-path nowhere.h5": "nowhere.*doesn't exist",
+    "--num-demos 0": "--num-demos",
+    "--upsample-steps -1": "--upsample-steps",
+    "--spawn ood --env-id PlaceSphere-v1": "--spawn knows",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_DEMOS)
+def test_bad_flags_of_the_demonstration_program(flags, inline, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(make_demos.UserError, match=BAD_DEMOS[flags]) as caught:
+        make_demos.main(make_demos.parse_args(flags.split()))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_ends_with_the_one_line_of_the_demonstration_program(tmp_path):
+    flags = "--env-id PickSingleYCB-v1 --obs-mode state"
+    done = subprocess.run([sys.executable, str(SCRIPT), *flags.split()], cwd=tmp_path, capture_output=True, text=True)
+    one_error((done.returncode, done.stdout, done.stderr), "download_asset ycb")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", ["--K two", "--preset other", "--no-such-flag 1", "--device other"])
@@ -152,17 +176,15 @@ def test_no_vulkan_with_demonstrations_at_hand(place, no_vulkan, command, tmp_pa
     assert not list(tmp_path.rglob("*"))
 
 
-def test_no_vulkan_while_making_demonstrations(no_vulkan, monkeypatch, tmp_path):
-    monkeypatch.setattr(script, "ProcessPoolExecutor", InlinePool)
-    with pytest.raises(UserError, match=r"simulator can't start .*setup\.sh"):
-        script.load_demos(tiny_args(tmp_path))
+def test_no_vulkan_while_making_demonstrations(no_vulkan, inline, tmp_path):
+    with pytest.raises(make_demos.UserError, match=r"simulator can't start .*setup\.sh"):
+        make_demos.main(tool_args(tiny_args(tmp_path)))
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_a_robot_that_the_task_has_no_keyframe_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(script, "ProcessPoolExecutor", InlinePool)
-    with pytest.raises(UserError, match=r"StackCube-v1 refuses these settings .*NotImplementedError"):
-        script.load_demos(tiny_args(tmp_path, env_id="StackCube-v1", robot_uids="panda_stick"))
+def test_a_robot_that_the_task_has_no_keyframe_for(inline, tmp_path):
+    with pytest.raises(make_demos.UserError, match=r"StackCube-v1 refuses these settings .*NotImplementedError"):
+        make_demos.main(tool_args(tiny_args(tmp_path, env_id="StackCube-v1", robot_uids="panda_stick")))
 
 
 # --- run folders ---

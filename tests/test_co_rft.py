@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, InlinePool
+from conftest import ROOT
 
 import bc
 import co_rft_chunked as script
@@ -226,9 +226,7 @@ def upsampled(place):
     """The session's demonstrations, replayed and recorded on after their success."""
     args = tiny_args(place, place)
     script.validate(args)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(script, "ProcessPoolExecutor", InlinePool)
-        return script.load_demos(args)
+    return script.load_demos(args)
 
 
 def test_demonstrations_go_on_after_success(place, demos, upsampled):
@@ -245,8 +243,7 @@ def test_demonstrations_go_on_after_success(place, demos, upsampled):
         assert np.abs(moved).max() < 0.02  # the joints stand still
 
 
-def test_demonstrations_from_another_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "ProcessPoolExecutor", InlinePool)
+def test_demonstrations_from_another_start(tmp_path):
     args = tiny_args(tmp_path, tmp_path, spawn="ood", num_demos=1, upsample_steps=2)
     script.check_flags(args, script.LIMITS)
     demos = script.load_demos(args)

@@ -10,17 +10,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import InlinePool, tiny_args
+from conftest import tiny_args, tool_args
 
 import force_octo as script
+import make_demos
 from force_octo import UserError
-
-
-@pytest.fixture
-def inline(monkeypatch):
-    """Demonstration workers run in this process."""
-
-    monkeypatch.setattr(script, "ProcessPoolExecutor", InlinePool)
 
 
 @pytest.fixture
@@ -110,19 +104,22 @@ def test_an_episode_does_not_depend_on_the_ones_before(place, planned):
 def test_a_cache_is_used_again_and_only_for_the_same_flags(place, demos, monkeypatch):
     asked = []
 
-    def pool(workers, context):
-        asked.append(workers)
-        raise InterruptedError
+    def run(command):
+        asked.append(command)
+        return SimpleNamespace(returncode=7)
 
-    monkeypatch.setattr(script, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(script.subprocess, "run", run)
     again = script.load_demos(tiny_args(place, seed=7, K=3, hidden_dim=99))
     assert np.array_equal(again.action, demos.action) and not asked
     for change in ({"control_mode": "pd_ee_delta_pose"}, {"num_demos": 3}, {"control_freq": 20}, {"obs_mode": "rgb"}):
-        with pytest.raises(InterruptedError):
+        with pytest.raises(SystemExit) as caught:
             script.load_demos(tiny_args(place, **change))
+        ((name, value),) = change.items()
+        assert caught.value.code == 7 and f"--{name.replace('_', '-')}={value}" in asked[-1]
+    assert len({next(flag for flag in command if flag.startswith("--out=")) for command in asked}) == 4
 
 
-def test_demo_path_reads_maniskill_files(copy, inline, tmp_path):
+def test_demo_path_reads_maniskill_files(copy, tmp_path):
     demos = script.load_demos(copy)
     assert len(demos.lengths) == 2 and (demos.steps <= demos.lengths).all() and demos.source == copy.demo_path
     assert demos.action.shape[1] == 8  # seven joints and the gripper
@@ -138,7 +135,7 @@ def test_a_full_disk_leaves_no_half_cache(copy, inline, monkeypatch, tmp_path):
 
     monkeypatch.setattr(np, "savez", savez)
     with pytest.raises(OSError, match="No space left"):
-        script.load_demos(copy)
+        make_demos.main(tool_args(copy))
     assert not list((tmp_path / "demos").iterdir())
 
 
@@ -183,8 +180,8 @@ BAD_FILES = {
 def test_bad_demonstration_files(case, copy, inline, tmp_path):
     damage, message = BAD_FILES[case]
     damage(copy)
-    with pytest.raises(UserError, match=message) as caught:
-        script.load_demos(copy)
+    with pytest.raises(make_demos.UserError, match=message) as caught:
+        make_demos.main(tool_args(copy))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*tmp*.*z"))
 
@@ -193,26 +190,18 @@ def test_demonstrations_that_do_not_succeed(copy, inline, tmp_path):
     with h5py.File(copy.demo_path, "a") as file:
         for name in file:
             file[name]["actions"][...] = file[name]["actions"][0]  # stands still
-    with pytest.raises(UserError, match="succeed.* when replayed"):
-        script.load_demos(copy)
+    with pytest.raises(make_demos.UserError, match="succeed.* when replayed"):
+        make_demos.main(tool_args(copy))
     assert not list(tmp_path.rglob("*.npz"))
 
 
-def test_a_changed_file_is_read_again(copy, inline):
+def test_a_changed_file_is_read_again(copy):
     first = script.load_demos(copy)
     change_json(copy, lambda meta: meta["episodes"].pop(0))
     with h5py.File(copy.demo_path, "a") as file:
         del file["traj_0"]
     second = script.load_demos(copy)
     assert not np.array_equal(first.action[:5], second.action[:5])
-
-
-def test_task_without_planner(tmp_path):
-    args = tiny_args(tmp_path, env_id="RollBall-v1")
-    script.validate(args)
-    with pytest.raises(UserError, match="no motion planner for RollBall-v1: .*--demo-path"):
-        script.load_demos(args)
-    assert not list(tmp_path.iterdir())
 
 
 # --- units of actions and observations ---
