@@ -394,8 +394,8 @@ class Demos:
     action: np.ndarray  # [M, A] float32, controller's units; the row of an episode's last observation is unused
     lengths: np.ndarray  # [episodes] T of each, to the end of the recording
     steps: np.ndarray  # [episodes] steps to the first success: reinforcement learning episodes end there
-    success: np.ndarray  # [M] bool, after each action
     source: str
+    success: np.ndarray | None = None  # [M] bool after each action; the reward of CO-RFT's longer recordings
 
     def starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
@@ -430,7 +430,7 @@ def load_demos(args: Args) -> Demos:
             sys.exit(code)
     data = np.load(cache)
     obs = {name.removeprefix("obs_"): data[name] for name in data.files if name.startswith("obs_")}
-    return Demos(obs, *(data[name] for name in ("action", "lengths", "steps", "success")), str(data["source"]))
+    return Demos(obs, data["action"], data["lengths"], data["steps"], str(data["source"]), data["success"])
 
 
 # --- end shared ---
