@@ -981,10 +981,10 @@ class TaskPolicy(OctoPolicy):
 
     def __init__(self, args: Args, demos: Demos):
         """Raises: UserError if the weights of --checkpoint can't be had."""
+        action = np.delete(demos.action, demos.starts() + demos.lengths, axis=0)  # without the unused rows
         try:
             super().__init__(
-                args.backbone, args.checkpoint, bool(args.resume or args.eval_only), demos.obs,
-                action=np.delete(demos.action, demos.starts() + demos.lengths, axis=0), chunk_len=args.chunk_len,
+                args.backbone, args.checkpoint, bool(args.resume or args.eval_only), demos.obs, action, args.chunk_len,
                 relative="delta" in args.control_mode, action_range=args.action_range,
                 instruction=TASKS.get(args.env_id, Task()).instruction,
             )  # fmt: skip

@@ -695,11 +695,11 @@ class Agent(Pi0Policy):
 
     def __init__(self, args: Args, demos: Demos):
         """Raises: UserError if the weights of --checkpoint can't be had."""
-        elsewhere = args.resume or args.eval_only or args.sft_checkpoint or args.dry_run  # or nowhere
+        action = np.delete(demos.action, demos.starts() + demos.lengths, axis=0)  # without the unused rows
+        known = args.resume or args.eval_only or args.sft_checkpoint or args.dry_run  # weights from a run, or none
         try:
             super().__init__(
-                args.backbone, None if elsewhere else args.checkpoint, demos.obs,
-                action=np.delete(demos.action, demos.starts() + demos.lengths, axis=0), chunk_len=args.chunk_len,
+                args.backbone, None if known else args.checkpoint, demos.obs, action, args.chunk_len,
                 relative="delta" in args.control_mode, action_range=args.action_range,
                 instruction=TASKS.get(args.env_id, Task()).instruction, finetune=args.finetune, bf16=args.bf16,
                 flow_steps=args.flow_steps,
