@@ -1,4 +1,4 @@
-"""Octo as the body of a policy: from observations to the features that action heads and critics read."""
+"""Octo (arXiv:2405.12213) as the body of a policy: from observations to features that action heads and critics read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""pi0 and pi0.5 as the body of a policy: from observations to rows that heads and critics read, and the flow head."""
+"""pi0 (arXiv:2410.24164) and pi0.5 as the body of a policy: from observations to rows that heads and critics read, and
+the flow head.
+"""
 
 from __future__ import annotations
 
