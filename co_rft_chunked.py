@@ -62,8 +62,9 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from backbones.octo import PRESETS as OCTO_PRESETS
-from backbones.octo import Octo, OctoError, load_octo
+from backbones.consistency import SIGMA_DATA
+from backbones.octo import OctoError
+from backbones.octo_policy import OctoPolicy
 
 
 # === Arguments =======================================================================================================
@@ -536,9 +537,6 @@ class ChunkData:
 
 
 # === Networks ========================================================================================================
-SIGMA_DATA = 0.5  # standard deviation of actions in the units that the networks see
-
-
 class ChunkActor(nn.Module):
     """Deterministic chunk: an MLP on the feature, in units of the demonstrations' spread (bc.py --head mse-chunk)."""
 
@@ -615,94 +613,26 @@ def check_octo(args: Args) -> None:
         raise UserError(f"released Octo weights see 256 pixels (wrist camera: 128), not --image-size {args.image_size}")
 
 
-class OctoPolicy(nn.Module):
-    """Octo and the units of what goes in and out; scripts add the heads and `act`."""
+class TaskPolicy(OctoPolicy):
+    """Octo for the flags of a run and its demonstrations."""
 
     def __init__(self, args: Args, demos: Demos):
-        super().__init__()
-        self.H, self.instruction = args.chunk_len, TASKS.get(args.env_id, Task()).instruction
-        self.relative = "delta" in args.control_mode
-        proprio, action = demos.obs["proprio"], np.delete(demos.action, demos.starts() + demos.lengths, axis=0)
-        centre = np.zeros(action.shape[1]) if self.relative else (action.max(0) + action.min(0)) / 2
-        scale = np.maximum(args.action_range * np.abs(action - centre).max(0), 1e-3)
-        units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians
-        for name, value in (units | dict(action_centre=centre, action_scale=scale)).items():
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
-        images = tuple((k, v.shape[1]) for k, v in demos.obs.items() if k != "proprio")
-        # Privileged state goes through the transformer; beside a camera, proprio goes to the heads only, as in Octo 1.5.
-        self.proprio_dim, self.action_dim = proprio.shape[1], action.shape[1]
-        lowdim = 0 if images else self.proprio_dim
-        config = dataclasses.replace(OCTO_PRESETS[args.backbone], image_sizes=images, lowdim_dim=lowdim)
-        self.window, self.feature_dim = config.window, config.embedding_dim + self.proprio_dim
-        self.backbone, self.weights = Octo(config), "random"
-        if args.checkpoint and not (args.resume or args.eval_only):  # these have everything in their own checkpoint
-            try:
-                loaded = load_octo(args.checkpoint, config)
-                self.backbone, self.weights = loaded.model, f"{args.checkpoint}, sha256 {loaded.sha256}"
-                self.register_buffer("language", self.backbone.encode_text([self.instruction]))
-            except (OctoError, ValueError) as error:
-                raise UserError(str(error)) from error
-        elif args.checkpoint:
-            self.register_buffer("language", torch.zeros(1, config.language_tokens, config.language_dim))
-        if args.checkpoint:
-            del self.backbone.text  # frozen, and needed once
-        # At most a quarter of the box: the gripper's two positions have to count for more than their spread says.
-        spread = self.normalise(action).std(0).clip(0.02, 0.25)
-        self.chunk_unit = torch.as_tensor(spread / SIGMA_DATA).repeat(self.H)  # [H*A]; networks see chunk / unit
-
-    def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
-        """Observations of N states to [N, F]: the backbone's embedding beside the normalised proprio.
-
-        obs: "proprio" [N, P]; cameras [N, W, H, H, 3] uint8, the last W steps; "real" [N, W], False for steps before
-        the start of the episode. `recent` and `Demos.at` make them.
-        """
-        obs = {k: torch.as_tensor(v, device=self.proprio_mean.device) for k, v in obs.items()}
-        proprio = ((obs.pop("proprio") - self.proprio_mean) / self.proprio_std).clamp(-5, 5)  # [N, P]
-        real = obs.pop("real", None)
-        language = self.language if hasattr(self, "language") else self.backbone.encode_text([self.instruction])
-        embedding = self.backbone(obs, language, None if obs else proprio[:, None], real if self.window > 1 else None)
-        return torch.cat([embedding, proprio], -1)
-
-    def recent(self, seen: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The last observations of running episodes, as `feature` wants them; the first one stands in for missing."""
-        missing = max(self.window - len(seen), 0)
-        steps = [seen[0]] * missing + seen[-self.window :]
-        images = {k: np.stack([step[k] for step in steps], 1) for k in seen[0] if k != "proprio"}
-        real = np.broadcast_to(np.arange(self.window) >= missing, (len(seen[0]["proprio"]), self.window))
-        return {"proprio": seen[-1]["proprio"], "real": real.copy()} | images
-
-    def perturb(self, feature: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-        """Gaussian noise on the proprio within features [B, F], in standard deviations of the demonstrations.
-
-        The joint angles at the start give a demonstration away to a few digits, and a policy that recognises it needs
-        no image. With noise it has to look.
-        """
-        if not noise:
-            return feature
-        noise = noise * torch.randn((len(feature), self.proprio_dim), generator=generator, device=feature.device)
-        return torch.cat([feature[:, : -self.proprio_dim], feature[:, -self.proprio_dim :] + noise], -1)
-
-    def normalise(self, action: np.ndarray) -> np.ndarray:
-        """Controller units [.., A] to the policy's box [-1, 1]."""
-        centre, scale = self.action_centre.cpu().numpy(), self.action_scale.cpu().numpy()
-        return np.clip((action - centre) / scale, -1, 1).astype(np.float32)
-
-    def denormalise(self, action: np.ndarray) -> np.ndarray:
-        """The policy's box to controller units, clipped to the controller's own box if it is [-1, 1]."""
-        action = action * self.action_scale.cpu().numpy() + self.action_centre.cpu().numpy()
-        return np.clip(action, -1, 1) if self.relative else action
-
-    def hold_action(self, last: np.ndarray) -> np.ndarray:
-        """The normalised action that keeps still, gripper as in `last` [A]."""
-        hold = np.zeros_like(last) if self.relative else last.copy()
-        hold[-1] = last[-1]
-        return hold
+        """Raises: UserError if the weights of --checkpoint can't be had."""
+        action = np.delete(demos.action, demos.starts() + demos.lengths, axis=0)  # without the unused rows
+        try:
+            super().__init__(
+                args.backbone, args.checkpoint, bool(args.resume or args.eval_only), demos.obs, action, args.chunk_len,
+                relative="delta" in args.control_mode, action_range=args.action_range,
+                instruction=TASKS.get(args.env_id, Task()).instruction,
+            )  # fmt: skip
+        except OctoError as error:
+            raise UserError(str(error)) from error
 
 
 # --- end shared ---
 
 
-class Agent(OctoPolicy):
+class Agent(TaskPolicy):
     """Everything that is learned; `cloned` is the policy after stage 1, `selected` the choice of --select td-error."""
 
     def __init__(self, args: Args, demos: Demos):

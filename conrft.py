@@ -64,8 +64,9 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from backbones.octo import PRESETS as OCTO_PRESETS
-from backbones.octo import Octo, OctoError, load_octo
+from backbones.consistency import SIGMA_DATA, ConsistencyActor, karras_sigmas
+from backbones.octo import OctoError
+from backbones.octo_policy import OctoPolicy
 
 
 # === Arguments =======================================================================================================
@@ -771,74 +772,6 @@ class ImageReplay(ReplayBuffer):
 
 
 # === Networks ========================================================================================================
-# --- shared: consistency head ---
-SIGMA_MIN, SIGMA_MAX, SIGMA_DATA, RHO, NUM_SIGMAS = 0.002, 80.0, 0.5, 7.0, 40  # ConRFT, as EDM
-
-
-def karras_sigmas() -> Tensor:
-    """The 40 noise levels, descending from 80 to 0.002."""
-    i = torch.arange(NUM_SIGMAS) / (NUM_SIGMAS - 1)
-    return (SIGMA_MAX ** (1 / RHO) + i * (SIGMA_MIN ** (1 / RHO) - SIGMA_MAX ** (1 / RHO))) ** RHO
-
-
-def consistency_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """c_skip, c_out, c_in with f(x, sigma_min) = x exactly. Source: ConRFT's consistency policy."""
-    c_skip = SIGMA_DATA**2 / ((sigma - SIGMA_MIN) ** 2 + SIGMA_DATA**2)
-    c_out = (sigma - SIGMA_MIN) * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2).sqrt()
-    return c_skip, c_out, 1 / (sigma**2 + SIGMA_DATA**2).sqrt()
-
-
-class ConsistencyActor(nn.Module):
-    """One-step consistency policy over action chunks: f(x, sigma | feature) is the denoised chunk.
-
-    It works in its own units, in which each dimension's standard deviation is SIGMA_DATA, as the scalings assume:
-    chunk in [-1, 1] = unit * x. With a far smaller one, learning is much slower (docs/force.md, log).
-    The part of the first layer that reads the feature is computed once per state and shared by its N samples.
-    """
-
-    def __init__(self, feature_dim: int, unit: Tensor, hidden: int, layers: int, time_dim: int = 16):
-        super().__init__()
-        self.chunk_dim, self.time_dim = len(unit), time_dim
-        self.register_buffer("unit", unit.clone())  # [D]
-        self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Tanh(), nn.Linear(2 * time_dim, time_dim))
-        self.feature_in = nn.Linear(feature_dim, hidden)
-        self.sample_in = nn.Linear(self.chunk_dim + time_dim, hidden, bias=False)
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden, eps=1e-6) for _ in range(layers))
-        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
-        self.out = nn.Linear(hidden, self.chunk_dim)
-
-    def denoise(self, feature: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] within the action box, own units."""
-        sigma = sigma[..., None]  # [B, N, 1]
-        c_skip, c_out, c_in = consistency_scalings(sigma)
-        half = self.time_dim // 2
-        frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))
-        angle = 250 * torch.log(sigma + 1e-44) * frequencies
-        time = self.time(torch.cat([angle.sin(), angle.cos()], -1)).expand(*x.shape[:2], -1)
-        h = self.feature_in(feature)[:, None] + self.sample_in(torch.cat([c_in * x, time], -1))  # [B, N, hidden]
-        for norm, layer in zip(self.norms, [*self.hidden, self.out]):
-            h = layer(torch.tanh(norm(h)))
-        return (c_out * h + c_skip * x).clamp(-1 / self.unit, 1 / self.unit)
-
-    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0) -> Tensor:
-        """Draw n chunks per state: [B, n, D] in [-1, 1].
-
-        One-step samples lie very close together (the denoiser at sigma 80 nearly ignores its input). With
-        second_sigma > 0 each one is re-noised to that level and denoised once more, which spreads them over what
-        the policy knows; the first step is then shared by all n.
-        """
-        shape = (len(feature), 1 if second_sigma else n, self.chunk_dim)
-        x = SIGMA_MAX * torch.randn(shape, generator=generator, device=feature.device)
-        x = self.denoise(feature, x, torch.full((1, 1), SIGMA_MAX, device=x.device))
-        if second_sigma:
-            z = torch.randn((len(feature), n, self.chunk_dim), generator=generator, device=x.device)
-            x = self.denoise(feature, x + second_sigma * z, torch.full((1, 1), second_sigma, device=x.device))
-        return self.unit * x
-
-
-# --- end shared ---
-
-
 # --- shared: ensemble critic ---
 class EnsembleCritic(nn.Module):
     """E critics Q(s, chunk) as one batched network; states are projected once, whatever the number of chunks."""
@@ -926,94 +859,26 @@ def check_octo(args: Args) -> None:
         raise UserError(f"released Octo weights see 256 pixels (wrist camera: 128), not --image-size {args.image_size}")
 
 
-class OctoPolicy(nn.Module):
-    """Octo and the units of what goes in and out; scripts add the heads and `act`."""
+class TaskPolicy(OctoPolicy):
+    """Octo for the flags of a run and its demonstrations."""
 
     def __init__(self, args: Args, demos: Demos):
-        super().__init__()
-        self.H, self.instruction = args.chunk_len, TASKS.get(args.env_id, Task()).instruction
-        self.relative = "delta" in args.control_mode
-        proprio, action = demos.obs["proprio"], np.delete(demos.action, demos.starts() + demos.lengths, axis=0)
-        centre = np.zeros(action.shape[1]) if self.relative else (action.max(0) + action.min(0)) / 2
-        scale = np.maximum(args.action_range * np.abs(action - centre).max(0), 1e-3)
-        units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians
-        for name, value in (units | dict(action_centre=centre, action_scale=scale)).items():
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
-        images = tuple((k, v.shape[1]) for k, v in demos.obs.items() if k != "proprio")
-        # Privileged state goes through the transformer; beside a camera, proprio goes to the heads only, as in Octo 1.5.
-        self.proprio_dim, self.action_dim = proprio.shape[1], action.shape[1]
-        lowdim = 0 if images else self.proprio_dim
-        config = dataclasses.replace(OCTO_PRESETS[args.backbone], image_sizes=images, lowdim_dim=lowdim)
-        self.window, self.feature_dim = config.window, config.embedding_dim + self.proprio_dim
-        self.backbone, self.weights = Octo(config), "random"
-        if args.checkpoint and not (args.resume or args.eval_only):  # these have everything in their own checkpoint
-            try:
-                loaded = load_octo(args.checkpoint, config)
-                self.backbone, self.weights = loaded.model, f"{args.checkpoint}, sha256 {loaded.sha256}"
-                self.register_buffer("language", self.backbone.encode_text([self.instruction]))
-            except (OctoError, ValueError) as error:
-                raise UserError(str(error)) from error
-        elif args.checkpoint:
-            self.register_buffer("language", torch.zeros(1, config.language_tokens, config.language_dim))
-        if args.checkpoint:
-            del self.backbone.text  # frozen, and needed once
-        # At most a quarter of the box: the gripper's two positions have to count for more than their spread says.
-        spread = self.normalise(action).std(0).clip(0.02, 0.25)
-        self.chunk_unit = torch.as_tensor(spread / SIGMA_DATA).repeat(self.H)  # [H*A]; networks see chunk / unit
-
-    def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
-        """Observations of N states to [N, F]: the backbone's embedding beside the normalised proprio.
-
-        obs: "proprio" [N, P]; cameras [N, W, H, H, 3] uint8, the last W steps; "real" [N, W], False for steps before
-        the start of the episode. `recent` and `Demos.at` make them.
-        """
-        obs = {k: torch.as_tensor(v, device=self.proprio_mean.device) for k, v in obs.items()}
-        proprio = ((obs.pop("proprio") - self.proprio_mean) / self.proprio_std).clamp(-5, 5)  # [N, P]
-        real = obs.pop("real", None)
-        language = self.language if hasattr(self, "language") else self.backbone.encode_text([self.instruction])
-        embedding = self.backbone(obs, language, None if obs else proprio[:, None], real if self.window > 1 else None)
-        return torch.cat([embedding, proprio], -1)
-
-    def recent(self, seen: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The last observations of running episodes, as `feature` wants them; the first one stands in for missing."""
-        missing = max(self.window - len(seen), 0)
-        steps = [seen[0]] * missing + seen[-self.window :]
-        images = {k: np.stack([step[k] for step in steps], 1) for k in seen[0] if k != "proprio"}
-        real = np.broadcast_to(np.arange(self.window) >= missing, (len(seen[0]["proprio"]), self.window))
-        return {"proprio": seen[-1]["proprio"], "real": real.copy()} | images
-
-    def perturb(self, feature: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-        """Gaussian noise on the proprio within features [B, F], in standard deviations of the demonstrations.
-
-        The joint angles at the start give a demonstration away to a few digits, and a policy that recognises it needs
-        no image. With noise it has to look.
-        """
-        if not noise:
-            return feature
-        noise = noise * torch.randn((len(feature), self.proprio_dim), generator=generator, device=feature.device)
-        return torch.cat([feature[:, : -self.proprio_dim], feature[:, -self.proprio_dim :] + noise], -1)
-
-    def normalise(self, action: np.ndarray) -> np.ndarray:
-        """Controller units [.., A] to the policy's box [-1, 1]."""
-        centre, scale = self.action_centre.cpu().numpy(), self.action_scale.cpu().numpy()
-        return np.clip((action - centre) / scale, -1, 1).astype(np.float32)
-
-    def denormalise(self, action: np.ndarray) -> np.ndarray:
-        """The policy's box to controller units, clipped to the controller's own box if it is [-1, 1]."""
-        action = action * self.action_scale.cpu().numpy() + self.action_centre.cpu().numpy()
-        return np.clip(action, -1, 1) if self.relative else action
-
-    def hold_action(self, last: np.ndarray) -> np.ndarray:
-        """The normalised action that keeps still, gripper as in `last` [A]."""
-        hold = np.zeros_like(last) if self.relative else last.copy()
-        hold[-1] = last[-1]
-        return hold
+        """Raises: UserError if the weights of --checkpoint can't be had."""
+        action = np.delete(demos.action, demos.starts() + demos.lengths, axis=0)  # without the unused rows
+        try:
+            super().__init__(
+                args.backbone, args.checkpoint, bool(args.resume or args.eval_only), demos.obs, action, args.chunk_len,
+                relative="delta" in args.control_mode, action_range=args.action_range,
+                instruction=TASKS.get(args.env_id, Task()).instruction,
+            )  # fmt: skip
+        except OctoError as error:
+            raise UserError(str(error)) from error
 
 
 # --- end shared ---
 
 
-class Agent(OctoPolicy):
+class Agent(TaskPolicy):
     """Everything that is learned, and the frozen ResNet."""
 
     def __init__(self, args: Args, demos: Demos):

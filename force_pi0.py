@@ -64,8 +64,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from backbones.pi0 import PRESETS as PI0_PRESETS
-from backbones.pi0 import ActionExpert, Pi0, Pi0Error, Prefix, choose_trainable, load_pi0
+from backbones.consistency import SIGMA_DATA, ConsistencyActor, karras_sigmas
+from backbones.pi0 import Pi0Error
+from backbones.pi0_policy import FlowActor, Pi0Policy
 
 
 # === Arguments =======================================================================================================
@@ -533,111 +534,6 @@ class ReplayBuffer:
 
 
 # === Networks ========================================================================================================
-# --- shared: consistency head ---
-SIGMA_MIN, SIGMA_MAX, SIGMA_DATA, RHO, NUM_SIGMAS = 0.002, 80.0, 0.5, 7.0, 40  # ConRFT, as EDM
-
-
-def karras_sigmas() -> Tensor:
-    """The 40 noise levels, descending from 80 to 0.002."""
-    i = torch.arange(NUM_SIGMAS) / (NUM_SIGMAS - 1)
-    return (SIGMA_MAX ** (1 / RHO) + i * (SIGMA_MIN ** (1 / RHO) - SIGMA_MAX ** (1 / RHO))) ** RHO
-
-
-def consistency_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """c_skip, c_out, c_in with f(x, sigma_min) = x exactly. Source: ConRFT's consistency policy."""
-    c_skip = SIGMA_DATA**2 / ((sigma - SIGMA_MIN) ** 2 + SIGMA_DATA**2)
-    c_out = (sigma - SIGMA_MIN) * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2).sqrt()
-    return c_skip, c_out, 1 / (sigma**2 + SIGMA_DATA**2).sqrt()
-
-
-class ConsistencyActor(nn.Module):
-    """One-step consistency policy over action chunks: f(x, sigma | feature) is the denoised chunk.
-
-    It works in its own units, in which each dimension's standard deviation is SIGMA_DATA, as the scalings assume:
-    chunk in [-1, 1] = unit * x. With a far smaller one, learning is much slower (docs/force.md, log).
-    The part of the first layer that reads the feature is computed once per state and shared by its N samples.
-    """
-
-    def __init__(self, feature_dim: int, unit: Tensor, hidden: int, layers: int, time_dim: int = 16):
-        super().__init__()
-        self.chunk_dim, self.time_dim = len(unit), time_dim
-        self.register_buffer("unit", unit.clone())  # [D]
-        self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Tanh(), nn.Linear(2 * time_dim, time_dim))
-        self.feature_in = nn.Linear(feature_dim, hidden)
-        self.sample_in = nn.Linear(self.chunk_dim + time_dim, hidden, bias=False)
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden, eps=1e-6) for _ in range(layers))
-        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
-        self.out = nn.Linear(hidden, self.chunk_dim)
-
-    def denoise(self, feature: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] within the action box, own units."""
-        sigma = sigma[..., None]  # [B, N, 1]
-        c_skip, c_out, c_in = consistency_scalings(sigma)
-        half = self.time_dim // 2
-        frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))
-        angle = 250 * torch.log(sigma + 1e-44) * frequencies
-        time = self.time(torch.cat([angle.sin(), angle.cos()], -1)).expand(*x.shape[:2], -1)
-        h = self.feature_in(feature)[:, None] + self.sample_in(torch.cat([c_in * x, time], -1))  # [B, N, hidden]
-        for norm, layer in zip(self.norms, [*self.hidden, self.out]):
-            h = layer(torch.tanh(norm(h)))
-        return (c_out * h + c_skip * x).clamp(-1 / self.unit, 1 / self.unit)
-
-    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0) -> Tensor:
-        """Draw n chunks per state: [B, n, D] in [-1, 1].
-
-        One-step samples lie very close together (the denoiser at sigma 80 nearly ignores its input). With
-        second_sigma > 0 each one is re-noised to that level and denoised once more, which spreads them over what
-        the policy knows; the first step is then shared by all n.
-        """
-        shape = (len(feature), 1 if second_sigma else n, self.chunk_dim)
-        x = SIGMA_MAX * torch.randn(shape, generator=generator, device=feature.device)
-        x = self.denoise(feature, x, torch.full((1, 1), SIGMA_MAX, device=x.device))
-        if second_sigma:
-            z = torch.randn((len(feature), n, self.chunk_dim), generator=generator, device=x.device)
-            x = self.denoise(feature, x + second_sigma * z, torch.full((1, 1), second_sigma, device=x.device))
-        return self.unit * x
-
-
-# --- end shared ---
-
-
-class FlowActor(nn.Module):
-    """pi0's action expert as a policy over action chunks: noise flows to a chunk along the predicted velocity.
-
-    It works in its own units, with mean 0 and standard deviation 1 as the flow assumes: chunk in [-1, 1] = mean + unit * x.
-    What it reads of a state is a context (cache, valid, state), computed once and shared by its N samples; a released
-    model's further action dimensions are zeros in training, and cut off.
-    """
-
-    def __init__(self, expert: ActionExpert, mean: Tensor, unit: Tensor, tail: tuple[int, int], args: Args):
-        super().__init__()
-        self.expert, self.H, self.tail, self.steps = expert, args.chunk_len, tail, args.flow_steps
-        self.register_buffer("mean", mean.clone())  # [D]
-        self.register_buffer("unit", unit.clone())  # [D]
-
-    def context(self, cache: Tensor, valid: Tensor, proprio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Shapes: cache, valid as in `Prefix`, proprio [B, P] -> cache, valid, state [B, state_dim]."""
-        return cache, valid, F.pad(proprio, (0, self.expert.config.state_dim - proprio.shape[1]))
-
-    def unpack(self, feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The context in rows [B, F] that `Agent.row` packed: cache, valid, and the tail: embedding, proprio."""
-        c = self.expert.config
-        numbers = 2 * c.depth * c.kv_heads * c.head_dim  # of a token's cache
-        P = (feature.shape[1] - sum(self.tail)) // (numbers + 1)  # prefix tokens
-        cache, valid, _, proprio = feature.split([numbers * P, P, *self.tail], 1)
-        return self.context(cache.reshape(-1, c.depth, 2, P, c.kv_heads, c.head_dim), valid > 0, proprio)
-
-    def flow(self, context: tuple[Tensor, Tensor, Tensor], n: int, generator) -> Tensor:
-        """Draw n chunks per state: [B, n, D] in [-1, 1]."""
-        shape = (len(context[0]), n, self.H, self.expert.config.action_dim)
-        x = self.expert.sample(*context, torch.randn(shape, generator=generator, device=self.unit.device), self.steps)
-        return (self.mean + self.unit * x[..., : len(self.unit) // self.H].flatten(2)).clamp(-1, 1)
-
-    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0) -> Tensor:
-        """As `ConsistencyActor.sample`. Samples of a flow spread by themselves: `second_sigma` has no use here."""
-        return self.flow(self.unpack(feature), n, generator)
-
-
 class EnsembleCritic(nn.Module):
     """E critics Q(s, chunk) as one batched network; states are projected once, whatever the number of chunks.
 
@@ -677,140 +573,39 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-class Agent(nn.Module):
-    """Everything that is learned: pi0, the policy's head, the critics; and the units of what goes in and out."""
+class Agent(Pi0Policy):
+    """Everything that is learned: pi0, the policy's head, the critics."""
 
     def __init__(self, args: Args, demos: Demos):
-        super().__init__()
-        self.H, self.window, self.instruction = args.chunk_len, 1, TASKS.get(args.env_id, Task()).instruction
-        self.relative = "delta" in args.control_mode
-        proprio, action = demos.obs["proprio"], np.delete(demos.action, demos.starts() + demos.lengths, axis=0)
-        centre = np.zeros(action.shape[1]) if self.relative else (action.max(0) + action.min(0)) / 2
-        scale = np.maximum(args.action_range * np.abs(action - centre).max(0), 1e-3)
-        units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians
-        low, high = np.quantile(proprio, (0.01, 0.99), axis=0)  # what pi0.5's digits span
-        units |= dict(proprio_low=low, proprio_high=high, action_centre=centre, action_scale=scale)
-        for name, value in units.items():
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
-        self.proprio_dim, self.action_dim = proprio.shape[1], action.shape[1]
-        # At most a quarter of the box: the gripper's two positions have to count for more than their spread says.
-        box = np.clip((action - centre) / scale, -1, 1)
-        mean, spread = (
-            torch.as_tensor(x, dtype=torch.float32).repeat(self.H) for x in (box.mean(0), box.std(0))
-        )  # [H*A]
-        spread = spread.clamp(0.02, 0.25)
-        model = self.build(args)
-        self.backbone, tail = model.prefix, (model.config.embedding_dim, self.proprio_dim)
-        flow = FlowActor(model.expert, mean, spread, tail, args)
-        sizes = (sum(tail), spread / SIGMA_DATA, args.hidden_dim, args.num_layers)  # networks see chunk / unit
+        """Raises: UserError if the weights of --checkpoint can't be had."""
+        action = np.delete(demos.action, demos.starts() + demos.lengths, axis=0)  # without the unused rows
+        known = args.resume or args.eval_only or args.sft_checkpoint or args.dry_run  # weights from a run, or none
+        try:
+            super().__init__(
+                args.backbone, None if known else args.checkpoint, demos.obs, action, args.chunk_len,
+                relative="delta" in args.control_mode, action_range=args.action_range,
+                instruction=TASKS.get(args.env_id, Task()).instruction, finetune=args.finetune, bf16=args.bf16,
+                flow_steps=args.flow_steps,
+            )  # fmt: skip
+        except Pi0Error as error:
+            raise UserError(str(error)) from error
+        if args.sft_checkpoint:
+            self.weights = {"weights": args.sft_checkpoint}
+        sizes = (self.tail_dim, self.chunk_unit, args.hidden_dim, args.num_layers)
         if args.head == "flow":
-            self.flow, self.actor, self.actor_ema = nn.ModuleList(), flow, copy.deepcopy(flow)
+            self.flow, self.actor, self.actor_ema = nn.ModuleList(), self.flow[0], copy.deepcopy(self.flow[0])
         else:  # pi0's expert teaches in stage 0 and rests afterwards
-            self.flow = nn.ModuleList([flow])
             self.actor, self.actor_ema = ConsistencyActor(*sizes), ConsistencyActor(*sizes)
         self.critic, self.target_critic = (EnsembleCritic(args.num_critics, *sizes) for _ in range(2))
         self.target_critic.load_state_dict(self.critic.state_dict())
         for copied in (self.actor_ema, self.target_critic):
             copied.requires_grad_(False)
 
-    def build(self, args: Args) -> Pi0:
-        """The model for these observations, with --checkpoint's weights. Raises: UserError if it can't be had."""
-        config, camera, P = PI0_PRESETS[args.backbone], args.obs_mode == "rgb", self.proprio_dim
-        if config.text == "hash":
-            sizes = dict(action_dim=self.action_dim, state_dim=P, image_size=args.image_size)
-            cameras, lowdim = (config.cameras, 0) if camera else ((), P)
-            config = dataclasses.replace(config, cameras=cameras, lowdim_dim=lowdim, **sizes)
-        else:
-            config = dataclasses.replace(config, cameras=config.cameras[:1])  # one camera; leaving out is masking
-        if P > config.state_dim or self.action_dim > config.action_dim:
-            room = f"{config.state_dim} numbers of proprio and {config.action_dim} of actions"
-            raise UserError(f"{args.backbone} has room for {room}; {args.env_id} has {P} and {self.action_dim}")
-        self.weights = {"weights": args.sft_checkpoint or args.checkpoint or "random"}
-        try:
-            if args.checkpoint and not (args.resume or args.eval_only or args.sft_checkpoint or args.dry_run):
-                loaded = load_pi0(args.checkpoint, config)
-                model, self.weights = loaded.model, self.weights | {"weights_sha256": loaded.sha256}
-            else:
-                model = Pi0(config)
-            if not args.dry_run:
-                model.prefix.prompt(self.instruction, torch.zeros(1, P))  # fails here or not at all
-        except Pi0Error as error:
-            raise UserError(str(error)) from error
-        choose_trainable(model, args.finetune)
-        if args.bf16:
-            model.prefix.bfloat16()
-        return model
-
-    @property
-    def flow_policy(self) -> FlowActor:
-        """pi0's own policy: the flow head, or the one-step head's teacher."""
-        return self.flow[0] if len(self.flow) else self.actor
-
-    @cached_property
-    def feature_dim(self) -> int:
-        """F: from one observation."""
-        side, proprio = self.backbone.config.image_size, self.proprio_mean.cpu().numpy()[None]
-        with torch.no_grad():
-            return self.feature({"proprio": proprio, "primary": np.zeros((1, 1, side, side, 3), np.uint8)}).shape[1]
-
-    def observe(self, obs: dict[str, np.ndarray], noise: float = 0.0, generator=None) -> tuple[Prefix, Tensor]:
-        """The backbone's pass over observations of N states, and their normalised proprio [N, P], noisy if asked for."""
-        obs = {k: torch.as_tensor(v, device=self.proprio_mean.device) for k, v in obs.items()}
-        proprio = ((obs["proprio"] - self.proprio_mean) / self.proprio_std).clamp(-5, 5)  # [N, P]
-        proprio = self.perturb(proprio, noise, generator)
-        span = (self.proprio_high - self.proprio_low).clamp_min(1e-6)
-        digits = 2 * (proprio * self.proprio_std + self.proprio_mean - self.proprio_low) / span - 1  # for pi0.5
-        ids, valid = self.backbone.prompt(self.instruction, digits)
-        images = {camera: obs["primary"].flatten(0, -4) for camera in self.backbone.config.cameras}  # W = 1
-        return self.backbone(images, ids, valid, lowdim=None if images else proprio), proprio
-
-    def row(self, prefix: Prefix, proprio: Tensor) -> Tensor:
-        """What is kept of a state, [N, F]: embedding and proprio; in front of them the cache, if the policy reads it."""
-        parts = [prefix.embedding, proprio]
-        if not len(self.flow):
-            parts = [prefix.cache.flatten(1).float(), prefix.valid.float(), *parts]
-        return torch.cat(parts, -1)
-
-    def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
-        """Observations of N states to rows [N, F]."""
-        return self.row(*self.observe(obs))
-
-    def recent(self, seen: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The last observation of running episodes, as `Demos.at` gives recorded ones: a window of one step."""
-        return {k: v if k == "proprio" else v[:, None] for k, v in seen[-1].items()}
-
     def bc_loss(self, feature: Tensor, chunk: Tensor, generator, n: int) -> Tensor:
         """The actor's surrogate of -log pi(chunk|s): rows [B, F], chunks [B, D] -> [B]."""
         if len(self.flow):
             return consistency_loss(self.actor, feature, chunk, generator, n)
         return flow_loss(self.actor, self.actor.unpack(feature), chunk, generator, n)
-
-    def perturb(self, feature: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-        """Gaussian noise on the proprio within features [B, F], in standard deviations of the demonstrations.
-
-        The joint angles at the start give a demonstration away to a few digits, and a policy that recognises it needs
-        no image. With noise it has to look.
-        """
-        if not noise:
-            return feature
-        noise = noise * torch.randn((len(feature), self.proprio_dim), generator=generator, device=feature.device)
-        return torch.cat([feature[:, : -self.proprio_dim], feature[:, -self.proprio_dim :] + noise], -1)
-
-    def normalise(self, action: np.ndarray) -> np.ndarray:
-        """Controller units [.., A] to the policy's box [-1, 1]."""
-        centre, scale = self.action_centre.cpu().numpy(), self.action_scale.cpu().numpy()
-        return np.clip((action - centre) / scale, -1, 1).astype(np.float32)
-
-    def denormalise(self, action: np.ndarray) -> np.ndarray:
-        """The policy's box to controller units, clipped to the controller's own box if it is [-1, 1]."""
-        action = action * self.action_scale.cpu().numpy() + self.action_centre.cpu().numpy()
-        return np.clip(action, -1, 1) if self.relative else action
-
-    def hold_action(self, last: np.ndarray) -> np.ndarray:
-        """The normalised action that keeps still, gripper as in `last` [A]."""
-        hold = np.zeros_like(last) if self.relative else last.copy()
-        hold[-1] = last[-1]
-        return hold
 
     def act(
         self, feature: Tensor, actor: ConsistencyActor | FlowActor, args: Args, generator, explore: float = 0.0

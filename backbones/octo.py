@@ -287,7 +287,7 @@ class Octo(nn.Module):
     def encode_text(self, instructions: list[str]) -> Tensor:
         """Encode N instructions, once per task rather than per step: [N, language_tokens, language_dim].
 
-        Raises: ValueError when the released models' tokenizer can't be had: the package or the file.
+        Raises: OctoError when the released models' tokenizer can't be had: the package or the file.
         """
         if self.config.text == "hash":
             return self.text(instructions)
@@ -295,7 +295,10 @@ class Octo(nn.Module):
             from backbones.octo_weights import from_hub
 
             self.tokenizer_file = from_hub("google-t5/t5-base", None, ["spiece.model"]) / "spiece.model"
-        ids = t5_token_ids(instructions, self.config.language_tokens, self.tokenizer_file)
+        try:
+            ids = t5_token_ids(instructions, self.config.language_tokens, self.tokenizer_file)
+        except ValueError as error:
+            raise OctoError(str(error)) from None
         return self.text(ids.to(self.norm.weight.device))
 
     def _tokenize(self, images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask):

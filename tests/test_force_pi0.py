@@ -31,8 +31,8 @@ HEADS = pytest.mark.parametrize("head", ["consistency", "flow"])
 def small_models():
     """The compact presets at the smallest size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(script.PI0_PRESETS, "pi0-compact", SMALL)
-        patch.setitem(script.PI0_PRESETS, "pi05-compact", dataclasses.replace(SMALL, pi05=True, max_tokens=80))
+        patch.setitem(pi0.PRESETS, "pi0-compact", SMALL)
+        patch.setitem(pi0.PRESETS, "pi05-compact", dataclasses.replace(SMALL, pi05=True, max_tokens=80))
         yield
 
 
@@ -76,7 +76,7 @@ class Field(nn.Module):
 
 def field_actor(velocity, dims=3, steps=5):
     mean, unit = torch.tensor([0.1, -0.1, 0.1, -0.1]), torch.tensor([0.1, 0.2, 0.1, 0.2])  # H = 2 steps, A = 2
-    return script.FlowActor(Field(velocity, dims), mean, unit, (5, 4), script.Args(chunk_len=2, flow_steps=steps))
+    return script.FlowActor(Field(velocity, dims), mean, unit, (5, 4), 2, steps)
 
 
 # --- flow matching ---
@@ -212,7 +212,7 @@ def test_released_weights(monkeypatch):
         vlm_width=32, vlm_mlp=48, expert_width=24, expert_mlp=40, depth=2, heads=8, kv_heads=1, head_dim=8, vocabulary=64,
         vit_width=16, vit_mlp=24, vit_depth=2, vit_heads=2, patch=14, image_size=28, action_dim=5, state_dim=5,
     )  # fmt: skip
-    monkeypatch.setitem(script.PI0_PRESETS, "pi0", dataclasses.replace(pi0.PRESETS["pi0"], **sizes))
+    monkeypatch.setitem(pi0.PRESETS, "pi0", dataclasses.replace(pi0.PRESETS["pi0"], **sizes))
     flags = dict(camera=True, backbone="pi0", finetune="expert")
     with pytest.raises(script.UserError, match="pieces, the embedding 64 rows"):
         toy_agent(**flags, checkpoint=str(FIXTURES / "pi0_tiny"))
@@ -233,7 +233,7 @@ def test_released_weights(monkeypatch):
     assert row.shape == (6, agent.feature_dim)
     with pytest.raises(script.UserError, match=r"no weights at .*absent"):
         toy_agent(**flags, checkpoint=str(FIXTURES / "absent"))
-    monkeypatch.setitem(script.PI0_PRESETS, "pi0", dataclasses.replace(pi0.PRESETS["pi0"], state_dim=3))
+    monkeypatch.setitem(pi0.PRESETS, "pi0", dataclasses.replace(pi0.PRESETS["pi0"], state_dim=3))
     with pytest.raises(script.UserError, match="has room for 3 numbers of proprio and 5 of actions"):
         toy_agent(**flags)
 

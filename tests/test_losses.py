@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import force_octo as script
+from backbones.consistency import SIGMA_MIN, consistency_scalings
 
 SIGMAS = {0: 80.0, 1: 69.5, 2: 60.1, 5: 38.3, 10: 16.8, 15: 6.59, 20: 2.24, 25: 0.625, 30: 0.131, 35: 0.0175, 38: 0.0037, 39: 0.002}  # fmt: skip  # noqa: E501
 FLATNESS = {80.0: 1.000, 16.8: 0.9998, 2.24: 0.998, 0.13: 0.97, 0.0175: 0.78, 0.0037: 0.21}  # w(sigma) * c_out(sigma)^2
@@ -122,7 +123,7 @@ def test_karras_sigmas():
 
 @pytest.mark.parametrize("sigma", [80.0, 2.24, 0.5, 0.0037, 0.002])
 def test_consistency_scalings(sigma):
-    skip, out, scale = (x.item() for x in script.consistency_scalings(torch.tensor(sigma)))
+    skip, out, scale = (x.item() for x in consistency_scalings(torch.tensor(sigma)))
     assert skip == pytest.approx(0.25 / ((sigma - 0.002) ** 2 + 0.25))
     assert out == pytest.approx((sigma - 0.002) * 0.5 / math.sqrt(sigma**2 + 0.25), rel=1e-5, abs=1e-9)
     assert scale == pytest.approx(1 / math.sqrt(sigma**2 + 0.25))
@@ -132,7 +133,7 @@ def test_the_least_noise_is_the_identity():
     unit = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 0.25])
     actor = script.ConsistencyActor(5, unit, hidden=16, layers=2)
     x = (torch.rand(3, 4, 6, generator=rng()) * 2 - 1) / unit
-    feature, least = torch.randn(3, 5, generator=rng(1)), torch.full((1, 1), script.SIGMA_MIN)
+    feature, least = torch.randn(3, 5, generator=rng(1)), torch.full((1, 1), SIGMA_MIN)
     assert torch.equal(actor.denoise(feature, x, least), x)
     assert not torch.allclose(actor.denoise(feature, x, torch.full((1, 1), 0.5)), x, atol=0.01)
     far = actor.denoise(feature, 9 * x, torch.full((1, 1), 0.1))
@@ -192,7 +193,7 @@ def test_consistency_loss_is_in_units_of_the_spread():
 def test_loss_weight_is_flat_in_the_raw_output(sigma, monkeypatch):
     """weight(sigma) * c_out(sigma)^2, from the loss of a denoiser that is off by c_out."""
     monkeypatch.setattr(script, "karras_sigmas", lambda: torch.tensor([sigma, 0.002]))
-    c_out = script.consistency_scalings(torch.tensor(sigma))[1]
+    c_out = consistency_scalings(torch.tensor(sigma))[1]
     loss = script.consistency_loss(StubActor(c_out), torch.zeros(1, 1), torch.zeros(1, 3), rng())
     assert loss.item() == pytest.approx(FLATNESS[sigma], abs=0.006)
 
@@ -362,13 +363,13 @@ def test_ensemble_equals_separate_critics():
 
 
 def toy_policy(obs_mode="state"):
-    """OctoPolicy on two demonstrations of four steps; actions of different spreads, the last one a gripper."""
+    """Octo and units on two demonstrations of four steps; actions of different spreads, the last one a gripper."""
     action = np.array([[0.2, 0.01, 1], [-0.2, 0.01, 1], [0.2, 0.01, -1], [-0.2, 0.01, -1], [9, 9, 9]] * 2, np.float32)
     obs = {"proprio": np.random.default_rng(0).normal(size=(10, 5)).astype(np.float32)}
     if obs_mode == "rgb":
         obs["primary"] = np.zeros((10, 32, 32, 3), np.uint8)
     demos = script.Demos(obs, action, np.array([4, 4]), np.array([4, 4]), "toy")
-    return script.OctoPolicy(script.Args(obs_mode=obs_mode, image_size=32, chunk_len=2), demos), demos
+    return script.TaskPolicy(script.Args(obs_mode=obs_mode, image_size=32, chunk_len=2), demos), demos
 
 
 def test_networks_see_chunks_in_units_of_twice_the_spread():

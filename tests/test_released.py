@@ -102,7 +102,7 @@ def test_the_window_holds_the_step_before(place, released):
     args = flags(place, folder)
     script.validate(args)
     demos = script.load_demos(args)
-    policy = script.OctoPolicy(args, demos)
+    policy = script.TaskPolicy(args, demos)
     start = int(demos.starts()[1])
     obs = demos.at(torch.tensor([start, start + 1, start + 2]), 2)
     assert obs["real"].tolist() == [[False, True], [True, True], [True, True]]

@@ -1,0 +1,71 @@
+"""Octo (arXiv:2405.12213) as the body of a policy: from observations to features that action heads and critics read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backbones.consistency import SIGMA_DATA
+from backbones.octo import PRESETS, Octo, load_octo
+from backbones.units import Units
+
+
+class OctoPolicy(Units):
+    """Octo and the units of what goes in and out; scripts add the heads and `act`."""
+
+    def __init__(
+        self, preset: str, checkpoint: str | None, resumed: bool, obs: dict[str, np.ndarray], action: np.ndarray,
+        chunk_len: int, relative: bool, action_range: float, instruction: str,
+    ):  # fmt: skip
+        """A policy for what demonstrations look like, with the instruction of the task.
+
+        preset, checkpoint   one of octo.PRESETS, and the source of released weights for `load_octo`; None: random
+        resumed              the weights are yet to be loaded from a run's own checkpoint, which has the language too
+        obs, action          of the demonstrations: "proprio" [N, P], cameras [N, H, H, 3]; [M, A] in controller units
+        chunk_len            H, actions per decision
+        relative             the controller takes differences, within [-1, 1]
+        action_range         the action box as a multiple of the largest demonstrated action, per dimension
+
+        Raises: OctoError, one line, if the weights or the tokenizer can't be had.
+        """
+        super().__init__(obs["proprio"], action, relative, action_range)
+        self.H, self.instruction = chunk_len, instruction
+        images = tuple((k, v.shape[1]) for k, v in obs.items() if k != "proprio")
+        # Privileged state goes through the transformer; beside a camera, proprio goes to the heads only, as in Octo 1.5.
+        config = dataclasses.replace(PRESETS[preset], image_sizes=images, lowdim_dim=0 if images else self.proprio_dim)
+        self.window, self.feature_dim = config.window, config.embedding_dim + self.proprio_dim
+        self.backbone, self.weights = Octo(config), "random"
+        if checkpoint and not resumed:
+            loaded = load_octo(checkpoint, config)
+            self.backbone, self.weights = loaded.model, f"{checkpoint}, sha256 {loaded.sha256}"
+            self.register_buffer("language", self.backbone.encode_text([instruction]))
+        elif checkpoint:
+            self.register_buffer("language", torch.zeros(1, config.language_tokens, config.language_dim))
+        if checkpoint:
+            del self.backbone.text  # frozen, and needed once
+        # At most a quarter of the box: the gripper's two positions have to count for more than their spread says.
+        spread = self.normalise(action).std(0).clip(0.02, 0.25)
+        self.chunk_unit = torch.as_tensor(spread / SIGMA_DATA).repeat(self.H)  # [H*A]; networks see chunk / unit
+
+    def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
+        """Observations of N states to [N, F]: the backbone's embedding beside the normalised proprio.
+
+        obs: "proprio" [N, P]; cameras [N, W, H, H, 3] uint8, the last W steps; "real" [N, W], False for steps before
+        the start of the episode. `recent` makes them.
+        """
+        obs = {k: torch.as_tensor(v, device=self.proprio_mean.device) for k, v in obs.items()}
+        proprio, real = self.normalise_proprio(obs.pop("proprio")), obs.pop("real", None)  # [N, P], [N, W]
+        language = self.language if hasattr(self, "language") else self.backbone.encode_text([self.instruction])
+        embedding = self.backbone(obs, language, None if obs else proprio[:, None], real if self.window > 1 else None)
+        return torch.cat([embedding, proprio], -1)
+
+    def recent(self, seen: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The last observations of running episodes, as `feature` wants them; the first one stands in for missing."""
+        missing = max(self.window - len(seen), 0)
+        steps = [seen[0]] * missing + seen[-self.window :]
+        images = {k: np.stack([step[k] for step in steps], 1) for k in seen[0] if k != "proprio"}
+        real = np.broadcast_to(np.arange(self.window) >= missing, (len(seen[0]["proprio"]), self.window))
+        return {"proprio": seen[-1]["proprio"], "real": real.copy()} | images

@@ -1,0 +1,60 @@
+"""The units of what goes into a policy and comes out of it, from demonstrations; base of the policies here."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def action_box(action: np.ndarray, relative: bool, action_range: float) -> tuple[np.ndarray, np.ndarray]:
+    """Centre and half the side, [A] each, of the box around demonstrated actions [M, A] that a policy acts within.
+
+    It is `action_range` times as large as what was demonstrated; that of a relative controller has its centre at 0.
+    """
+    centre = np.zeros(action.shape[1]) if relative else (action.max(0) + action.min(0)) / 2
+    return centre, np.maximum(action_range * np.abs(action - centre).max(0), 1e-3)
+
+
+class Units(nn.Module):
+    """Actions in a box [-1, 1], proprio in standard deviations; both from demonstrations, and kept in the state_dict."""
+
+    def __init__(self, proprio: np.ndarray, action: np.ndarray, relative: bool, action_range: float):
+        """Proprio [N, P] and actions [M, A] of demonstrations; `relative`: an action of zeros keeps the robot still."""
+        super().__init__()
+        self.relative, self.proprio_dim, self.action_dim = relative, proprio.shape[1], action.shape[1]
+        centre, scale = action_box(action, relative, action_range)
+        units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians
+        for name, value in (units | dict(action_centre=centre, action_scale=scale)).items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
+
+    def normalise_proprio(self, proprio: Tensor) -> Tensor:
+        """[N, P] to standard deviations of the demonstrations, within 5."""
+        return ((proprio - self.proprio_mean) / self.proprio_std).clamp(-5, 5)
+
+    def perturb(self, feature: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+        """Gaussian noise on the proprio within features [B, F], in standard deviations of the demonstrations.
+
+        The joint angles at the start give a demonstration away to a few digits, and a policy that recognises it needs
+        no image. With noise it has to look.
+        """
+        if not noise:
+            return feature
+        noise = noise * torch.randn((len(feature), self.proprio_dim), generator=generator, device=feature.device)
+        return torch.cat([feature[:, : -self.proprio_dim], feature[:, -self.proprio_dim :] + noise], -1)
+
+    def normalise(self, action: np.ndarray) -> np.ndarray:
+        """Controller units [.., A] to the policy's box [-1, 1]."""
+        centre, scale = self.action_centre.cpu().numpy(), self.action_scale.cpu().numpy()
+        return np.clip((action - centre) / scale, -1, 1).astype(np.float32)
+
+    def denormalise(self, action: np.ndarray) -> np.ndarray:
+        """The policy's box to controller units, clipped to the controller's own box if it is [-1, 1]."""
+        action = action * self.action_scale.cpu().numpy() + self.action_centre.cpu().numpy()
+        return np.clip(action, -1, 1) if self.relative else action
+
+    def hold_action(self, last: np.ndarray) -> np.ndarray:
+        """The normalised action that keeps still, gripper as in `last` [A]."""
+        hold = np.zeros_like(last) if self.relative else last.copy()
+        hold[-1] = last[-1]
+        return hold
