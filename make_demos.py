@@ -339,8 +339,8 @@ def main(args: Args) -> None:
     for name, least in dict(num_demos=1, control_freq=1, image_size=1, upsample_steps=0).items():
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    if args.spawn != "random" and args.env_id not in SPAWN:
-        raise UserError(f"--spawn knows {', '.join(SPAWN)}, not {args.env_id}")
+    if args.spawn != "random" and (args.env_id not in SPAWN or args.demo_path):
+        raise UserError(f"--spawn moves the objects of {', '.join(SPAWN)} where demonstrations are made, not read")
     check_task(args)
     path = source = args.demo_path
     if path:
@@ -356,8 +356,6 @@ def main(args: Args) -> None:
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         parts = list(pool.map(partial(observe, args, path, parts=workers), range(workers)))
     found = [episode for part in parts for episode in part]
-    if len(found) < args.num_demos:
-        tqdm.write(f"using {len(found)} of {args.num_demos} demonstrations; the others of {source} fail in replay")
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_suffix(f".tmp{os.getpid()}.npz")  # renamed when complete: a kill leaves no half file
@@ -366,6 +364,8 @@ def main(args: Args) -> None:
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
+    failed = "" if len(found) == args.num_demos else f"; the others of the {args.num_demos} fail when replayed"
+    print(f"{len(found)} demonstrations in {out}{failed}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:

@@ -110,7 +110,8 @@ BAD_DEMOS = {
     "--demo-path nowhere.h5": "nowhere.*doesn't exist",
     "--num-demos 0": "--num-demos",
     "--upsample-steps -1": "--upsample-steps",
-    "--spawn ood --env-id PlaceSphere-v1": "--spawn knows",
+    "--spawn ood --env-id PlaceSphere-v1": "--spawn moves",
+    "--spawn ood --env-id PushCube-v1 --demo-path a.h5": "--spawn moves",
 }
 
 
