@@ -22,4 +22,5 @@ for seed in 1 2 3; do
   python bc.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --seed $seed --runs runs/benchmark --run-name bc-stack-state-50-$seed
   python conrft.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --online-steps 8000 --seed $seed --runs runs/benchmark --run-name conrft-stack-state-$seed
   python conrft.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --online-steps 8000 --intervention oracle --seed $seed --runs runs/benchmark --run-name conrft-stack-state-oracle-$seed
+  python conrft.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --online-steps 8000 --cql-weight-online 0.02 --seed $seed --runs runs/benchmark --run-name conrft-stack-state-cql-$seed
 done
