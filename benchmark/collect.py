@@ -61,7 +61,7 @@ COLUMNS = (
 DIAGNOSTICS = (
     "calib/q_minus_return", "calib/abs_error", "calib/correlation", "calib/bound_rate", "values/q_data",
     "values/mc_return", "values/q_std", "vgpd/zeta", "vgpd/candidate_std", "vgpd/ess", "intervention/rate",
-    "train/success_once", "val/td_error", "val/q_policy", "val/mc_return",
+    "train/success_once", "train/episode_len", "val/td_error", "val/q_policy", "val/mc_return",
 )  # fmt: skip
 PLACE = ("row", "seed", "global_step", "update_step")  # of a line of diagnostics.csv
 KEEP = 40  # values of a diagnostic per run

@@ -7,6 +7,7 @@ NAME             learning curves of a command file, for each that has runs: succ
 early-drop       success at hand-over, at its lowest and at the end, for each method
 calibration      Q against the returns that followed, before and after warm-up, and during online training
 distillation     VGPD: how often the policy's own proposals are taken (zeta), and how far apart they are
+operator         ConRFT: training success, episode length and intervention rate, with an operator and without
 """
 
 from __future__ import annotations
@@ -283,6 +284,31 @@ def plot_distillation(rows: list[Row], data: Data):
     return figure
 
 
+def plot_operator(rows: list[Row], data: Data):
+    """ConRFT's figure 3: running means over 20 training episodes, mean over seeds and their range."""
+    names = {
+        "train/success_once": "training success", "train/episode_len": "episode length,\ncontrol steps",
+        "intervention/rate": "steps of the operator",
+    }  # fmt: skip
+    helped = [row for row in rows if any(data.series(row, seed, "intervention/rate")[2].any() for seed in data.of(row))]
+    alone = [row for row in rows if row.label == "ConRFT (no HIL)" and row.env_id in {row.env_id for row in helped}]
+    if not helped:
+        return None
+    tasks, style = tasks_of(helped), styles([*alone, *helped])
+    figure, axes = panels(tasks, 3.2, 4.2, rows=3, sharex="col")
+    for column, task in enumerate(tasks):
+        for (name, title), ax in zip(names.items(), axes[:, column]):
+            for row in [row for row in (*alone, *helped) if (row.env_id, row.obs_mode) == task]:
+                look = dict(color=style[row.label]["color"], ls=style[row.label]["ls"], lw=1.2)
+                draw_mean(ax, [data.series(row, seed, name)[1:] for seed in data.of(row)], **look)
+            ax.set_ylim(0, None if name == "train/episode_len" else 1)
+            ax.set_ylabel("" if column else title)
+        axes[0][column].set_title(named(task))
+        axes[-1][column].set_xlabel("control steps since hand-over")
+    legend(figure, [plt.Line2D([], [], color=s["color"], ls=s["ls"], label=label) for label, s in style.items()])
+    return figure
+
+
 # ---- files ----
 def digest(data: Data, rows: list[Row]) -> str:
     """Of all that is known about rows: a figure drawn from other numbers has another one."""
@@ -335,12 +361,14 @@ def main(results: Path = RESULTS, root: Path = ROOT, check: bool = False) -> int
     known = {file.name: [row for row in file.rows if data.of(row)] for file in files}
     rows = list(dict.fromkeys(row for name in OVERVIEW for row in known.get(name, [])))
     wanted = {file.name: (known[file.name], lambda _, file=file: plot_curves(file, data)) for file in files}
-    for name, plot in (
-        ("early-drop", plot_drop),
-        ("calibration", plot_calibration),
-        ("distillation", plot_distillation),
+    everything = list(dict.fromkeys(row for used in known.values() for row in used))
+    for name, used, plot in (
+        ("early-drop", rows, plot_drop),
+        ("calibration", rows, plot_calibration),
+        ("distillation", rows, plot_distillation),
+        ("operator", [row for row in everything if row.script == "conrft.py"], plot_operator),
     ):
-        wanted[name] = rows, lambda rows, plot=plot: plot(rows, data)
+        wanted[name] = used, lambda rows, plot=plot: plot(rows, data)
     for name, (used, plot) in wanted.items():
         made_from, path = digest(data, used), root / "docs" / "figures" / name
         if not used or (check and drawn_from(path) == made_from):

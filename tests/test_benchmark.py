@@ -721,6 +721,28 @@ def test_all_figures_can_be_drawn_from_few_numbers(two_seeds, monkeypatch):
     }
 
 
+def test_the_operators_figure_needs_an_operator(tmp_path):
+    """Runs with an operator beside those without on the same task; none without interventions."""
+    (file,) = [file for file in rows.all_commands() if file.name == "conrft-state"]
+    names = ["conrft-push-state", "conrft-pick-state", "conrft-pick-state-oracle"]
+    used = [row for row in file.rows if row.name in names]
+    for rate in (0.0, 0.5):
+        with (tmp_path / "runs.csv").open("w") as runs, (tmp_path / "diagnostics.csv").open("w") as more:
+            runs.write("row,seed,stage,global_step\n")
+            more.write("row,seed,update_step,global_step,train/success_once,train/episode_len,intervention/rate\n")
+            for name in names:
+                runs.write(f"{name},1,online,100\n")
+                share = rate if name.endswith("oracle") else 0.0
+                more.writelines(f"{name},1,{i},{100 + 10 * i},0.{i},{30 + i},{share}\n" for i in range(5))
+        figure = plots.plot_operator(used, plots.Data(tmp_path))
+        assert (figure is None) == (rate == 0.0)
+    success, length, share = figure.axes
+    assert success.get_title() == "PickCube, state" and len(success.lines) == 2
+    assert [line.get_ydata()[-1] for line in share.lines] == [0.0, 0.5]
+    assert length.lines[1].get_xdata()[[0, -1]].tolist() == [0.0, 40.0] and length.lines[1].get_ydata()[-1] == 34.0
+    plots.plt.close(figure)
+
+
 def test_documentation_is_up_to_date():
     assert tables.main(check=True) == 0
     assert plots.main(check=True) == 0
