@@ -365,7 +365,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
         raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
     except RuntimeError as error:
         raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
-    return ObsWrapper(args.place(env) if hasattr(args, "place") else env)  # co_rft_chunked.py moves objects
+    return ObsWrapper(args.place(env) if hasattr(args, "place") else env)  # some move objects
 
 
 # --- end shared ---
@@ -418,7 +418,7 @@ class Demos:
 def load_demos(args: Args) -> Demos:
     """The demonstrations that the flags ask for: those of an earlier run, or of make_demos.py, a program of its own.
 
-    Raises: SystemExit where make_demos.py fails; it has said why.
+    Raises: UserError; SystemExit where make_demos.py has said what is wrong.
     """
     flags = dict(
         env_id=args.env_id, robot_uids=args.robot_uids, control_mode=args.control_mode, control_freq=args.control_freq,
@@ -431,11 +431,16 @@ def load_demos(args: Args) -> Demos:
     cache = Path(args.demo_dir) / f"{args.env_id}-{hashlib.sha1(repr(content).encode()).hexdigest()[:12]}.npz"
     if not cache.exists():
         flags |= {"out": cache, "demo_dir": args.demo_dir}
-        tool = [sys.executable, str(Path(__file__).with_name("make_demos.py"))]
+        tool = [sys.executable, str(Path(__file__).resolve().with_name("make_demos.py"))]
         tool += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None]
-        if code := subprocess.run(tool).returncode:
+        if (code := subprocess.run(tool).returncode) > 0:
             sys.exit(code)
+        if code < 0:
+            raise UserError(f"make_demos.py was ended by signal {-code} (out of memory?); start again")
     data = np.load(cache)
+    if str(data["task"]) != repr(TASKS.get(args.env_id)):
+        cache.unlink()
+        raise UserError("make_demos.py has another camera or instruction for this task: give both the same TASKS")
     obs = {name.removeprefix("obs_"): data[name] for name in data.files if name.startswith("obs_")}
     return Demos(obs, data["action"], data["lengths"], data["steps"], str(data["source"]), data["success"])
 

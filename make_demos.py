@@ -10,7 +10,7 @@ Commands
   python make_demos.py --env-id StackCube-v1 --num-demos 300 --out stack.npz
   python make_demos.py --env-id PushCube-v1 --demo-path trajectory.h5 --out push.npz    # any ManiSkill .h5 + .json
 
-What a killed call has planned is used by the next one. Arrays of the .npz: see `Demos` in any script.
+Parts that a killed call has planned to their end are used by the next one. Arrays of the .npz: see `Demos` in any script.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
         raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
     except RuntimeError as error:
         raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
-    return ObsWrapper(args.place(env) if hasattr(args, "place") else env)  # co_rft_chunked.py moves objects
+    return ObsWrapper(args.place(env) if hasattr(args, "place") else env)  # some move objects
 
 
 # --- end shared ---
@@ -352,20 +352,23 @@ def main(args: Args) -> None:
         path.mkdir(parents=True, exist_ok=True)
     else:
         raise UserError(f"ManiSkill has no motion planner for {args.env_id}: give demonstrations by --demo-path FILE")
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out} can't be written: name a file in a folder that you may write to")
     workers = min(os.cpu_count() or 1, 8, args.num_demos)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         parts = list(pool.map(partial(observe, args, path, parts=workers), range(workers)))
     found = [episode for part in parts for episode in part]
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"source": source, "task": repr(TASKS.get(args.env_id))}
     temporary = out.with_suffix(f".tmp{os.getpid()}.npz")  # renamed when complete: a kill leaves no half file
     try:
-        np.savez(temporary, source=source, **{k: np.concatenate([episode[k] for episode in found]) for k in found[0]})
+        np.savez(temporary, **about, **{k: np.concatenate([episode[k] for episode in found]) for k in found[0]})
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
     failed = "" if len(found) == args.num_demos else f"; the others of the {args.num_demos} fail when replayed"
-    print(f"{len(found)} demonstrations in {out}{failed}")
+    print(f"{len(found)} demonstrations in {out}{failed}", file=sys.stderr)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:

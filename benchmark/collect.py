@@ -78,7 +78,7 @@ def number(value) -> str:
 # ---- where a run comes from ----
 @cache
 def code_of(commit: str, script: str) -> str:
-    """Hash of the script, its demonstrations and the backbones at `commit`: those that differ elsewhere have the same."""
+    """Hash of the script, make_demos.py and the backbones at `commit`: commits that differ elsewhere have the same."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet"]
     names = [f"{commit.removesuffix('-dirty')}:{name}" for name in (script, "backbones", "make_demos.py")]
     found = [subprocess.run([*git, name], capture_output=True, text=True) for name in names]

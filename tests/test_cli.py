@@ -108,6 +108,7 @@ BAD_DEMOS = {
     "--robot-uids xarm6_robotiq": "download_asset xarm6",
     "--env-id PickSingleYCB-v1": "download_asset ycb",
     "--demo-path nowhere.h5": "nowhere.*doesn't exist",
+    "--out .": r"--out \. can't be written",
     "--num-demos 0": "--num-demos",
     "--upsample-steps -1": "--upsample-steps",
     "--spawn ood --env-id PlaceSphere-v1": "--spawn moves",
@@ -121,7 +122,7 @@ def test_bad_flags_of_the_demonstration_program(flags, inline, monkeypatch, tmp_
     with pytest.raises(make_demos.UserError, match=BAD_DEMOS[flags]) as caught:
         make_demos.main(make_demos.parse_args(flags.split()))
     assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_run_ends_with_the_one_line_of_the_demonstration_program(tmp_path):

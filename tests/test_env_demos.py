@@ -119,6 +119,21 @@ def test_a_cache_is_used_again_and_only_for_the_same_flags(place, demos, monkeyp
     assert len({next(flag for flag in command if flag.startswith("--out=")) for command in asked}) == 4
 
 
+def test_an_edited_camera_is_refused_until_demonstrations_have_it_too(place, demos, monkeypatch):
+    """TASKS is copied into make_demos.py: an edit to one file alone would show policies another view than they learn."""
+    before = set((place / "demos").iterdir())
+    monkeypatch.setitem(script.TASKS, "PushCube-v1", script.Task("push it", 5.0, (0.6, 0.0, 0.5), (0.0, 0.0, 0.0)))
+    with pytest.raises(UserError, match="the same TASKS"):
+        script.load_demos(tiny_args(place))
+    assert set((place / "demos").iterdir()) == before
+
+
+def test_a_killed_demonstration_program_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(script.subprocess, "run", lambda command: SimpleNamespace(returncode=-9))
+    with pytest.raises(UserError, match="make_demos.py was ended by signal 9"):
+        script.load_demos(tiny_args(tmp_path))
+
+
 def test_demo_path_reads_maniskill_files(copy, tmp_path):
     demos = script.load_demos(copy)
     assert len(demos.lengths) == 2 and (demos.steps <= demos.lengths).all() and demos.source == copy.demo_path

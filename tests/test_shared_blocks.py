@@ -1,4 +1,4 @@
-"""What holds across the scripts: shared blocks are the same bytes, flags are read and typed, scripts stand alone."""
+"""What holds across the scripts: shared blocks are the same bytes, flags are read and typed, none imports another."""
 
 import ast
 import dataclasses
