@@ -295,7 +295,7 @@ def plot_operator(rows: list[Row], data: Data):
     if not helped:
         return None
     tasks, style = tasks_of(helped), styles([*alone, *helped])
-    figure, axes = panels(tasks, 3.2, 4.2, rows=3, sharex="col")
+    figure, axes = panels(tasks, 4.4, 4.2, rows=3, sharex="col")
     for column, task in enumerate(tasks):
         for (name, title), ax in zip(names.items(), axes[:, column]):
             for row in [row for row in (*alone, *helped) if (row.env_id, row.obs_mode) == task]:
