@@ -140,6 +140,7 @@ class Args:
     bc_weight: float = 1.0  # weight of BC in stages 1 and 2
     distill_weight: float = 1.0  # stage 3: weight of the distillation loss
     q_weight: float | None = None  # stage 3: weight of the Q loss (more: faster, less safe); default: rgb 0, state 0.02
+    q_weight_end: float | None = None  # the same at the end of stage 3, reached evenly; default: --q-weight throughout
     offline_q_weight: float = 0.0  # the same in stages 1 and 2, where the critic isn't calibrated yet
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
@@ -1081,8 +1082,16 @@ class Run:
             batch.next_feature = agent.perturb(batch.next_feature, args.proprio_noise, g)
             logs |= update_critic(agent, self.optimizers["critic"], batch, args, cql_alpha, g)
         if train_actor:
-            logs |= update_actor(agent, self.optimizers["actor"], batch, expert, args, self.count["stage"], g)
+            now = dataclasses.replace(args, q_weight=self.q_weight())
+            logs |= update_actor(agent, self.optimizers["actor"], batch, expert, now, self.count["stage"], g)
         return logs | {"buffer/policy_ratio": 1 - expert.float().mean()}
+
+    def q_weight(self) -> float:
+        """The present weight of stage 3's Q loss: on the line from --q-weight to --q-weight-end over --online-steps."""
+        args, count = self.args, self.count
+        done = count["global_step"] - count.get("online_start", count["global_step"])
+        end = args.q_weight if args.q_weight_end is None else args.q_weight_end
+        return args.q_weight + min(done / max(args.online_steps, 1), 1.0) * (end - args.q_weight)
 
     def enter(self, stage: str) -> bool:
         """True if `stage` is still to be done; if it begins here, the one before is saved and optimizers are new."""

@@ -206,6 +206,24 @@ def test_finetune():
         assert not torch.equal(base, agent.observe(obs)[0].embedding)
 
 
+def test_the_weight_of_the_q_loss_moves_evenly_to_its_end():
+    args = dict(q_weight=0.1, online_steps=80)
+    for step, end, want in [
+        (20, 0.5, 0.1),
+        (40, 0.5, 0.2),
+        (100, 0.5, 0.5),
+        (130, 0.5, 0.5),
+        (60, 0.0, 0.05),
+        (60, None, 0.1),
+    ]:
+        run = SimpleNamespace(
+            args=script.Args(**args, q_weight_end=end), count={"global_step": step, "online_start": 20}
+        )
+        assert script.Run.q_weight(run) == pytest.approx(want)
+    run.count = {"global_step": 15}  # before stage 3
+    assert script.Run.q_weight(run) == 0.1
+
+
 def test_released_weights(monkeypatch):
     """The files' numbers are the agent's; what can't be loaded is said in one line."""
     sizes = dict(

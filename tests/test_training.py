@@ -362,6 +362,20 @@ def test_q_weight_expert_filter_and_a_warmup_of_the_critic_alone(place, plain):
     assert {u for _, u, n, _ in rows(folder) if n == "losses/bc"} == {1, 2, 3, 4}
 
 
+def test_the_weight_of_the_q_loss_moves_evenly_to_its_end(place, monkeypatch):
+    used, update_actor = [], script.update_actor
+    monkeypatch.setattr(script, "update_actor", lambda *x: (used.append((x[5], x[4].q_weight)), update_actor(*x))[1])
+    folder, _ = short(place, "ramp", q_weight=0.5, q_weight_end=0.1, online_steps=40)
+    summary = json.loads((folder / "summary.json").read_text())
+    start = summary["env_steps"] - summary["online_env_steps"]
+    share = [min((g - start) / 40, 1.0) for g, _, n, _ in rows(folder) if n == "losses/distill"]
+    assert 0 < share[0] < share[-1] == 1 and len(set(share)) > 2
+    assert [w for stage, w in used if stage == "online"] == pytest.approx([0.5 - 0.4 * x for x in share])
+    used.clear()
+    short(place, "level", q_weight=0.5)
+    assert {w for _, w in used} == {0.5}
+
+
 @pytest.mark.parametrize("select", ["sample", "best-of-k"])
 def test_select(place, select, monkeypatch):
     acting, numbers, act, sample = [False], set(), script.Agent.act, script.ConsistencyActor.sample
