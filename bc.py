@@ -22,6 +22,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import gc
 import hashlib
 import io
 import json
@@ -251,6 +252,8 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
 
     torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
     mani_skill.logger.setLevel("ERROR")  # some tasks warn at every reset
+    if not gc.get_freeze_count():  # ManiSkill collects garbage at every reset: spare it all that stands by now
+        gc.freeze()
     task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
     cameras = dict(base_camera=dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov))
     if "wristcam" in args.robot_uids:

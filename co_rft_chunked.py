@@ -26,7 +26,8 @@ Where the default differs from the paper (--preset paper: without 4-6; reasons a
     embedded once (the paper trains everything)
   2 Eq. (6) read as an i-step target for prefix i (--target literal: one H-step target for all)
   3 Eq. (8)'s expectation over the policy: its chunk and noisy copies of it, in units of the actions' spread
-  4 the actor keeps imitating (--bc-weight), and its Q loss is divided by the mean |Q|
+  4 the actor keeps imitating (--bc-weight), its Q loss is divided by the mean |Q|, and it starts after the critics
+    (--critic-first), at a rate of its own (--actor-lr)
   5 part of the critic's target is the Monte-Carlo return (--return-mix)
   6 a tenth of the demonstrations is held out, to see and to select against over-training
 Measured: docs/co_rft.md (CPU)
@@ -37,6 +38,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import gc
 import hashlib
 import io
 import json
@@ -119,9 +121,11 @@ class Args:
     proprio_noise: float | None = None  # noise on proprio in every update; default: 0.1 std with a camera, else 0
 
     # --- stage 2: chunked offline reinforcement learning ---
-    offline_updates: int = 1000  # actor updates
+    critic_first: int = 500  # updates that train the critics alone, before the actor moves
+    offline_updates: int = 1000  # actor updates, beside the critics'
     gamma: float = 0.98  # discount per control step
-    reinforce_lr: float = 3e-4  # learning rate of actor and critic (Adam, constant)
+    reinforce_lr: float = 3e-4  # learning rate of the critics (Adam, constant)
+    actor_lr: float = 1e-4  # learning rate of the actor in stage 2 (Adam, constant)
     batch_size: int = 128  # decisions per batch
     tau: float = 0.01  # Polyak step of the target networks
     critic_updates: int = 2  # critic updates per actor update (TD3's delay)
@@ -152,14 +156,14 @@ class Args:
 
 PAPER = dict(
     bc_weight=0.0, q_weight=1.0, q_normalize=False, return_mix=0.0, holdout=0.0, num_demos=30, tau=0.005, gamma=0.99,
-    batch_size=256, sft_lr=3e-4, offline_updates=20_000,
+    batch_size=256, sft_lr=3e-4, critic_first=0, actor_lr=3e-4, offline_updates=20_000,
 )  # fmt: skip
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
     "at least 1": (lambda x: x >= 1, """control_freq num_envs num_demos hidden_dim num_layers chunk_len critic_len
         critic_layers sft_batch_size batch_size critic_updates cql_samples eval_episodes val_freq log_freq
         checkpoint_freq"""),
-    "positive": (lambda x: x > 0, "sft_lr reinforce_lr action_range"),
+    "positive": (lambda x: x > 0, "sft_lr reinforce_lr actor_lr action_range"),
     "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma holdout"),
     "a multiple of 4": (lambda x: x > 0 and x % 4 == 0, "critic_dim"),
@@ -327,6 +331,8 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
 
     torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
     mani_skill.logger.setLevel("ERROR")  # some tasks warn at every reset
+    if not gc.get_freeze_count():  # ManiSkill collects garbage at every reset: spare it all that stands by now
+        gc.freeze()
     task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
     cameras = dict(base_camera=dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov))
     if "wristcam" in args.robot_uids:
@@ -1015,7 +1021,8 @@ class Run:
             self.average = torch.optim.swa_utils.AveragedModel(self.trained, multi_avg_fn=decay)
         else:
             nets = {"critic": agent.critic, "actor": agent.actor}
-            self.optimizers = {k: torch.optim.Adam(net.parameters(), lr=args.reinforce_lr) for k, net in nets.items()}
+            rates = {"critic": args.reinforce_lr, "actor": args.actor_lr}
+            self.optimizers = {k: torch.optim.Adam(net.parameters(), lr=rates[k]) for k, net in nets.items()}
 
     @torch.no_grad()
     def embed(self) -> None:
@@ -1135,22 +1142,26 @@ def train_sft(run: Run, logger: Logger) -> None:
 
 
 def train_offline(run: Run, logger: Logger) -> None:
-    """Stage 2: `critic_updates` critic steps and one actor step per update, on the demonstrations alone."""
-    args, agent, count = run.args, run.agent, run.count
-    with tqdm(total=args.offline_updates, initial=count["stage_update"], desc="[2/2] CO-RFT", mininterval=2) as bar:
-        while count["stage_update"] < args.offline_updates:
+    """Stage 2: `critic_updates` critic steps and one actor step per update, on the demonstrations alone.
+
+    In the first `critic_first` updates the actor stays the cloned one.
+    """
+    args, agent, count, total = run.args, run.agent, run.count, run.args.critic_first + run.args.offline_updates
+    with tqdm(total=total, initial=count["stage_update"], desc="[2/2] CO-RFT", mininterval=2) as bar:
+        while count["stage_update"] < total:
             for _ in range(args.critic_updates):
                 batch = run.batch()
                 logs = update_critic(agent, run.optimizers["critic"], batch, args, run.generators["update"])
-            logs |= update_actor(agent, run.optimizers["actor"], batch, args)
+            if moves := count["stage_update"] >= args.critic_first:
+                logs |= update_actor(agent, run.optimizers["actor"], batch, args)
             step = run.tick(logs, logger)
             if args.holdout and step % args.val_freq == 0:
                 logger.log(values := run.held_out(), 0, count["update_step"])
                 bar.set_description(f"[2/2] CO-RFT | held-out TD error {values['val/td_error']:.3f}", refresh=False)
-                if values["val/td_error"] < run.best["td_error"]:
+                if moves and values["val/td_error"] < run.best["td_error"]:
                     run.best = {"td_error": values["val/td_error"].item(), "update": step}
                     agent.selected.load_state_dict(agent.actor.state_dict())
-            if args.eval_freq and step % args.eval_freq == 0 and step < args.offline_updates:
+            if args.eval_freq and moves and step % args.eval_freq == 0 and step < total:
                 run.evaluate(logger, "last")
             if step % args.checkpoint_freq == 0:
                 run.save()

@@ -38,6 +38,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import gc
 import hashlib
 import importlib
 import io
@@ -361,6 +362,8 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
 
     torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
     mani_skill.logger.setLevel("ERROR")  # some tasks warn at every reset
+    if not gc.get_freeze_count():  # ManiSkill collects garbage at every reset: spare it all that stands by now
+        gc.freeze()
     task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
     cameras = dict(base_camera=dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov))
     if "wristcam" in args.robot_uids:
@@ -801,10 +804,11 @@ class EnsembleCritic(nn.Module):
         """Shapes: feature [B, F], chunk [B, D] or [B, N, D] in [-1, 1] -> Q [E, B] or [E, B, N]."""
         B, N = len(feature), 1 if chunk.dim() == 2 else chunk.shape[1]
         h = ((chunk / self.unit).reshape(B * N, -1) @ self.chunk_in).unflatten(1, (B, N))
-        h = h + (feature @ self.feature_in)[:, :, None]  # [E, B, N, hidden]
-        h = h.flatten(1, 2) + self.bias[0]  # [E, B*N, hidden]
+        h = h + (feature @ self.feature_in + self.bias[0])[:, :, None]  # [E, B, N, hidden]
+        h = h.flatten(1, 2)  # [E, B*N, hidden]
         for layer, (weight, bias) in enumerate(zip(self.hidden, list(self.bias)[1:])):
-            h = torch.tanh(F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.gain[layer] + self.shift[layer])
+            h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
+            h = torch.tanh(torch.addcmul(self.shift[layer], h, self.gain[layer]))
             h = torch.baddbmm(bias, h, weight)
         return h.view(-1, B) if chunk.dim() == 2 else h.view(-1, B, N)
 

@@ -14,7 +14,7 @@ import co_rft_chunked as script
 
 TINY = dict(
     env_id="PushCube-v1", obs_mode="state", device="cpu", num_demos=4, max_episode_steps=10, hidden_dim=24,
-    chunk_len=3, critic_dim=16, critic_layers=1, sft_updates=5, offline_updates=5, batch_size=8,
+    chunk_len=3, critic_dim=16, critic_layers=1, sft_updates=5, critic_first=1, offline_updates=4, batch_size=8,
     sft_batch_size=8, holdout=0.25, val_freq=2, eval_episodes=2, video_episodes=0, log_freq=1, checkpoint_freq=3,
 )  # fmt: skip
 TOY = dict(obs_mode="state", proprio_noise=0.0, device="cpu", critic_dim=16, hidden_dim=24)
@@ -309,6 +309,24 @@ def test_a_run_resumed_after_kills_equals_an_uninterrupted_one(whole, place, mon
     assert metrics(folder) == metrics(whole[0])
     for key, value in script.load_checkpoint(folder)[0].items():
         assert torch.equal(value, whole[1]["end"][key]), key
+
+
+def test_the_critics_may_start_before_the_actor(place, upsampled, tmp_path):
+    """The same draws of batches, so after two updates the critics are the same, and only the actors differ."""
+    runs = [
+        script.main(tiny_args(place, tmp_path, run_name=str(first), critic_first=first, offline_updates=2 - first,
+                              sft_updates=2, eval_episodes=1, actor_lr=1e-3, cql_alpha=0.0, return_mix=1.0))
+        for first in (0, 2)
+    ]  # fmt: skip
+    both, late = (script.load_checkpoint(folder)[0] for folder in runs)
+    for name, value in late.items():
+        if name.startswith("critic."):
+            assert torch.equal(value, both[name]), name
+    moved = {k for k in late if k.startswith("actor.") and not torch.equal(late[k], late[f"cloned.{k[6:]}"])}
+    assert not moved
+    size = [(both[k] - both[f"cloned.{k[6:]}"]).abs().max().item() for k in both if k.startswith("actor.net")]
+    assert size and all(1e-3 < x <= 2.1e-3 for x in size)  # two steps of Adam, at the actor's own rate
+    assert json.loads((runs[1] / "summary.json").read_text())["selected_update"] == 0
 
 
 def test_metrics_and_summary(whole):
