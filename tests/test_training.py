@@ -14,7 +14,7 @@ from conftest import tiny_args
 import force_octo as script
 
 # Long enough to reach and push the cube, so that an episode depends on all that the simulator remembers.
-REACHING = dict(max_episode_steps=40, online_steps=150, eval_freq=60)
+REACHING = dict(max_episode_steps=40, online_steps=150, eval_freq=60, q_weight_end=0.2)
 NAMES = {
     "losses/bc", "losses/td", "losses/calql", "losses/critic", "losses/actor", "losses/distill", "values/q_data",
     "values/td_target", "values/mc_return", "values/q_std", "calib/bound_rate", "vgpd/zeta", "vgpd/pass_rate",
@@ -183,7 +183,7 @@ def test_stages_log_what_they_do(whole):
     critic_alone = set(range(ends[1] + 1, half + 1))
     assert logged("losses/bc") == set(range(1, ends[2] + 1)) - critic_alone
     last = max(logged("losses/td"))
-    assert logged("vgpd/zeta") == logged("losses/distill") == set(range(ends[2] + 1, last + 1))
+    assert logged("vgpd/zeta") == logged("losses/distill") == logged("losses/q") == set(range(ends[2] + 1, last + 1))
     ratio = {u: float(v) for _, u, n, v in found if n == "buffer/policy_ratio"}
     assert {ratio[u] for u in range(ends[0] + 1, ends[1] + 1)} == {0.0}
     assert {ratio[u] for u in range(ends[1] + 1, last + 1)} == {0.5}
