@@ -28,7 +28,7 @@ Where the default differs from the paper (--preset paper: without 1-2; --preset 
   6 actor and learner take turns, an episode and --utd-ratio updates per step of it; the paper runs them side by side
 The code against the paper (--preset code): alpha 0.1 against 0.02 (0.01 with half a TD error), no Q loss offline, BC
 weight 0.1 against 0.5 online, random actions bounded by the return too, time limits terminal. In neither of them, and
-off: --q-scale mean-abs, and a fork's --onestep-mse, --bc-demo-only, --cql-weight-online.
+off, in neither: --q-scale mean-abs, --onestep-mse, --bc-demo-only, --cql-weight-online.
 Measured: docs/conrft.md (CPU)
 """
 
@@ -132,7 +132,7 @@ class Args:
     utd_ratio: float = 0.5  # stage II: actor updates per control step
     truncation: Literal["bootstrap", "terminal"] = "bootstrap"  # what a time limit means for targets and returns
     cql_weight: float = 0.02  # alpha: weight of the conservative term in stage I
-    cql_weight_online: float = 0.0  # the same in stage II (a fork's fix)
+    cql_weight_online: float = 0.0  # the same in stage II (in neither paper nor code)
     cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
     bound_random: bool = False  # bound the random actions by the Monte-Carlo return too (the code's)
     bc_weight_offline: float = 1.0  # beta: weight of BC in stage I (0: Cal-QL alone)
@@ -140,8 +140,8 @@ class Args:
     q_weight_offline: float = 0.1  # eta: weight of the Q loss in stage I
     q_weight_online: float = 1.0  # the same in stage II
     q_scale: Literal["raw", "mean-abs"] = "raw"  # mean-abs divides the Q loss by the batch mean of |Q| (not in ConRFT)
-    onestep_mse: float = 0.0  # weight of the squared error of one-step samples within BC (a fork's fix)
-    bc_demo_only: bool = False  # stage II: BC on the demonstrations' half of the batch only (a fork's fix)
+    onestep_mse: float = 0.0  # weight of the squared error of one-step samples within BC (in neither paper nor code)
+    bc_demo_only: bool = False  # stage II: BC on the demonstrations' half of the batch only (in neither paper nor code)
 
     # --- human in the loop ---
     intervention: Literal["none", "oracle", "keyboard", "gamepad", "spacemouse"] = "none"  # who may take over

@@ -44,6 +44,11 @@ def handover(run: Lines) -> float | None:
     return next(iter(curve(run)[1]), None)
 
 
+def before_handover(run: Lines) -> float | None:
+    """Control steps taken before online learning begins: warm-up's rollouts."""
+    return next((float(line["global_step"]) for line in run if line["stage"] in ONLINE), None)
+
+
 def largest_drop(run: Lines) -> float | None:
     """Success at hand-over minus the lowest online success: 0 if it never fell below; None without online steps."""
     _, rates = curve(run)

@@ -27,17 +27,17 @@ PAPERS = ROOT / "benchmark" / "papers.csv"
 SOURCES = {  # of papers.csv
     "FORCE T1": "FORCE (arXiv:2606.26006), Table 1, ManiSkill",
     "FORCE T2": "FORCE, Table 2, real robot",
-    "FORCE T3": 'FORCE, Table 3, steps at 80 %, undefined there (one note reads its column "w/o Pre-Cal & VGPD" as '
-    '"w/o VGPD")',
+    "FORCE T3": 'FORCE, Table 3, steps at 80 %, undefined there; its column "w/o Pre-Cal & VGPD" may mean "w/o VGPD" alone',
     "FORCE text": "FORCE, abstract",
     "ConRFT T1": "ConRFT (arXiv:2502.05450), Table I, real robot",
     "CO-RFT T1": "CO-RFT (arXiv:2508.02219), Table 1, real robot",
     "CO-RFT text": "CO-RFT, abstract and text",
 }
-THEIRS = (
-    "They come from reading notes of the papers, not from the papers themselves, and their setting differs from ours: "
-    "released weights, camera observations, other demonstrations and evaluation."
+SECOND_HAND = (
+    " FORCE's and ConRFT's were copied second-hand and not checked against the published tables: check before citing."
 )
+THEIRS = " Their setting differs from ours: released weights, camera observations, other demonstrations and evaluation."
+FEW = 10  # successful episodes that a mean number of steps needs
 Runs = dict[tuple[str, int], stats.Lines]
 
 
@@ -92,11 +92,22 @@ def mean_of(own: Runs, value) -> float | None:
     return float(np.mean(found)) if found else None
 
 
+def steps(evaluation: dict[str, str]) -> float | None:
+    """Mean steps to success; None if fewer than FEW episodes succeeded."""
+    successes = float(evaluation["success_once"]) * int(evaluation["num_episodes"])
+    return float(evaluation["episode_len"]) if successes > FEW - 0.5 else None
+
+
+def cloned(row: Row, own: Runs) -> list[dict[str, str]]:
+    """The evaluations after supervised fine-tuning; none for a row that throws the cloned head away."""
+    return [e for run in own.values() if (e := stats.after_sft(run)) and "--fresh-head" not in row.command]
+
+
 def steps_cell(own: Runs) -> str:
     """Mean steps to success and, in brackets, the demonstrations'."""
-    steps = mean_of(own, lambda run: stats.result(run)["episode_len"])
+    mine = mean_of(own, lambda run: steps(stats.result(run)))
     demos = mean_of(own, lambda run: stats.result(run)["demo_steps_to_success"])
-    return "–" if steps is None else f"{steps:.1f}" + (f" ({demos:.1f})" if demos else "")
+    return "–" if mine is None else f"{mine:.1f}" + (f" ({demos:.1f})" if demos else "")
 
 
 def average(by_task: dict[str, float]) -> str:
@@ -129,7 +140,8 @@ class Papers:
     def cite(self) -> str:
         used, self.used = sorted(self.used), set()
         cited = "; ".join(f"[{tag}] {SOURCES[tag]}" for tag in used)
-        return f"Numbers in italics are the papers': {cited}. {THEIRS}" if used else ""
+        second_hand = SECOND_HAND if any(not tag.startswith("CO-RFT") for tag in used) else ""
+        return f"Numbers in italics are the papers': {cited}.{second_hand}{THEIRS}" if used else ""
 
 
 # ---- captions ----
@@ -186,7 +198,7 @@ def bar_rows(row: Row, own: Runs, wanted: int) -> list[list[str]]:
     def worst(value) -> float:
         return max((float(x) for run in lines if (x := value(run)) not in (None, "")), default=float("nan"))
 
-    sft = [e for run in lines if (e := stats.after_sft(run))]
+    sft = cloned(row, own)
     for bar, value in bars().get(row.name, {}).items():
         if bar == "success":
             budget = row.flag("--online-steps")
@@ -201,7 +213,7 @@ def bar_rows(row: Row, own: Runs, wanted: int) -> list[list[str]]:
             apart = bool(before and after and after[1] > before[2])
             add("final success above SFT, intervals disjoint", f"{interval(before)} to {interval(after)}", apart)
         elif bar == "steps_ratio":
-            got = final("episode_len") / final("demo_steps_to_success")
+            got = mean(lambda run: steps(stats.result(run))) / final("demo_steps_to_success")
             text = f"steps to success at most {percent(value)} % of the demonstrations'"
             add(text, f"{percent(got)} %", got <= value + 1e-9)
         elif bar == "drop":
@@ -210,7 +222,8 @@ def bar_rows(row: Row, own: Runs, wanted: int) -> list[list[str]]:
             add(text, f"{percent(got)} points", got <= value + 1e-5)
         elif bar == "minutes":
             got = worst(lambda run: stats.result(run)["seconds"]) / 60
-            add(f"whole run within {value:g} minutes", f"{got:.1f} minutes", got <= value)
+            part = "stages 1 to 3" if row.flag("--sft-checkpoint") else "whole run"
+            add(f"{part} within {value:g} minutes", f"{got:.1f} minutes", got <= value)
         else:
             raise CommandError(f"bars.csv: {row.name} has an unknown bar, {bar}")
     return rows
@@ -218,10 +231,11 @@ def bar_rows(row: Row, own: Runs, wanted: int) -> list[list[str]]:
 
 def result_row(row: Row, own: Runs, wanted: int, papers: Papers) -> list[str]:
     """A row of a command file's table."""
-    sft = [e for run in own.values() if (e := stats.after_sft(run))]
+    at_end = mean_of(own, lambda run: stats.result(run)["success_at_end"])
     return [
         row.env_id, row.label, success(own, wanted),
-        per_seed(own, lambda run: percent(float(stats.result(run)["success_once"]))), interval(stats.pooled(sft)),
+        per_seed(own, lambda run: percent(float(stats.result(run)["success_once"]))), rate(at_end) or "–",
+        interval(stats.pooled(cloned(row, own))),
         per_seed(own, lambda run: rate(stats.handover(run))), per_seed(own, lambda run: rate(stats.largest_drop(run))),
         steps_cell(own), per_seed(own, lambda run: reached(stats.steps_at_target(run))),
         per_seed(own, lambda run: f"{float(s) / 60:.0f}" if (s := stats.result(run)["seconds"]) else None),
@@ -230,13 +244,14 @@ def result_row(row: Row, own: Runs, wanted: int, papers: Papers) -> list[str]:
 
 
 HEADER = [
-    "Task", "Method", "Success, % (95 % interval)", "Per seed, %", "After SFT, % (95 % interval)", "At hand-over, %",
-    "Largest drop, points", "Steps to success (demonstrations')", "Online env steps at 80 %", "Minutes",
-    "Paper: success, %", "Paper: env steps at 80 %",
+    "Task", "Method", "Success, % (95 % interval)", "Per seed, %", "At the time limit, %",
+    "After SFT, % (95 % interval)", "At hand-over, %", "Largest drop, points", "Steps to success (demonstrations')",
+    "Online env steps at 80 %", "Minutes", "Paper: success, %", "Paper: env steps at 80 %",
 ]  # fmt: skip
 EXPLAINED = (
     "Success is `success_once` of the last checkpoint: mean over seeds, Wilson interval over all episodes together (it "
-    "leaves out the spread between seeds, see the next column)."
+    "leaves out the spread between seeds, see the next column). At the time limit: `success_at_end`, for policies that "
+    f"reach the goal and leave it again. Steps to success leave out runs with fewer than {FEW} successful episodes."
 )
 ONLINE_EXPLAINED = (
     " The drop is success at hand-over to online learning minus the lowest evaluation from there on. Steps at 80 % are "
@@ -245,20 +260,19 @@ ONLINE_EXPLAINED = (
 
 
 def aggregate(file: CommandFile, runs: Runs) -> str:
-    """Interquartile mean of each method over the tasks that every method with runs has been run on."""
-    scores: dict[str, dict[str, list[float]]] = {}
+    """Interquartile mean over all tasks, of the methods that have all their seeds there: others can't be compared."""
+    tasks, scores = list(dict.fromkeys(row.env_id for row in file.rows)), {}
     for row in file.rows:
         found = [float(stats.result(run)["success_once"]) for run in of_row(row, runs).values()]
-        if found:
+        if len(found) == len(file.seeds(row)):
             scores.setdefault(row.label, {})[row.env_id] = found
-    tasks = sorted(set.intersection(*map(set, scores.values()))) if scores else []
-    if len(tasks) < 2:
+    scores = {label: list(by_task.values()) for label, by_task in scores.items() if len(by_task) == len(tasks)}
+    if len(tasks) < 2 or not scores:
         return ""
     body = []
-    for label, by_task in scores.items():
-        found = [by_task[task] for task in tasks]
+    for label, found in scores.items():
         measured = stats.bootstrap_iqm(found)
-        shown = interval(measured) if min(map(len, found)) > 1 else f"{percent(measured[0])} (a task has one seed only)"
+        shown = interval(measured) if min(map(len, found)) > 1 else f"{percent(measured[0])} (one seed)"
         body.append([label, shown, str(sum(map(len, found)))])
     text = f"Interquartile mean over tasks and seeds ({', '.join(tasks)}); intervals by stratified bootstrap."
     return f"{text}\n\n{table(['Method', 'Success, % (95 % interval)', 'Runs'], body)}"
@@ -321,7 +335,7 @@ def steps_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -> st
     }
     rows = {row: n for row, n in rows.items() if row.script in ("force_octo.py", "conrft.py")}
     rows = {row: n for row, n in rows.items() if row.flag("--online-steps", "1") != "0"}
-    body, totals, said = [], {}, []
+    body, totals, spent, said = [], {}, {}, []
     for task in dict.fromkeys(row.env_id for row in rows):
         mine = {row: of_row(row, runs) for row in rows if row.env_id == task}
         times = {row: [t for run in own.values() if (t := stats.steps_at_target(run))] for row, own in mine.items()}
@@ -332,11 +346,14 @@ def steps_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -> st
             if found:
                 median, mean = stats.median_time(found), stats.restricted_mean(found, horizon)
                 totals.setdefault(row.label, {})[task] = mean
+                if row.label == "FORCE":
+                    spent[task] = mean_of(own, lambda run: stats.before_handover(run))
                 missing = f", {len(own)} of {rows[row]} seeds" if len(own) < rows[row] else ""
+                later = f"more than {max(t for t, _ in found):.0f}"
                 cells = [
                     per_seed(own, lambda run: reached(stats.steps_at_target(run))) + missing,
                     f"{sum(there for _, there in found)} of {len(found)}",
-                    f"more than {max(t for t, _ in found):.0f}" if median is None else f"{median:.0f}",
+                    "–" if missing else later if median is None else f"{median:.0f}",
                     f"{mean:.0f} of {horizon:.0f}",
                 ]
             body.append([task, row.label, *cells, papers.value(row.paper, task, "steps_at_80")])
@@ -347,7 +364,8 @@ def steps_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -> st
     if without:
         said.append(
             f"Summed over {', '.join(both)}, warm-up changes the mean within the budget by {percent(with_ / without - 1)} % "
-            f"({without:.0f} to {with_:.0f} steps); the paper's reduction, over four tasks: {claim}."
+            f"({without:.0f} to {with_:.0f} steps). Its own rollouts aren't in this: {sum(spent[t] for t in both):.0f} steps. "
+            f"The paper's reduction, over four tasks: {claim}."
         )
     else:
         why = f"both are at 80 % at hand-over on {', '.join(both)}" if both else "no task has runs of both yet"
@@ -369,28 +387,27 @@ def execution_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -
     tasks, body = list(dict.fromkeys(row.env_id for row in rows)), []
     for row, wanted in sorted(rows.items(), key=lambda item: tasks.index(item[0].env_id)):
         own = of_row(row, runs)
-        sft = {run: [e] for run, lines in own.items() if (e := stats.after_sft(lines))}
-        steps, demos = (
-            mean_of(own, lambda run, name=name: stats.result(run)[name])
-            for name in ("episode_len", "demo_steps_to_success")
-        )
-        before = mean_of(sft, lambda run: run[0]["episode_len"])
+        sft, demos = cloned(row, own), mean_of(own, lambda run: stats.result(run)["demo_steps_to_success"])
+        after, before = mean_of(own, lambda run: steps(stats.result(run))), [x for e in sft if (x := steps(e))]
         body.append([
-            row.env_id, row.label, interval(stats.pooled([run[0] for run in sft.values()])), success(own, wanted),
-            *("–" if v is None else f"{v:.1f}" for v in (demos, before, steps)),
-            f"{percent(1 - steps / demos)} %" if steps and demos else "–",
+            row.env_id, row.label, interval(stats.pooled(sft)), success(own, wanted),
+            *("–" if v is None else f"{v:.1f}" for v in (demos, np.mean(before) if before else None, after)),
+            f"{percent(1 - after / demos)} %" if after and demos else "–",
         ])  # fmt: skip
     header = ["Task", "Method", "Success after SFT, %", "Success, %", "Demonstrations' steps", "Steps after SFT",
               "Steps", "Shorter than demonstrations by"]  # fmt: skip
-    text = f"{setting(list(rows))}. Steps are control steps to success at 10 Hz, mean over successful episodes."
+    text = (
+        f"{setting(list(rows))}. Steps are control steps to success at 10 Hz, mean over successful episodes; runs with fewer "
+        f"than {FEW} of these are left out."
+    )
     parts = [table(header, body), text]
     for source in ("FORCE T2", "ConRFT T1"):
-        rates, steps = papers.grid(source, "success_percent"), papers.grid(source, "steps_to_success")
+        rates, lengths = papers.grid(source, "success_percent"), papers.grid(source, "steps_to_success")
         tasks, methods = list(next(iter(rates.values()))), list(rates)
-        pair = [[task, *(f"*{rates[m][task]:g} / {steps[m][task]:g}*" for m in methods)] for task in tasks]
+        pair = [[task, *(f"*{rates[m][task]:g} / {lengths[m][task]:g}*" for m in methods)] for task in tasks]
         means = ["Mean"]
         for m in methods:
-            means.append(f"*{average(rates[m])} / {average(steps[m])}*")
+            means.append(f"*{average(rates[m])} / {average(lengths[m])}*")
         parts += [f"Theirs, success in % / steps [{source}]:", table(["Task", *methods], [*pair, means])]
     return "\n\n".join([*parts, papers.cite()])
 
@@ -409,8 +426,8 @@ def corft_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -> st
             before, after = stats.pooled(sft), stats.pooled([stats.result(run) for run in own.values()])
             gain = "–" if not (before and after) else f"{100 * (after[0] - before[0]):+.1f}"
             cells += [interval(before), success(own, len(file.seeds(row))), gain]
-        first = mean_of(inside, lambda run: e["episode_len"] if (e := stats.after_sft(run)) else None)
-        last = mean_of(inside, lambda run: stats.result(run)["episode_len"])
+        first = mean_of(inside, lambda run: steps(e) if (e := stats.after_sft(run)) else None)
+        last = mean_of(inside, lambda run: steps(stats.result(run)))
         if first and last:
             shorter = f"{percent(1 - last / first)} %"
         body.append([row.env_id, "one place" if "--spawn" in row.command else "random", *cells, shorter])
@@ -447,7 +464,9 @@ def figures_block(page: Path, root: Path) -> str:
         "lowest evaluation from there on, and the last one.",
         "calibration": "What warm-up does to the critic. Above and in the middle: Q of the decisions of the warm-up "
         "rollouts against the returns that followed, mean difference and correlation. Below: Q of the actions in the "
-        "training batches minus their Monte-Carlo returns, from hand-over on, mean over seeds.",
+        "training batches minus their Monte-Carlo returns, from hand-over on, mean over seeds. But for the first point of "
+        "each run, the critic has been trained on this data, and half of FORCE's target is that return: this shows that "
+        "it fits, not that it predicts.",
         "distillation": "VGPD: the share of states that learn one of the policy's proposals in the place of the recorded "
         "action (zeta), and how far the proposals lie apart, in actions and in Q; mean over seeds, and their range.",
     }

@@ -660,14 +660,45 @@ def test_table_matches_hand_computed_numbers(two_seeds):
     # mean of 95 and 99 %; Wilson interval of 194 of 200
     row = next(line for line in page.splitlines() if line.startswith("|") and "method force" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[2:6] == ["97 (93.6–98.6)", "1: 95, 2: 99", "50 (43.1–56.9)", "1: 70, 2: 80"]
-    assert cells[6:10] == ["1: 15, 2: 0", "24.0 (60.0)", "1: 7500, 2: 0 (at hand-over)", "1: 10, 2: 10"]
+    assert cells[2:7] == ["97 (93.6–98.6)", "1: 95, 2: 99", "48.5", "50 (43.1–56.9)", "1: 70, 2: 80"]
+    assert cells[7:11] == ["1: 15, 2: 0", "24.0 (60.0)", "1: 7500, 2: 0 (at hand-over)", "1: 10, 2: 10"]
     assert "| not run |" in next(line for line in page.splitlines() if "method other" in line)
     verdicts = [line for line in page.splitlines() if line.endswith("met |") or line.endswith("not met** |")]
     assert [line.split(" | ")[-1] for line in verdicts] == ["met |"] * 4 + ["**not met** |"] * 2
     assert "| success never more than 10 points below hand-over | 15 points | **not met** |" in page
     assert "whole run within 9 minutes | 10.0 minutes | **not met** |" in page
     assert "compact scale (octo-compact), camera observations" in page
+
+
+def row_and_run(name: str, rate: float, command: str = "", task: str = "A-v1", length: float = 20.0):
+    """A row and its finished run: SFT of 50 %, then `rate` of 100 episodes."""
+    line = {"row": name, "seed": "1", "num_episodes": "100", "demo_steps_to_success": "40", "global_step": "0"}
+    ends = (("sft", 0.5, 40.0, ""), ("online", rate, length, "1"))
+    run = [line | {"stage": stage, "success_once": str(x), "success_at_end": "0", "episode_len": str(n), "final": final}
+           for stage, x, n, final in ends]  # fmt: skip
+    return rows.Row(name, f"python x.py --env-id {task} {command}", name.partition("-")[0]), run
+
+
+def test_steps_of_too_few_successes_and_cloned_heads_that_were_thrown_away_are_left_out():
+    """A mean of nine successes isn't one, and with none at all the recorded length is the time limit."""
+    row, rare = row_and_run("a", 0.09, "--fresh-head")
+    _, enough = row_and_run("a", 0.10)
+    assert tables.steps_cell({("a", 1): rare}) == "–" and tables.steps_cell({("a", 1): enough}) == "20.0 (40.0)"
+    assert tables.steps_cell({("a", 1): rare, ("a", 2): enough}) == "20.0 (40.0)"
+    assert (
+        tables.cloned(row, {("a", 1): rare}) == [] and len(tables.cloned(row_and_run("b", 1)[0], {("b", 1): rare})) == 1
+    )
+
+
+def test_interquartile_means_compare_complete_methods_only():
+    made = [row_and_run(f"{method}-{task}", 0.5, task=task) for method in ("one", "two") for task in ("A-v1", "B-v1")]
+    file = rows.CommandFile("x", "X", tuple((row, 1) for row, _ in made))
+    runs = {(row.name, 1): run for row, run in made}
+    assert "| one | 50 (one seed) | 2 |" in tables.aggregate(file, runs) and "| two |" in tables.aggregate(file, runs)
+    del runs["two-B-v1", 1]
+    assert "| one |" in tables.aggregate(file, runs) and "| two |" not in tables.aggregate(file, runs)
+    del runs["one-A-v1", 1]
+    assert tables.aggregate(file, runs) == ""
 
 
 def test_missing_seeds_and_censored_runs_are_shown(two_seeds):

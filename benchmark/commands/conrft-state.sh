@@ -1,6 +1,6 @@
 # ConRFT, privileged state
 # 50 demonstrations. Without and with the planner as operator; offline stage alone, with and without imitation; Cal-QL with
-# online steps; a fork's fixes.
+# online steps; changes to ConRFT one at a time.
 # By hand: bash benchmark/commands/conrft-state.sh, or seed=1 and one of the lines. In parallel: benchmark/run.py.
 for seed in 1 2 3; do
   # PushCube

@@ -1,6 +1,6 @@
 # All methods, privileged state
 # The same 50 demonstrations of a task for all. All but CO-RFT start from the policy of the task's first line (CO-RFT clones
-# its own, with a plain chunk head), and the online methods of a task have the same number of control steps.
+# its own, with a plain chunk head), and the online methods of a task have the same number of control steps after hand-over.
 # PullCube takes PushCube's flags. Cal-QL alone is conrft.py offline, with a new head and no imitation.
 # By hand: bash benchmark/commands/main.sh, or seed=1 and one of the lines. In parallel: benchmark/run.py.
 for seed in 1 2 3; do
