@@ -61,7 +61,7 @@ class Args:
     runs: str = "runs"  # folder for runs
     run_name: str | None = None  # name of the run's folder; default: task, head, observation mode, seed and time
     resume: str | None = None  # run folder to go on with; all other flags are taken from its config.json
-    eval_only: str | None = None  # run folder to evaluate, without training
+    eval_only: str | None = None  # run folder to evaluate, without training; takes --eval-episodes too
     track: bool = False  # log to Weights & Biases too (works offline)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto", "cpu" or "cuda"
     torch_threads: int = 0  # CPU threads; 0: one, but OMP_NUM_THREADS or all cores (up to 8) for training with a camera
@@ -658,7 +658,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """Weights and training state of the last checkpoint. Raises: UserError if the folder holds no readable one."""
     try:
         here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
-        return load_file(here / "weights.safetensors"), torch.load(here / "training.pt", weights_only=True)
+        state = torch.load(here / "training.pt", map_location="cpu", weights_only=True)
+        return load_file(here / "weights.safetensors"), state
     except Exception as error:  # the readers raise all sorts
         hint = "a run that died before its first one has to be started again, under another --run-name"
         raise UserError(f"{folder} holds no readable checkpoint; {hint} ({error})") from error
@@ -681,6 +682,26 @@ def load_config(cls, folder: Path):
         return cls(**config["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no run folder of {Path(__file__).name} (config.json: {error})") from error
+
+
+def stored_args(args, beside: str):
+    """The flags of the run that --resume or --eval-only names, with its folder there.
+
+    --resume goes on where the run was begun; --eval-only takes --device, and the flags of `beside` that were given.
+    Raises: UserError if it isn't a run of this script, or was begun on another device.
+    """
+    if args.resume and args.eval_only:
+        raise UserError("--resume and --eval-only exclude each other")
+    folder = Path(args.resume or args.eval_only)
+    stored, places = load_config(type(args), folder), dict(resume=args.resume, eval_only=args.eval_only)
+    if args.resume and args.device not in ("auto", stored.device):
+        raise UserError(f"{folder} was begun with --device {stored.device}: its losses can't go on alike on another")
+    if args.eval_only:
+        words = {word.split("=")[0] for word in sys.argv}  # a default that was asked for counts too
+        asked = [n for n in beside.split() if f"--{n}".replace("_", "-") in words]
+        asked += ["device"] + [n for n in beside.split() if getattr(args, n) != getattr(type(args), n)]
+        places |= {name: getattr(args, name) for name in asked}
+    return dataclasses.replace(stored, **places)
 
 
 # --- end shared ---
@@ -738,13 +759,14 @@ class Run:
         weights, state = load_checkpoint(self.folder)
         load_weights(self.acting, weights, self.folder)
         load_weights(self.policy, state["raw"], self.folder)
+        self.update, self.evals, self.seconds = state["update"], state["evals"], state["seconds"]
+        if self.args.eval_only:
+            return
         self.average.n_averaged.copy_(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name])
-        self.update, self.evals, self.seconds = state["update"], state["evals"], state["seconds"]
-        if not self.args.eval_only:  # what a killed run logged after its last checkpoint
-            os.truncate(self.folder / "metrics.csv", state["log_size"])
+        os.truncate(self.folder / "metrics.csv", state["log_size"])  # what was logged after that checkpoint goes
 
     def evaluate(self, logger: Logger, episodes: int) -> None:
         metrics = evaluate(self.env, self.acting, self.args, self.acting.act, episodes)
@@ -817,12 +839,9 @@ def train(run: Run, logger: Logger) -> None:
 
 def begin(args: Args) -> Run:
     """A run in a new folder, or one resumed from its last checkpoint."""
-    if args.resume and args.eval_only:
-        raise UserError("--resume and --eval-only exclude each other")
     resumed = args.resume or args.eval_only
     if resumed:
-        places = dict(resume=args.resume, eval_only=args.eval_only, device=args.device)
-        args = dataclasses.replace(load_config(Args, Path(resumed)), **places)
+        args = stored_args(args, "eval_episodes")
     validate(args)
     torch.set_num_threads(args.torch_threads or 1)
     demos = load_demos(args)

@@ -21,15 +21,17 @@ Commands
   python co_rft_chunked.py --sft-checkpoint runs/NAME                             # a run of bc.py --head mse-chunk
   python co_rft_chunked.py --resume runs/NAME | --eval-only runs/NAME             # go on after a kill | evaluate
 
-Where the default differs from the paper (--preset paper: without 4-6; reasons and measurements: docs/co_rft.md)
+Where the default differs from the paper (--preset paper: without 4, 6 and --return-mix; reasons and measurements: docs/co_rft.md)
   1 backbone: Octo instead of RoboVLMs with Kosmos-2 and its history head; frozen in stage 2, so that an observation is
     embedded once (the paper trains everything)
   2 Eq. (6) read as an i-step target for prefix i (--target literal: one H-step target for all)
   3 Eq. (8)'s expectation over the policy: its chunk and noisy copies of it, in units of the actions' spread
   4 the actor keeps imitating (--bc-weight), its Q loss is divided by the mean |Q|, and it starts after the critics
     (--critic-first), at a rate of its own (--actor-lr)
-  5 part of the critic's target is the Monte-Carlo return (--return-mix)
+  5 part of the critic's target is the Monte-Carlo return (--return-mix); targets stay within possible returns, prefixes
+    that reach past a termination are trained, and target critics move at every critic step (TD3: with the actor)
   6 a tenth of the demonstrations is held out, to see and to select against over-training
+  7 proprio has no velocities, and is noisy in updates beside a camera (--proprio-noise)
 Measured: docs/co_rft.md (CPU)
 """
 
@@ -196,10 +198,14 @@ def validate(args: Args) -> None:
 def check_origin(args: Args, folder: Path) -> None:
     """A run of bc.py can only start a run on the same task, seen and controlled alike. Raises: UserError."""
     try:
-        have = json.loads((folder / "config.json").read_text())["args"]
+        config = json.loads((folder / "config.json").read_text())
+        script, have = config["script"], config["args"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--sft-checkpoint {folder} is no run folder of bc.py ({error})") from error
-    names = ("env_id", "robot_uids", "obs_mode", "image_size", "backbone", "control_mode", "control_freq", "chunk_len")
+    if script != "bc.py":
+        raise UserError(f"--sft-checkpoint {folder} is a run of {script}, not of bc.py")
+    names = ["env_id", "robot_uids", "obs_mode", "image_size", "backbone", "control_mode", "control_freq", "chunk_len"]
+    names += ["holdout", "num_demos", "demo_path"] if args.holdout else []  # else it knows what is held out here
     for name, want in [*((n, getattr(args, n)) for n in names), ("head", "mse-chunk")]:
         if have.get(name) != want:
             have = f"--{name.replace('_', '-')} {have.get(name)}"
@@ -928,7 +934,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """Weights and training state of the last checkpoint. Raises: UserError if the folder holds no readable one."""
     try:
         here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
-        return load_file(here / "weights.safetensors"), torch.load(here / "training.pt", weights_only=True)
+        state = torch.load(here / "training.pt", map_location="cpu", weights_only=True)
+        return load_file(here / "weights.safetensors"), state
     except Exception as error:  # the readers raise all sorts
         hint = "a run that died before its first one has to be started again, under another --run-name"
         raise UserError(f"{folder} holds no readable checkpoint; {hint} ({error})") from error
@@ -951,6 +958,26 @@ def load_config(cls, folder: Path):
         return cls(**config["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no run folder of {Path(__file__).name} (config.json: {error})") from error
+
+
+def stored_args(args, beside: str):
+    """The flags of the run that --resume or --eval-only names, with its folder there.
+
+    --resume goes on where the run was begun; --eval-only takes --device, and the flags of `beside` that were given.
+    Raises: UserError if it isn't a run of this script, or was begun on another device.
+    """
+    if args.resume and args.eval_only:
+        raise UserError("--resume and --eval-only exclude each other")
+    folder = Path(args.resume or args.eval_only)
+    stored, places = load_config(type(args), folder), dict(resume=args.resume, eval_only=args.eval_only)
+    if args.resume and args.device not in ("auto", stored.device):
+        raise UserError(f"{folder} was begun with --device {stored.device}: its losses can't go on alike on another")
+    if args.eval_only:
+        words = {word.split("=")[0] for word in sys.argv}  # a default that was asked for counts too
+        asked = [n for n in beside.split() if f"--{n}".replace("_", "-") in words]
+        asked += ["device"] + [n for n in beside.split() if getattr(args, n) != getattr(type(args), n)]
+        places |= {name: getattr(args, name) for name in asked}
+    return dataclasses.replace(stored, **places)
 
 
 # --- end shared ---
@@ -1097,6 +1124,9 @@ class Run:
         weights, state = load_checkpoint(self.folder)
         load_weights(self.agent, weights, self.folder)
         self.count, self.best, self.evals, self.seconds = (state[k] for k in ("count", "best", "evals", "seconds"))
+        if self.args.eval_only:
+            return
+        self.chunks = ChunkData(self.demos, self.agent, self.args)  # in the units of the loaded policy
         self.make_optimizers()
         if self.count["stage"] != "sft":
             self.embed()
@@ -1106,8 +1136,7 @@ class Run:
             optimizer.load_state_dict(state["optimizers"][name])
         if self.average:
             self.average.load_state_dict(state["average"])
-        if not self.args.eval_only:  # what a killed run logged after its last checkpoint
-            os.truncate(self.folder / "metrics.csv", state["log_size"])
+        os.truncate(self.folder / "metrics.csv", state["log_size"])  # what was logged after that checkpoint goes
 
 
 def train_sft(run: Run, logger: Logger) -> None:
@@ -1187,15 +1216,9 @@ def summarise(run: Run) -> dict:
 
 def begin(args: Args) -> Run:
     """A run in a new folder, or one resumed from its last checkpoint."""
-    if args.resume and args.eval_only:
-        raise UserError("--resume and --eval-only exclude each other")
     resumed = args.resume or args.eval_only
     if resumed:
-        places = dict(resume=args.resume, eval_only=args.eval_only, device=args.device)
-        if args.eval_only:  # what is evaluated may differ from what the run itself reports
-            given = {k: getattr(args, k) for k in ("eval_spawn", "select", "eval_episodes")}
-            places |= {k: v for k, v in given.items() if v != getattr(Args, k)}
-        args = dataclasses.replace(load_config(Args, Path(resumed)), **places)
+        args = stored_args(args, "eval_episodes eval_spawn select")
     validate(args)
     torch.set_num_threads(args.torch_threads or 1)
     started = time.time()

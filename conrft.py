@@ -20,12 +20,14 @@ Commands
   python conrft.py --resume runs/NAME | --eval-only runs/NAME
 
 Where the default differs from the paper (--preset paper: without 1-2; --preset code: the official code's other choices)
-  1 position control, chunks of 4 actions with chunked TD, reward 0/1, four critics, and smaller budgets (PAPER)
+  1 position control, chunks of 4 actions with chunked TD, reward 0/1, four critics, more demonstrations (300; paper: 20
+    to 30), and smaller budgets (PAPER)
   2 the head of stage 0 is kept (--fresh-head: stage I starts with a new one, as with a released VLA)
   3 the critic reads the frozen backbone's embedding and proprio (--critic-encoder cnn or resnet: images)
   4 truncated episodes bootstrap, and TD targets stay within possible returns (--truncation terminal: as in the code)
   5 BC is the code's weighted squared error, in units of the actions' spread; the paper writes a plain distance
   6 actor and learner take turns, an episode and --utd-ratio updates per step of it; the paper runs them side by side
+  7 proprio has no velocities, and is noisy in updates beside a camera (--proprio-noise)
 The code against the paper (--preset code): alpha 0.1 against 0.02 (0.01 with half a TD error), no Q loss offline, BC
 weight 0.1 against 0.5 online, random actions bounded by the return too, time limits terminal. In neither of them, and
 off, in neither: --q-scale mean-abs, --onestep-mse, --bc-demo-only, --cql-weight-online.
@@ -80,7 +82,7 @@ class Args:
     runs: str = "runs"  # folder for runs
     run_name: str | None = None  # name of the run's folder; default: task, observation mode, seed and time
     resume: str | None = None  # run folder to go on with; all other flags are taken from its config.json
-    eval_only: str | None = None  # run folder to evaluate, without training
+    eval_only: str | None = None  # run folder to evaluate, without training; takes --eval-episodes too
     track: bool = False  # log to Weights & Biases too (works offline)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto", "cpu" or "cuda"
     torch_threads: int = 0  # CPU threads; 0: one, but OMP_NUM_THREADS or all cores (up to 8) for stage 0 with a camera
@@ -225,9 +227,12 @@ def optional(module: str):
 def check_origin(args: Args, folder: Path) -> None:
     """A run of bc.py can only start a run on the same task, seen and controlled alike. Raises: UserError."""
     try:
-        have = json.loads((folder / "config.json").read_text())["args"]
+        config = json.loads((folder / "config.json").read_text())
+        script, have = config["script"], config["args"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--sft-checkpoint {folder} is no run folder of bc.py ({error})") from error
+    if script != "bc.py":
+        raise UserError(f"--sft-checkpoint {folder} is a run of {script}, not of bc.py")
     for name in "env_id robot_uids obs_mode image_size backbone control_mode control_freq chunk_len".split():
         if have.get(name) != getattr(args, name):
             want, flag = getattr(args, name), name.replace("_", "-")
@@ -1214,7 +1219,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """Weights and training state of the last checkpoint. Raises: UserError if the folder holds no readable one."""
     try:
         here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
-        return load_file(here / "weights.safetensors"), torch.load(here / "training.pt", weights_only=True)
+        state = torch.load(here / "training.pt", map_location="cpu", weights_only=True)
+        return load_file(here / "weights.safetensors"), state
     except Exception as error:  # the readers raise all sorts
         hint = "a run that died before its first one has to be started again, under another --run-name"
         raise UserError(f"{folder} holds no readable checkpoint; {hint} ({error})") from error
@@ -1237,6 +1243,26 @@ def load_config(cls, folder: Path):
         return cls(**config["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no run folder of {Path(__file__).name} (config.json: {error})") from error
+
+
+def stored_args(args, beside: str):
+    """The flags of the run that --resume or --eval-only names, with its folder there.
+
+    --resume goes on where the run was begun; --eval-only takes --device, and the flags of `beside` that were given.
+    Raises: UserError if it isn't a run of this script, or was begun on another device.
+    """
+    if args.resume and args.eval_only:
+        raise UserError("--resume and --eval-only exclude each other")
+    folder = Path(args.resume or args.eval_only)
+    stored, places = load_config(type(args), folder), dict(resume=args.resume, eval_only=args.eval_only)
+    if args.resume and args.device not in ("auto", stored.device):
+        raise UserError(f"{folder} was begun with --device {stored.device}: its losses can't go on alike on another")
+    if args.eval_only:
+        words = {word.split("=")[0] for word in sys.argv}  # a default that was asked for counts too
+        asked = [n for n in beside.split() if f"--{n}".replace("_", "-") in words]
+        asked += ["device"] + [n for n in beside.split() if getattr(args, n) != getattr(type(args), n)]
+        places |= {name: getattr(args, name) for name in asked}
+    return dataclasses.replace(stored, **places)
 
 
 # --- end shared ---
@@ -1429,6 +1455,8 @@ class Run:
         load_weights(self.agent, weights, self.folder)
         for name in self.PLAIN:
             setattr(self, name, state[name])
+        if self.args.eval_only:
+            return
         self.make_optimizers()
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name])
@@ -1437,8 +1465,7 @@ class Run:
         for name in self.PARTS:
             if name in state:
                 getattr(self, name).load_state_dict(state[name])
-        if not self.args.eval_only:  # what a killed run logged after its last checkpoint
-            os.truncate(self.folder / "metrics.csv", state["log_size"])
+        os.truncate(self.folder / "metrics.csv", state["log_size"])  # what was logged after that checkpoint goes
 
 
 # --- shared: random shift ---
@@ -1550,12 +1577,9 @@ def summarise(run: Run) -> dict:
 
 def begin(args: Args) -> Run:
     """A run in a new folder, or one resumed from its last checkpoint."""
-    if args.resume and args.eval_only:
-        raise UserError("--resume and --eval-only exclude each other")
     resumed = args.resume or args.eval_only
     if resumed:
-        places = dict(resume=args.resume, eval_only=args.eval_only, device=args.device)
-        args = dataclasses.replace(load_config(Args, Path(resumed)), **places)
+        args = stored_args(args, "eval_episodes")
     validate(args)
     torch.set_num_threads(args.torch_threads or 1)
     started, demos = time.time(), load_demos(args)

@@ -81,7 +81,7 @@ class Args:
     runs: str = "runs"  # folder for runs
     run_name: str | None = None  # name of the run's folder; default: task, observation mode, seed and time
     resume: str | None = None  # run folder to go on with; all other flags are taken from its config.json
-    eval_only: str | None = None  # run folder to evaluate, without training
+    eval_only: str | None = None  # run folder to evaluate, without training; takes --eval-episodes and --select too
     dry_run: bool = False  # print parameters, memory and work of these flags, from shapes alone, and end
     track: bool = False  # log to Weights & Biases too (works offline)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto", "cpu" or "cuda"
@@ -118,7 +118,7 @@ class Args:
     action_range: float = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
 
     # --- stage 0: supervised fine-tuning ---
-    sft_checkpoint: str | None = None  # run folder of this script to start from in the place of stage 0
+    sft_checkpoint: str | None = None  # run folder of this script whose last policy stands in for stage 0
     sft_updates: int = 6000  # updates of backbone and head
     sft_head_updates: int = 2000  # further updates of the head alone: one-step from the flow's samples, flow from data
     sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
@@ -151,7 +151,7 @@ class Args:
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
     temperature: float = 1.0  # tau of Eq. (15), in units of reward or (adaptive) of the candidates' Q spread
     temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
-    success_filter: bool | None = None  # stage 3: distil on successful trajectories only; default: with a camera
+    success_filter: bool | None = None  # stage 3: learn from successful trajectories only; default: VGPD with a camera
     expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12) or gated (Eq. 14)
     candidate_sigma: float = 0.3  # one-step head: noise level of a second denoising step for candidates (0 = none)
     candidate_noise: float = 0.02  # Gaussian push on candidates, in units of the action box
@@ -205,7 +205,8 @@ def validate(args: Args) -> None:
     args.q_weight = (0.0 if args.obs_mode == "rgb" else 0.02) if args.q_weight is None else args.q_weight
     args.actor_ema = (0.999 if args.obs_mode == "rgb" else 0.995) if args.actor_ema is None else args.actor_ema
     args.explore_noise = (0.0 if args.obs_mode == "rgb" else 0.02) if args.explore_noise is None else args.explore_noise
-    args.success_filter = args.obs_mode == "rgb" if args.success_filter is None else args.success_filter
+    if args.success_filter is None:
+        args.success_filter = args.obs_mode == "rgb" and args.vgpd
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
     if args.sft_checkpoint:
@@ -999,7 +1000,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """Weights and training state of the last checkpoint. Raises: UserError if the folder holds no readable one."""
     try:
         here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
-        return load_file(here / "weights.safetensors"), torch.load(here / "training.pt", weights_only=True)
+        state = torch.load(here / "training.pt", map_location="cpu", weights_only=True)
+        return load_file(here / "weights.safetensors"), state
     except Exception as error:  # the readers raise all sorts
         hint = "a run that died before its first one has to be started again, under another --run-name"
         raise UserError(f"{folder} holds no readable checkpoint; {hint} ({error})") from error
@@ -1022,6 +1024,26 @@ def load_config(cls, folder: Path):
         return cls(**config["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no run folder of {Path(__file__).name} (config.json: {error})") from error
+
+
+def stored_args(args, beside: str):
+    """The flags of the run that --resume or --eval-only names, with its folder there.
+
+    --resume goes on where the run was begun; --eval-only takes --device, and the flags of `beside` that were given.
+    Raises: UserError if it isn't a run of this script, or was begun on another device.
+    """
+    if args.resume and args.eval_only:
+        raise UserError("--resume and --eval-only exclude each other")
+    folder = Path(args.resume or args.eval_only)
+    stored, places = load_config(type(args), folder), dict(resume=args.resume, eval_only=args.eval_only)
+    if args.resume and args.device not in ("auto", stored.device):
+        raise UserError(f"{folder} was begun with --device {stored.device}: its losses can't go on alike on another")
+    if args.eval_only:
+        words = {word.split("=")[0] for word in sys.argv}  # a default that was asked for counts too
+        asked = [n for n in beside.split() if f"--{n}".replace("_", "-") in words]
+        asked += ["device"] + [n for n in beside.split() if getattr(args, n) != getattr(type(args), n)]
+        places |= {name: getattr(args, name) for name in asked}
+    return dataclasses.replace(stored, **places)
 
 
 # --- end shared ---
@@ -1064,9 +1086,10 @@ class Run:
 
     def act(self, feature: Tensor, generator: torch.Generator, explore: float = 0.0) -> np.ndarray:
         """`Agent.act` with the actor that stands for the policy: after stage 0 the averaged one."""
-        averaged = self.args.actor_ema and not self.count["stage"].startswith("sft")
-        actor = self.agent.actor_ema if averaged else self.agent.actor
-        return self.agent.act(feature, actor, self.args, generator, explore)
+        sft, args = self.count["stage"].startswith("sft"), self.args
+        actor = self.agent.actor_ema if args.actor_ema and not sft else self.agent.actor
+        args = dataclasses.replace(args, select="sample") if sft else args  # there is no critic yet
+        return self.agent.act(feature, actor, args, generator, explore)
 
     def add_episode(self, buffer: ReplayBuffer, episode: Episode) -> None:
         fail, success, _, _ = return_bounds(self.args)
@@ -1192,6 +1215,8 @@ class Run:
         load_weights(self.agent, weights, self.folder)
         self.count, self.evals, self.seconds, self.recent = (state[k] for k in ("count", "evals", "seconds", "recent"))
         self.teacher = state["teacher"]
+        if self.args.eval_only:
+            return
         self.make_optimizers()
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name])
@@ -1200,8 +1225,7 @@ class Run:
         for name in ("average", "expert", "policy"):
             if getattr(self, name) is not None:
                 getattr(self, name).load_state_dict(state[name])
-        if not self.args.eval_only:  # what a killed run logged after its last checkpoint
-            os.truncate(self.folder / "metrics.csv", state["log_size"])
+        os.truncate(self.folder / "metrics.csv", state["log_size"])  # what was logged after that checkpoint goes
 
 
 # --- shared: random shift ---
@@ -1356,12 +1380,9 @@ def summarise(run: Run) -> dict:
 
 def begin(args: Args) -> Run:
     """A run in a new folder, or one resumed from its last checkpoint."""
-    if args.resume and args.eval_only:
-        raise UserError("--resume and --eval-only exclude each other")
     resumed = args.resume or args.eval_only
     if resumed:
-        places = dict(resume=args.resume, eval_only=args.eval_only, device=args.device)
-        args = dataclasses.replace(load_config(Args, Path(resumed)), **places)
+        args = stored_args(args, "eval_episodes select")
     validate(args)
     torch.set_num_threads(args.torch_threads or 1)
     started = time.time()
@@ -1433,7 +1454,7 @@ def dry_run(args: Args) -> dict:
         "parameters": sum(p.numel() for p in agent.parameters()),
         "parameters_pi0": sum(p.numel() for module in pi0 for p in module.parameters()),
         "trained_in_stage_0": trained, "trained_online": sum(p.numel() for p in trainable(agent.actor)),
-        "replay_bytes_per_step": 4 * row.shape[1] + 4 * A + 36, "flops_action_K1": embed + draw[1],
+        "replay_bytes_per_step": 4 * row.shape[1] + 4 * A + 40, "flops_action_K1": embed + draw[1],
         "flops_action_K": embed + draw[args.K], "flops_sft_update": sft,
         "flops_online_update": args.critic_updates * critic + actor + B // 2 * draw[args.K] * args.vgpd,
         "gpu_bytes_weights": weights, "gpu_bytes_training": 12 * trained + averaged, "gpu_bytes_activations": activations,

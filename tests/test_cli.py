@@ -249,6 +249,52 @@ def test_damaged_run_folders(case, run, command):
         assert snapshot(run) == before  # as it was found
 
 
+def test_a_run_goes_on_where_it_was_begun(run):
+    before = snapshot(run)
+    with pytest.raises(UserError, match="was begun with --device cpu"):
+        script.main(script.Args(resume=str(run), device="cuda"))
+    config = json.loads((run / "config.json").read_text())
+    config["args"]["device"] = "cuda"
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match="no CUDA device" if not torch.cuda.is_available() else "begun with --device cuda"
+    ):
+        script.main(script.Args(resume=str(run), device="cpu" if torch.cuda.is_available() else "auto"))
+    assert snapshot(run).keys() == before.keys()
+    script.main(script.Args(eval_only=str(run), device="cpu", eval_episodes=1))  # weights can be looked at anywhere
+
+
+def test_eval_only_takes_flags_of_its_own(run, command, monkeypatch, capsys):
+    """Those that were given, defaults included; all others are the run's."""
+    chosen, own = [], json.loads((run / "config.json").read_text())["args"]
+    monkeypatch.setattr(
+        script, "evaluate", lambda env, agent, args, act, n, *rest: (chosen.append((n, args.select)), {})[1]
+    )
+    monkeypatch.setattr(script.sys, "argv", ["force_octo.py", "--eval-only", str(run)])
+    script.main(script.Args(eval_only=str(run), device="cpu"))
+    script.main(script.Args(eval_only=str(run), device="cpu", eval_episodes=7, select="best-of-k", gamma=0.5))
+    monkeypatch.setattr(script.sys, "argv", ["force_octo.py", "--eval-episodes=100"])
+    script.main(script.Args(eval_only=str(run), device="cpu"))
+    assert (
+        chosen == [(own["eval_episodes"], "sample"), (7, "best-of-k"), (100, "sample")] and own["eval_episodes"] != 100
+    )
+
+
+def test_stage_0_from_a_run_of_another_script(place, run, tmp_path):
+    with pytest.raises(UserError, match=r"is a run of force_octo\.py, not of bc\.py"):
+        script.main(tiny_args(place, sft_checkpoint=str(run), run_name="from-force"))
+
+
+@pytest.mark.parametrize("flags, filtered", [
+    (dict(), True), (dict(vgpd=False), False), (dict(obs_mode="state"), False),
+    (dict(vgpd=False, success_filter=True), True),
+], ids=str)  # fmt: skip
+def test_who_learns_from_successes_only(flags, filtered):
+    """By default VGPD with a camera; without VGPD both halves are plain BC, as in the paper's ablation."""
+    script.validate(args := script.Args(env_id="PickCube-v1", device="cpu", **flags))
+    assert args.success_filter == filtered
+
+
 def test_a_checkpoint_of_another_task(run, demos, monkeypatch):
     wider = torch.cat([torch.as_tensor(demos.obs["proprio"]), torch.zeros(len(demos.action), 3)], 1).numpy()
     monkeypatch.setattr(script, "load_demos", lambda args: dataclasses.replace(demos, obs={"proprio": wider}))

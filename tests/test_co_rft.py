@@ -383,7 +383,7 @@ def test_from_a_run_of_bc(place, upsampled, tmp_path):
     """--sft-checkpoint: the same policy in the place of stage 1; another head, task or size is refused."""
     small = dict(env_id="PushCube-v1", obs_mode="state", device="cpu", num_demos=4, max_episode_steps=10, hidden_dim=24,
                  chunk_len=3, updates=3, batch_size=8, eval_episodes=1, video_episodes=0, runs=str(tmp_path),
-                 demo_dir=str(place / "demos"))  # fmt: skip
+                 demo_dir=str(place / "demos"), holdout=0.25, action_range=2.0)  # fmt: skip
     start = bc.main(bc.Args(**small, head="mse-chunk", run_name="bc"))
     args = tiny_args(place, tmp_path, run_name="rl", sft_checkpoint=str(start), offline_updates=2, eval_episodes=1)
     folder = script.main(dataclasses.replace(args))
@@ -393,6 +393,9 @@ def test_from_a_run_of_bc(place, upsampled, tmp_path):
     first = json.loads((folder / "summary.json").read_text())["evaluations"][0]
     assert first["eval/return"] == json.loads((start / "summary.json").read_text())["evaluations"][-1]["eval/return"]
     assert not any(",lr/sft," in line for line in metrics(folder))
+    again = script.begin(script.Args(resume=str(folder), device="cpu"))  # with the box of bc.py's actions, too
+    begun = script.Run(dataclasses.replace(again.args, resume=None), tmp_path, again.demos)
+    assert torch.equal(again.chunks.data["action"], begun.chunks.data["action"])
     config = json.loads((start / "config.json").read_text())
     config["args"]["head"] = "consistency"
     (start / "config.json").write_text(json.dumps(config))
@@ -400,6 +403,10 @@ def test_from_a_run_of_bc(place, upsampled, tmp_path):
         script.main(dataclasses.replace(args, run_name="bad"))
     with pytest.raises(script.UserError, match="--control-freq 10, not 20"):
         script.main(dataclasses.replace(args, run_name="bad", control_freq=20))
+    config["args"]["head"] = "mse-chunk"
+    (start / "config.json").write_text(json.dumps(config))
+    with pytest.raises(script.UserError, match="--holdout 0.25, not 0.5"):  # it has seen what would be held out here
+        script.main(dataclasses.replace(args, run_name="bad", holdout=0.5))
 
 
 @pytest.mark.parametrize("flags, words", [

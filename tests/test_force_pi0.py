@@ -274,7 +274,7 @@ def test_dry_run(head):
     ) - sum(p.numel() for p in agent.critic.parameters())  # fmt: skip
     spare = SMALL.max_tokens - agent.backbone.prompt(agent.instruction)[0].shape[1]  # it counts the longest prompt
     width = 2 * 2 * 8 + 1 if head == "flow" else 0
-    assert found["replay_bytes_per_step"] == 4 * (agent.feature_dim + spare * width) + 4 * 4 + 36
+    assert found["replay_bytes_per_step"] == 4 * (agent.feature_dim + spare * width) + 4 * 4 + 40
     assert found["flops_action_K1"] < found["flops_action_K"] < 20 * found["flops_action_K1"]
     assert found["gpu_bytes_activations"] > 0
 
@@ -288,7 +288,7 @@ def test_dry_run_at_the_released_size():
     projections = 3 * 1024 * 32 + 2 * 1024 + 32 + 3 * 1024 * 1024 + 2 * 1024  # of actions and state; the time MLP
     assert found["trained_in_stage_0"] == found["trained_online"] == 18 * layer + 1024 + projections
     tokens, cache = 256 + 48, 2 * 18 * 256
-    assert found["replay_bytes_per_step"] == 4 * (tokens * (cache + 1) + 2048 + 25) + 16 + 36
+    assert found["replay_bytes_per_step"] == 4 * (tokens * (cache + 1) + 2048 + 25) + 16 + 40
     vit, vlm = 256 * 411e6, tokens * 1.98e9
     assert found["flops_action_K1"] == pytest.approx(2 * (vit + vlm + 2 * 11 * 311e6), rel=0.15)
     assert found["flops_action_K"] - found["flops_action_K1"] == pytest.approx(19 * 2 * 2 * 11 * 311e6, rel=0.15)

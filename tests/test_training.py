@@ -378,7 +378,15 @@ def test_the_weight_of_the_q_loss_moves_evenly_to_its_end(place, monkeypatch):
 
 @pytest.mark.parametrize("select", ["sample", "best-of-k"])
 def test_select(place, select, monkeypatch):
+    """Best of K once there is a critic; the evaluation after stage 0 is of plain samples in both."""
     acting, numbers, act, sample = [False], set(), script.Agent.act, script.ConsistencyActor.sample
+    cloned, enter = set(), script.Run.enter
+
+    def watched_enter(self, stage):
+        if stage == "offline":
+            cloned.update(numbers)
+            numbers.clear()
+        return enter(self, stage)
 
     def watched_act(self, *rest):
         acting[0] = True
@@ -393,8 +401,9 @@ def test_select(place, select, monkeypatch):
 
     monkeypatch.setattr(script.Agent, "act", watched_act)
     monkeypatch.setattr(script.ConsistencyActor, "sample", watched_sample)
+    monkeypatch.setattr(script.Run, "enter", watched_enter)
     short(place, select, select=select, warmup=False, online_steps=5)
-    assert numbers == ({4} if select == "best-of-k" else {1})
+    assert numbers == ({4} if select == "best-of-k" else {1}) and cloned == {1}
 
 
 @pytest.mark.parametrize("flags", [
