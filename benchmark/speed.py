@@ -10,6 +10,7 @@ rounds, beside its quartiles. Times are CPU time of this process, with one torch
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import platform
 import sys
@@ -278,6 +279,21 @@ def compare_stepping() -> Comparison:
     return Comparison("stepping PickCube, state observations", "control step", variants, "bare ManiSkill")
 
 
+def compare_reset() -> Comparison:
+    """Resets collect garbage: among all objects of the process, or only those since the environment was made."""
+    env = force_octo.make_env(arguments(force_octo, env_id="PickCube-v1", obs_mode="state"), 1)
+
+    def reset(switch: Callable[[], None]) -> Callable[[], None]:
+        def work() -> None:
+            switch()
+            env.reset(seed=[0])
+
+        return work
+
+    variants = {"all objects looked through": reset(gc.unfreeze), "those before it left alone": reset(gc.freeze)}
+    return Comparison("resetting PickCube, state observations", "episode", variants, "all objects looked through")
+
+
 def compare_pi0() -> Comparison:
     args = arguments(force_pi0, obs_mode="rgb", head="flow", env_id="PickCube-v1")
     demos, generator = demonstrations(force_pi0, camera=True), torch.Generator().manual_seed(0)
@@ -371,7 +387,7 @@ def main(quick: bool = False, rounds: int = 15, out: Path | None = None) -> int:
     """
     torch.set_num_threads(1)
     rounds, seconds = (1, 0.0) if quick else (rounds, 0.3)
-    comparisons = [compare_vgpd, compare_critic, compare_embedding, compare_stepping, compare_pi0]
+    comparisons = [compare_vgpd, compare_critic, compare_embedding, compare_stepping, compare_reset, compare_pi0]
     found = [(c := make(), measure(c, rounds, seconds)) for make in comparisons]
     page = write_page(found, replay_sizes(), rounds)
     print(page)

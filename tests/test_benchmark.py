@@ -896,7 +896,7 @@ def test_speed_measures_all_and_writes_a_page(tmp_path, monkeypatch):
         [cell.strip() for cell in line.strip("|").split("|")] for line in page.read_text().splitlines() if "|" in line
     ]
     ratios = [float(cells[3].split()[0]) for cells in lines if len(cells) == 4 and cells[3][0].isdigit()]
-    assert len(ratios) == 12 and ratios.count(1) >= 5 and min(ratios) > 0
+    assert len(ratios) == 14 and ratios.count(1) >= 6 and min(ratios) > 0
     sizes = {cells[0]: int(cells[1].replace(",", "")) for cells in lines if len(cells) == 3 and cells[1][0].isdigit()}
     images = sizes["camera: images of 64 px at both ends, a row per transition"]
     assert images == 2 * (64 * 64 * 3 + 25 * 4) + 4 * (16 + 4)
