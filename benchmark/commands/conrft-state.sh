@@ -6,6 +6,7 @@ for seed in 1 2 3; do
   # PushCube
   python bc.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --seed $seed --runs runs/benchmark --run-name bc-push-state-50-$seed
   python conrft.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --online-steps 5000 --seed $seed --runs runs/benchmark --run-name conrft-push-state-$seed
+  python conrft.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --online-steps 10000 --seed $seed --runs runs/benchmark --run-name conrft-push-state-10k-$seed
   python conrft.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --online-steps 5000 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --bc-weight-online 0 --cql-weight-online 0.02 --seed $seed --runs runs/benchmark --run-name calql-push-state-online-$seed
   # PickCube
   python bc.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --seed $seed --runs runs/benchmark --run-name bc-pick-state-50-$seed
