@@ -21,7 +21,7 @@ Commands
   python co_rft_chunked.py --sft-checkpoint runs/NAME                             # a run of bc.py --head mse-chunk
   python co_rft_chunked.py --resume runs/NAME | --eval-only runs/NAME             # go on after a kill | evaluate
 
-Where the default differs from the paper (--preset paper: without 4, 6 and --return-mix; reasons and measurements: docs/co_rft.md)
+Where the default differs from the paper (--preset paper: without 4, 6, 8 and --return-mix; see docs/co_rft.md)
   1 backbone: Octo instead of RoboVLMs with Kosmos-2 and its history head; frozen in stage 2, so that an observation is
     embedded once (the paper trains everything)
   2 Eq. (6) read as an i-step target for prefix i (--target literal: one H-step target for all)
@@ -32,6 +32,8 @@ Where the default differs from the paper (--preset paper: without 4, 6 and --ret
     that reach past a termination are trained, and target critics move at every critic step (TD3: with the actor)
   6 a tenth of the demonstrations is held out, to see and to select against over-training
   7 proprio has no velocities, and is noisy in updates beside a camera (--proprio-noise)
+  8 reward upsampling: the last recorded success counts as success for ever (--lasting), or the critic learns that
+    standing at the goal is worth less than arriving there
 Measured: docs/co_rft.md (CPU)
 """
 
@@ -102,6 +104,7 @@ class Args:
     demo_dir: str = "demos"  # cache for demonstrations
     spawn: Literal["random", "fixed", "ood"] = "random"  # where objects start: task's rectangle, one place, outside it
     upsample_steps: int = 8  # reward upsampling: control steps recorded, and rewarded, after the first success
+    lasting: bool = True  # the last of them counts as success for ever (1 in all); --no-lasting: each is worth 1
     holdout: float = 0.1  # share of the demonstrations kept out of training, for val/* and --select
 
     # --- model ---
@@ -158,7 +161,7 @@ class Args:
 
 PAPER = dict(
     bc_weight=0.0, q_weight=1.0, q_normalize=False, return_mix=0.0, holdout=0.0, num_demos=30, tau=0.005, gamma=0.99,
-    batch_size=256, sft_lr=3e-4, critic_first=0, actor_lr=3e-4, offline_updates=20_000,
+    batch_size=256, sft_lr=3e-4, critic_first=0, actor_lr=3e-4, offline_updates=20_000, lasting=False,
 )  # fmt: skip
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
@@ -499,10 +502,12 @@ class Batch:
 class ChunkData:
     """The demonstrations, one row per observation; chunks and their prefixes are put together when they are drawn.
 
-    An episode ends `upsample_steps` after its first success (reward upsampling); each successful step until then has
-    reward 1. An episode that ends in success is terminated, any other one is truncated. A prefix that reaches past a
-    termination is worth what was earned before, so that bootstrap values, which are whole chunks', are trained up to
-    the end; one that reaches past a truncation has no target.
+    An episode ends `upsample_steps` after its first success (reward upsampling). Each successful step until then is
+    rewarded by 1, so that standing still at the goal is worth less with every step; or (`lasting`) by 1 - gamma and the
+    last one by 1, what going on like that would earn, so that success is worth 1 all along. An episode that ends in
+    success is terminated, any other one is truncated. A prefix that reaches past a termination is worth what was earned
+    before, so that bootstrap values, which are whole chunks', are trained up to the end; one that reaches past a
+    truncation has no target.
     """
 
     def __init__(self, demos: Demos, agent: Agent, args: Args):
@@ -515,6 +520,9 @@ class ChunkData:
         if args.upsample_steps:
             reward = demos.success.astype(np.float32)
         terminated = reward[final - 1] > 0
+        if args.upsample_steps and args.lasting:
+            reward *= 1 - args.gamma
+            reward[final[terminated] - 1] = 1
         for start, end in zip(starts, final):
             for t in reversed(range(start, end)):  # nothing is earned after a truncation: the bound of reward 0
                 mc_return[t] = reward[t] + args.gamma * (mc_return[t + 1] if t + 1 < end else 0)
@@ -712,7 +720,7 @@ def batch_target(agent: Agent, batch: Batch, args: Args, noise: float, generator
     feature = batch.next_feature.flatten(0, 1)  # [B*K', F]
     chunk = agent.actor.noisy(agent.target_actor(feature), noise, generator)
     next_q = agent.target_critic(feature, chunk[:, None])[:, :, 0, -1]  # [2, B*K']
-    highest = sum(args.gamma**i for i in range(args.upsample_steps + 1))
+    highest = 1.0 if args.lasting else sum(args.gamma**i for i in range(args.upsample_steps + 1))
     return td_target(batch, next_q.view(2, *batch.reward.shape), args.return_mix, highest)
 
 

@@ -17,7 +17,7 @@ TINY = dict(
     chunk_len=3, critic_dim=16, critic_layers=1, sft_updates=5, critic_first=1, offline_updates=4, batch_size=8,
     sft_batch_size=8, holdout=0.25, val_freq=2, eval_episodes=2, video_episodes=0, log_freq=1, checkpoint_freq=3,
 )  # fmt: skip
-TOY = dict(obs_mode="state", proprio_noise=0.0, device="cpu", critic_dim=16, hidden_dim=24)
+TOY = dict(obs_mode="state", proprio_noise=0.0, device="cpu", critic_dim=16, hidden_dim=24, lasting=False)
 
 
 def tiny_args(place, folder, **changes):
@@ -64,6 +64,19 @@ def test_prefixes_with_reward_upsampling():
     assert {k: v.tolist() for k, v in data.rows.items()} == {
         "clone": [0, 1, 2, 3, 4], "train": [0, 1, 2, 3], "held": [6, 7, 8],
     }  # fmt: skip
+
+
+def test_success_that_lasts_is_worth_the_same_all_along():
+    """Discount 0.5: a successful step earns 0.5, and the last one 1 = 0.5 + 0.5 * 1, what standing still would go on to."""
+    _, _, agent, data = toy(upsample_steps=1, holdout=0.0, lasting=True)
+    batch = data.gather(torch.tensor([0, 1, 2, 3, 6, 7, 8]))
+    assert batch.mc_return.tolist() == [0.25, 0.5, 1, 1, 0.25, 0.5, 0]  # B ends without success: nothing lasts
+    assert batch.reward.tolist() == [
+        [0, 0, 0.125], [0, 0.25, 0.5], [0.5, 1, 1], [1, 1, 1], [0, 0.25, 0.25], [0.5, 0.5, 0.5], [0, 0, 0],
+    ]  # fmt: skip
+    assert batch.bootstrap[2].tolist() == [0.5, 0, 0] and batch.bootstrap[3].tolist() == [0, 0, 0]
+    plain = toy(upsample_steps=0, holdout=0.0, lasting=True)[3].gather(torch.tensor([0, 2]))
+    assert plain.mc_return.tolist() == [0.25, 1]  # without upsampling there is one success to count, worth the same
 
 
 def test_prefixes_without_upsampling_and_the_literal_target():
