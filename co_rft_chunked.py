@@ -148,8 +148,8 @@ class Args:
     # --- evaluation and logging ---
     eval_spawn: Literal["data", "random", "fixed", "ood"] = "data"  # where objects start in evaluation; data: --spawn
     eval_episodes: int = 100  # episodes of each evaluation
-    eval_freq: int = 0  # actor updates between evaluations in stage 2 (0 = none)
-    val_freq: int = 100  # actor updates between rows on the held-out demonstrations
+    eval_freq: int = 0  # updates between evaluations in stage 2 (0 = none)
+    val_freq: int = 100  # updates of stage 2 between rows on the held-out demonstrations
     video_episodes: int = 4  # episodes filmed after training (0 = none)
     log_freq: int = 100  # updates between logged rows
     checkpoint_freq: int = 1000  # updates between checkpoints

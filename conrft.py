@@ -30,7 +30,7 @@ Where the default differs from the paper (--preset paper: without 1-2; --preset 
   7 proprio has no velocities, and is noisy in updates beside a camera (--proprio-noise)
 The code against the paper (--preset code): alpha 0.1 against 0.02 (0.01 with half a TD error), no Q loss offline, BC
 weight 0.1 against 0.5 online, random actions bounded by the return too, time limits terminal. In neither of them, and
-off, in neither: --q-scale mean-abs, --onestep-mse, --bc-demo-only, --cql-weight-online.
+off: --q-scale mean-abs, --onestep-mse, --bc-demo-only, --cql-weight-online.
 Measured: docs/conrft.md (CPU)
 """
 

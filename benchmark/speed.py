@@ -280,7 +280,7 @@ def compare_stepping() -> Comparison:
 
 
 def compare_reset() -> Comparison:
-    """Resets collect garbage: among all objects of the process, or only those since the environment was made."""
+    """Resets collect garbage: among all objects of the process, or only those newer than a gc.freeze()."""
     env = force_octo.make_env(arguments(force_octo, env_id="PickCube-v1", obs_mode="state"), 1)
 
     def reset(switch: Callable[[], None]) -> Callable[[], None]:

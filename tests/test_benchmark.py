@@ -615,6 +615,7 @@ def test_numbers_of_a_run(two_seeds):
     assert collected(two_seeds) == 0
     first, second, third = (run for _, run in sorted(stats.by_run(read(two_seeds)).items()))
     assert stats.largest_drop(first) == pytest.approx(0.70 - 0.55) and stats.largest_drop(second) == 0
+    assert stats.before_handover(first) == 1500
     # 82 % at 2,500 doesn't hold; 80 % at 7,500 does
     assert stats.steps_at_target(first) == (7500, True)
     assert stats.steps_at_target(second) == (0, True)

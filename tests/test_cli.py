@@ -264,7 +264,7 @@ def test_a_run_goes_on_where_it_was_begun(run):
     script.main(script.Args(eval_only=str(run), device="cpu", eval_episodes=1))  # weights can be looked at anywhere
 
 
-def test_eval_only_takes_flags_of_its_own(run, command, monkeypatch, capsys):
+def test_eval_only_takes_flags_of_its_own(run, monkeypatch):
     """Those that were given, defaults included; all others are the run's."""
     chosen, own = [], json.loads((run / "config.json").read_text())["args"]
     monkeypatch.setattr(
