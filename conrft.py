@@ -1249,7 +1249,7 @@ def stored_args(args, beside: str):
     """The flags of the run that --resume or --eval-only names, with its folder there.
 
     --resume goes on where the run was begun; --eval-only takes --device, and the flags of `beside` that were given.
-    Raises: UserError if it isn't a run of this script, or was begun on another device.
+    Raises: UserError if it isn't a run of this script, or was begun on another device or by a version with fewer flags.
     """
     if args.resume and args.eval_only:
         raise UserError("--resume and --eval-only exclude each other")
@@ -1257,6 +1257,9 @@ def stored_args(args, beside: str):
     stored, places = load_config(type(args), folder), dict(resume=args.resume, eval_only=args.eval_only)
     if args.resume and args.device not in ("auto", stored.device):
         raise UserError(f"{folder} was begun with --device {stored.device}: its losses can't go on alike on another")
+    known = json.loads((folder / "config.json").read_text())["args"]
+    if args.resume and (new := [f.name for f in dataclasses.fields(stored) if f.name not in known]):
+        raise UserError(f"{folder} was begun by a version without {new[0]}: go on with that one, see config.json")
     if args.eval_only:
         words = {word.split("=")[0] for word in sys.argv}  # a default that was asked for counts too
         asked = [n for n in beside.split() if f"--{n}".replace("_", "-") in words]

@@ -264,6 +264,16 @@ def test_a_run_goes_on_where_it_was_begun(run):
     script.main(script.Args(eval_only=str(run), device="cpu", eval_episodes=1))  # weights can be looked at anywhere
 
 
+def test_a_run_of_a_version_with_fewer_flags_is_not_gone_on_with(run):
+    """A new flag's default would change the algorithm half-way; looking at the policy does no harm."""
+    change_config(run, lambda config: config["args"].pop("q_weight_end"))
+    before = snapshot(run)
+    with pytest.raises(UserError, match="begun by a version without q_weight_end"):
+        script.main(script.Args(resume=str(run)))
+    script.main(script.Args(eval_only=str(run), device="cpu", eval_episodes=1))
+    assert snapshot(run) == before
+
+
 def test_eval_only_takes_flags_of_its_own(run, monkeypatch):
     """Those that were given, defaults included; all others are the run's."""
     chosen, own = [], json.loads((run / "config.json").read_text())["args"]
