@@ -113,7 +113,8 @@ class Args:
     hidden_dim: int = 256  # width of one-step head and critic
     num_layers: int = 2  # hidden layers of one-step head and critic
     num_critics: int = 4  # critics in the ensemble; TD targets take the minimum of two random ones
-    noise_levels: int = 8  # noise levels drawn per sample in the policy's loss
+    noise_levels: int = 8  # noise levels drawn per sample in the one-step head's loss
+    flow_times: int = 2  # times drawn per sample in the flow's loss: each is a pass of the expert, on one prefix
     chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
     action_range: float = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
 
@@ -169,15 +170,15 @@ class Args:
 
 PAPER = dict(
     control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99,
-    chunk_len=1, num_critics=2, noise_levels=1, sft_lr=2.5e-5, q_weight=1.0, offline_q_weight=0.1, q_normalize=False,
-    distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0, candidate_noise=0.0,
-    explore_noise=0.0, actor_ema=0.0, success_filter=False, cql_samples=10, offline_updates=20_000, warmup_updates=4000,
-    online_steps=30_000, utd_ratio=1.0, num_demos=50,
+    chunk_len=1, num_critics=2, noise_levels=1, flow_times=1, sft_lr=2.5e-5, q_weight=1.0, offline_q_weight=0.1,
+    q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0,
+    candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, success_filter=False, cql_samples=10,
+    offline_updates=20_000, warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50,
 )  # fmt: skip
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
     "at least 1": (lambda x: x >= 1, """K control_freq num_envs num_demos noise_levels hidden_dim num_layers
-        flow_steps num_critics chunk_len sft_batch_size critic_updates cql_samples eval_episodes
+        flow_steps flow_times num_critics chunk_len sft_batch_size critic_updates cql_samples eval_episodes
         eval_freq log_freq checkpoint_freq"""),
     "at least 2": (lambda x: x >= 2, "batch_size"),
     "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature action_range"),
@@ -611,11 +612,11 @@ class Agent(Pi0Policy):
         for copied in (self.actor_ema, self.target_critic):
             copied.requires_grad_(False)
 
-    def bc_loss(self, feature: Tensor, chunk: Tensor, generator, n: int) -> Tensor:
+    def bc_loss(self, feature: Tensor, chunk: Tensor, args: Args, generator) -> Tensor:
         """The actor's surrogate of -log pi(chunk|s): rows [B, F], chunks [B, D] -> [B]."""
         if len(self.flow):
-            return consistency_loss(self.actor, feature, chunk, generator, n)
-        return flow_loss(self.actor, self.actor.unpack(feature), chunk, generator, n)
+            return consistency_loss(self.actor, feature, chunk, generator, args.noise_levels)
+        return flow_loss(self.actor, self.actor.unpack(feature), chunk, generator, args.flow_times)
 
     def act(
         self, feature: Tensor, actor: ConsistencyActor | FlowActor, args: Args, generator, explore: float = 0.0
@@ -800,7 +801,7 @@ def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Ar
             }  # fmt: skip
             if args.expert_filter == "filter":
                 logs["vgpd/zeta_expert"] = zeta[expert].mean()
-    bc = agent.bc_loss(batch.feature, target, generator, args.noise_levels)  # [B]
+    bc = agent.bc_loss(batch.feature, target, args, generator)  # [B]
     successes = stage == "warmup" or (stage == "online" and args.success_filter)
     loss_bc = success_weighted_bc(bc, batch.success) if successes else bc.mean()
     weight_bc = args.distill_weight if stage == "online" else args.bc_weight
@@ -1251,10 +1252,10 @@ def clone_losses(agent: Agent, obs: dict, chunk: Tensor, args: Args, generator) 
     """Stage 0's losses on observations of B states and chunks [B, D], each a scalar; they are added."""
     prefix, proprio = agent.observe(obs, args.proprio_noise, generator)
     context = agent.flow_policy.context(prefix.cache, prefix.valid, proprio)
-    flow = flow_loss(agent.flow_policy, context, chunk, generator, args.noise_levels).mean()
+    flow = flow_loss(agent.flow_policy, context, chunk, generator, args.flow_times).mean()
     if args.head == "flow":
         return {"losses/bc": flow}
-    bc = agent.bc_loss(agent.row(prefix, proprio), chunk, generator, args.noise_levels).mean()
+    bc = agent.bc_loss(agent.row(prefix, proprio), chunk, args, generator).mean()
     return {"losses/flow": flow, "losses/bc": bc}
 
 
@@ -1265,7 +1266,7 @@ def head_losses(run: Run, t: Tensor, batch: Batch) -> dict[str, Tensor]:
         k = torch.randint(TEACHER_SAMPLES, t.shape, generator=run.generators["batch"])
         target = run.teacher[t, k].to(args.device)
     feature = agent.perturb(batch.feature, args.proprio_noise, g)
-    return {"losses/bc": agent.bc_loss(feature, target, g, args.noise_levels).mean()}
+    return {"losses/bc": agent.bc_loss(feature, target, args, g).mean()}
 
 
 def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:

@@ -38,7 +38,8 @@ def small_models():
 
 def tiny_args(place, folder, **changes) -> script.Args:
     places = dict(demo_dir=str(place / "demos"), runs=str(folder))
-    return script.Args(**conftest.TINY | dict(flow_steps=2, noise_levels=2, sft_head_updates=5) | places | changes)
+    tiny = conftest.TINY | dict(flow_steps=2, noise_levels=2, sft_head_updates=5)
+    return script.Args(**tiny | places | changes)
 
 
 def toy_demos(camera=False, rows=6):
@@ -148,7 +149,7 @@ def test_the_flow_head_learns_a_state_dependent_chunk():
     chunk = torch.where(torch.arange(6)[:, None] < 3, 0.3, -0.2) * torch.tensor([1, 0.5, -1, 1, 0.5, -1])
     optimizer, g = torch.optim.Adam(agent.parameters(), lr=5e-3), rng()
     for _ in range(250):
-        loss = agent.bc_loss(agent.feature(obs), chunk, g, 8).mean()
+        loss = agent.bc_loss(agent.feature(obs), chunk, script.Args(flow_times=8), g).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
