@@ -1,9 +1,9 @@
 # FORCE on pi0, privileged state
-# 50 demonstrations, budgets as in main.sh, but for half of the updates of stage 0. The one-step head, and pi0's own flow
+# 50 demonstrations; half of the updates of stage 0, and on PushCube 8,000 online steps. The one-step head, and pi0's own flow
 # head on PushCube.
 # By hand: bash benchmark/commands/pi0-state.sh, or seed=1 and one of the lines. In parallel: benchmark/run.py.
 for seed in 1 2 3; do
-  python force_pi0.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-updates 3000 --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --seed $seed --runs runs/benchmark --run-name pi0-push-state-$seed
+  python force_pi0.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-updates 3000 --online-steps 8000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --seed $seed --runs runs/benchmark --run-name pi0-push-state-$seed
   python force_pi0.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-updates 3000 --online-steps 5000 --seed $seed --runs runs/benchmark --run-name pi0-pick-state-$seed
   python force_pi0.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --sft-updates 3000 --online-steps 8000 --seed $seed --runs runs/benchmark --run-name pi0-stack-state-$seed
   python force_pi0.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-updates 3000 --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --head flow --seed $seed --runs runs/benchmark --run-name pi0-push-state-flow-$seed
