@@ -1,6 +1,6 @@
 # FORCE on pi0, privileged state
-# 50 demonstrations; half of the updates of stage 0, and on PushCube 8,000 online steps. The one-step head, and pi0's own flow
-# head on PushCube.
+# 50 demonstrations; half of the updates of stage 0, and on PushCube 8,000 online steps. The one-step head, and pi0's own
+# flow head on PushCube.
 # By hand: bash benchmark/commands/pi0-state.sh, or seed=1 and one of the lines. In parallel: benchmark/run.py.
 for seed in 1 2 3; do
   python force_pi0.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-updates 3000 --online-steps 8000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --seed $seed --runs runs/benchmark --run-name pi0-push-state-$seed
