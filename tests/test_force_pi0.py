@@ -143,6 +143,19 @@ def test_rows_hold_all_that_the_flow_reads():
     assert torch.equal(noisy[:, :-4], row[:, :-4]) and not torch.equal(noisy[:, -4:], row[:, -4:])
 
 
+@pytest.mark.parametrize("head", ["flow", "consistency"])
+def test_the_heads_draw_numbers_of_levels_of_their_own(head):
+    agent, args, chunk = toy_agent(head=head), script.Args(flow_times=3, noise_levels=5), torch.full((6, 6), 0.2)
+    row = agent.feature({"proprio": toy_demos().obs["proprio"]})
+    loss = agent.bc_loss(row, chunk, args, rng())
+    if head == "flow":
+        losses = {n: script.flow_loss(agent.actor, agent.actor.unpack(row), chunk, rng(), n) for n in (3, 5)}
+    else:
+        losses = {n: script.consistency_loss(agent.actor, row, chunk, rng(), n) for n in (3, 5)}
+    same = {n: torch.equal(loss, other) for n, other in losses.items()}
+    assert same == {3: head == "flow", 5: head == "consistency"}
+
+
 def test_the_flow_head_learns_a_state_dependent_chunk():
     agent = toy_agent(head="flow", flow_steps=5)
     obs = {"proprio": toy_demos().obs["proprio"]}
