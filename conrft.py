@@ -92,8 +92,9 @@ class Args:
     control_mode: str = "pd_ee_delta_pos"  # ManiSkill controller; the paper uses pd_ee_delta_pose
     control_freq: int = 10  # control steps per second (ManiSkill's default is 20, the paper's robot runs at 10)
     max_episode_steps: int | None = None  # time limit in control steps; default: per task, see TASKS
-    robot_uids: str = "panda"  # robot model; panda_wristcam has a second camera (several times slower without a GPU)
-    image_size: int | None = None  # pixels a side (wrist camera: half of it); default: 64, or 256 for released weights
+    robot_uids: str = "panda"  # robot model
+    cameras: Literal["primary", "both"] = "both"  # one that looks at the table, or one on the panda's hand too
+    image_size: int | None = None  # pixels a side (hand: half of it, from 64 on); default: 64, released weights: 256
     reward: Literal["binary", "conrft"] = "binary"  # 1 or 0 a step; ConRFT: +10 or -0.05
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
     num_envs: int | None = None  # environments side by side (physx_cpu: a process each); default: 2 for rgb, else 1
@@ -101,6 +102,7 @@ class Args:
     # --- demonstrations ---
     demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
     num_demos: int = 300  # demonstrations to make or to use
+    skip_idle: float = 0.0  # leave out their first steps in which the arm moves less (actions reach 1); 0: none
     demo_dir: str = "demos"  # cache for demonstrations
 
     # --- model ---
@@ -178,7 +180,7 @@ LIMITS = {  # what a number must be: the test for it, and the flags; all other n
     "at least 2": (lambda x: x >= 2, "batch_size"),
     "positive": (lambda x: x > 0, "sft_lr reinforce_lr action_range"),
     "within [0, 1]": (lambda x: 0 <= x <= 1, "tau device_speed"),
-    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma skip_idle"),
     "a multiple of 32": (lambda x: x > 0 and x % 32 == 0, "image_size"),
     "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
 }  # fmt: skip
@@ -233,7 +235,7 @@ def check_origin(args: Args, folder: Path) -> None:
         raise UserError(f"--sft-checkpoint {folder} is no run folder of bc.py ({error})") from error
     if script != "bc.py":
         raise UserError(f"--sft-checkpoint {folder} is a run of {script}, not of bc.py")
-    for name in "env_id robot_uids obs_mode image_size backbone control_mode control_freq chunk_len".split():
+    for name in "env_id robot_uids obs_mode cameras image_size backbone control_mode control_freq chunk_len".split():
         if have.get(name) != getattr(args, name):
             want, flag = getattr(args, name), name.replace("_", "-")
             raise UserError(f"--sft-checkpoint {folder} was trained with --{flag} {have.get(name)}, not {want}")
@@ -315,7 +317,7 @@ def check_flags(args: Args, limits: dict) -> None:
 class ObsWrapper(gym.Wrapper):
     """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
 
-    A robot with a camera on its hand adds "wrist" [N, H/2, H/2, 3].
+    --cameras both, or a robot with a camera on its hand, adds "wrist" [N, W, W, 3].
 
     Proprio is joint positions, gripper pose, and what the task adds (PickCube's goal position); in state mode the task
     adds its privileged state. Joint velocities are left out: a policy that sees them learns to go on with what it is
@@ -357,12 +359,22 @@ class ObsWrapper(gym.Wrapper):
         return self.seen, success, never, never, {"ended": terminated.cpu().numpy()}
 
 
+def hand_camera(robot) -> list:
+    """A camera on Panda's hand that sees both fingertips; `panda_wristcam`'s housing makes rendering much slower."""
+    from mani_skill.sensors.camera import CameraConfig
+    from mani_skill.utils.sapien_utils import look_at
+
+    pose, link = look_at([0.07, 0.0, 0.02], [0.0, 0.0, 0.12]), robot.robot.links_map["panda_hand"]  # metres, hand frame
+    return [CameraConfig("hand_camera", pose, 128, 128, fov=1.4, near=0.01, far=10.0, mount=link)]
+
+
 def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
     """A batch of ManiSkill environments in this process (physx_cpu: of one).
 
     Raises: UserError if the simulator can't start, which nearly always means Vulkan, or refuses the flags.
     """
     import mani_skill.envs  # registers the tasks
+    from mani_skill.agents.robots.panda.panda import Panda
     from mani_skill.utils import sapien_utils
 
     torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
@@ -371,8 +383,10 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
         gc.freeze()
     task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
     cameras = dict(base_camera=dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov))
-    if "wristcam" in args.robot_uids:
-        cameras["hand_camera"] = dict(width=side // 2, height=side // 2)
+    both, small = args.obs_mode == "rgb" and args.cameras == "both", min(side, max(side // 2, 64))
+    Panda._sensor_configs = property(hand_camera if both else lambda robot: [])
+    if "wristcam" in args.robot_uids or both and args.robot_uids == "panda":
+        cameras["hand_camera"] = dict(width=small, height=small)
     try:
         env = gym.make(
             args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
@@ -632,6 +646,7 @@ class Demos:
     steps: np.ndarray  # [episodes] steps to the first success: reinforcement learning episodes end there
     source: str
     success: np.ndarray | None = None  # [M] bool after each action; the reward of CO-RFT's longer recordings
+    idle: np.ndarray | int = 0  # [episodes] steps that --skip-idle left out before the first
 
     def starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
@@ -652,9 +667,10 @@ def load_demos(args: Args) -> Demos:
     flags = dict(
         env_id=args.env_id, robot_uids=args.robot_uids, control_mode=args.control_mode, control_freq=args.control_freq,
         obs_mode=args.obs_mode, image_size=args.image_size, sim_backend=args.sim_backend, num_demos=args.num_demos,
-        demo_path=args.demo_path, **{k: getattr(args, k) for k in ("spawn", "upsample_steps") if hasattr(args, k)},
+        demo_path=args.demo_path, cameras=args.cameras, skip_idle=args.skip_idle,
+        **{k: getattr(args, k) for k in ("spawn", "upsample_steps") if hasattr(args, k)},
     )  # fmt: skip
-    content = [flags, TASKS.get(args.env_id), "layout 3"]
+    content = [flags, TASKS.get(args.env_id), "layout 4"]
     if args.demo_path and os.path.exists(args.demo_path):
         content += [os.path.getsize(args.demo_path), os.path.getmtime(args.demo_path)]
     cache = Path(args.demo_dir) / f"{args.env_id}-{hashlib.sha1(repr(content).encode()).hexdigest()[:12]}.npz"
@@ -671,7 +687,8 @@ def load_demos(args: Args) -> Demos:
         cache.unlink()
         raise UserError("make_demos.py has another camera or instruction for this task: give both the same TASKS")
     obs = {name.removeprefix("obs_"): data[name] for name in data.files if name.startswith("obs_")}
-    return Demos(obs, data["action"], data["lengths"], data["steps"], str(data["source"]), data["success"])
+    counts = [data[name] for name in ("lengths", "steps")]
+    return Demos(obs, data["action"], *counts, str(data["source"]), data["success"], data["idle"])
 
 
 # --- end shared ---
@@ -870,7 +887,7 @@ def check_octo(args: Args) -> None:
     if released and args.obs_mode != "rgb":
         raise UserError("released Octo weights need --obs-mode rgb: they know cameras only")
     if released and args.image_size != 256:
-        raise UserError(f"released Octo weights see 256 pixels (wrist camera: 128), not --image-size {args.image_size}")
+        raise UserError(f"released Octo weights see 256 pixels (on the hand: 128), not --image-size {args.image_size}")
 
 
 class TaskPolicy(OctoPolicy):
@@ -1566,7 +1583,7 @@ def summarise(run: Run) -> dict:
     return {
         "success_once": last[once], "success_interval": [last[k] for k in interval],
         "success_at_end": last["eval/success_at_end"], "steps_to_success": last["eval/episode_len"],
-        "demo_steps_to_success": float(run.demos.steps.mean()),
+        "demo_steps_to_success": float((run.demos.steps + run.demos.idle).mean()),
         "sft_success_once": first[once], "sft_success_interval": [first[k] for k in interval],
         "handover_success_once": handover[once], "largest_drop": max(handover[once] - e[once] for e in online),
         "online_env_steps": run.count["global_step"] - start, "env_steps": run.count["global_step"],

@@ -93,6 +93,7 @@ class Args:
     control_freq: int = 10  # control steps per second (ManiSkill's default is 20, the paper's robot runs at 10)
     max_episode_steps: int | None = None  # time limit in control steps; default: per task, see TASKS
     robot_uids: str = "panda"  # robot model
+    cameras: Literal["primary", "both"] = "both"  # one that looks at the table, or one on the panda's hand too
     image_size: int | None = None  # pixels a side, a multiple of 32; default: 64, or 256 for released weights
     reward: Literal["binary", "conrft"] = "binary"  # 1 or 0 a step; ConRFT: +10 or -0.05
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
@@ -101,6 +102,7 @@ class Args:
     # --- demonstrations ---
     demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
     num_demos: int = 300  # demonstrations to make or to use
+    skip_idle: float = 0.0  # leave out their first steps in which the arm moves less (actions reach 1); 0: none
     demo_dir: str = "demos"  # cache for demonstrations
 
     # --- model ---
@@ -183,7 +185,7 @@ LIMITS = {  # what a number must be: the test for it, and the flags; all other n
     "at least 2": (lambda x: x >= 2, "batch_size"),
     "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature action_range"),
     "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
-    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma actor_ema"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma actor_ema skip_idle"),
     "a multiple of 32": (lambda x: x > 0 and x % 32 == 0, "image_size"),
     "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
 }  # fmt: skip
@@ -220,8 +222,8 @@ def validate(args: Args) -> None:
 
 def check_origin(args: Args, folder: Path) -> None:
     """A run can only start a run on the same task, seen and controlled alike, by the same policy. Raises: UserError."""
-    have, same = load_config(Args, folder), "env_id robot_uids obs_mode image_size control_mode control_freq chunk_len"
-    for name in (*same.split(), "backbone", "head", "finetune"):
+    have, seen = load_config(Args, folder), "env_id robot_uids obs_mode cameras image_size"
+    for name in (*seen.split(), "control_mode", "control_freq", "chunk_len", "backbone", "head", "finetune"):
         if getattr(have, name) != getattr(args, name):
             was, want, flag = getattr(have, name), getattr(args, name), name.replace("_", "-")
             raise UserError(f"--sft-checkpoint {folder} was trained with --{flag} {was}, not {want}")
@@ -300,7 +302,7 @@ def check_flags(args: Args, limits: dict) -> None:
 class ObsWrapper(gym.Wrapper):
     """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
 
-    A robot with a camera on its hand adds "wrist" [N, H/2, H/2, 3].
+    --cameras both, or a robot with a camera on its hand, adds "wrist" [N, W, W, 3].
 
     Proprio is joint positions, gripper pose, and what the task adds (PickCube's goal position); in state mode the task
     adds its privileged state. Joint velocities are left out: a policy that sees them learns to go on with what it is
@@ -342,12 +344,22 @@ class ObsWrapper(gym.Wrapper):
         return self.seen, success, never, never, {"ended": terminated.cpu().numpy()}
 
 
+def hand_camera(robot) -> list:
+    """A camera on Panda's hand that sees both fingertips; `panda_wristcam`'s housing makes rendering much slower."""
+    from mani_skill.sensors.camera import CameraConfig
+    from mani_skill.utils.sapien_utils import look_at
+
+    pose, link = look_at([0.07, 0.0, 0.02], [0.0, 0.0, 0.12]), robot.robot.links_map["panda_hand"]  # metres, hand frame
+    return [CameraConfig("hand_camera", pose, 128, 128, fov=1.4, near=0.01, far=10.0, mount=link)]
+
+
 def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
     """A batch of ManiSkill environments in this process (physx_cpu: of one).
 
     Raises: UserError if the simulator can't start, which nearly always means Vulkan, or refuses the flags.
     """
     import mani_skill.envs  # registers the tasks
+    from mani_skill.agents.robots.panda.panda import Panda
     from mani_skill.utils import sapien_utils
 
     torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
@@ -356,8 +368,10 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
         gc.freeze()
     task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
     cameras = dict(base_camera=dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov))
-    if "wristcam" in args.robot_uids:
-        cameras["hand_camera"] = dict(width=side // 2, height=side // 2)
+    both, small = args.obs_mode == "rgb" and args.cameras == "both", min(side, max(side // 2, 64))
+    Panda._sensor_configs = property(hand_camera if both else lambda robot: [])
+    if "wristcam" in args.robot_uids or both and args.robot_uids == "panda":
+        cameras["hand_camera"] = dict(width=small, height=small)
     try:
         env = gym.make(
             args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
@@ -409,6 +423,7 @@ class Demos:
     steps: np.ndarray  # [episodes] steps to the first success: reinforcement learning episodes end there
     source: str
     success: np.ndarray | None = None  # [M] bool after each action; the reward of CO-RFT's longer recordings
+    idle: np.ndarray | int = 0  # [episodes] steps that --skip-idle left out before the first
 
     def starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
@@ -429,9 +444,10 @@ def load_demos(args: Args) -> Demos:
     flags = dict(
         env_id=args.env_id, robot_uids=args.robot_uids, control_mode=args.control_mode, control_freq=args.control_freq,
         obs_mode=args.obs_mode, image_size=args.image_size, sim_backend=args.sim_backend, num_demos=args.num_demos,
-        demo_path=args.demo_path, **{k: getattr(args, k) for k in ("spawn", "upsample_steps") if hasattr(args, k)},
+        demo_path=args.demo_path, cameras=args.cameras, skip_idle=args.skip_idle,
+        **{k: getattr(args, k) for k in ("spawn", "upsample_steps") if hasattr(args, k)},
     )  # fmt: skip
-    content = [flags, TASKS.get(args.env_id), "layout 3"]
+    content = [flags, TASKS.get(args.env_id), "layout 4"]
     if args.demo_path and os.path.exists(args.demo_path):
         content += [os.path.getsize(args.demo_path), os.path.getmtime(args.demo_path)]
     cache = Path(args.demo_dir) / f"{args.env_id}-{hashlib.sha1(repr(content).encode()).hexdigest()[:12]}.npz"
@@ -448,7 +464,8 @@ def load_demos(args: Args) -> Demos:
         cache.unlink()
         raise UserError("make_demos.py has another camera or instruction for this task: give both the same TASKS")
     obs = {name.removeprefix("obs_"): data[name] for name in data.files if name.startswith("obs_")}
-    return Demos(obs, data["action"], data["lengths"], data["steps"], str(data["source"]), data["success"])
+    counts = [data[name] for name in ("lengths", "steps")]
+    return Demos(obs, data["action"], *counts, str(data["source"]), data["success"], data["idle"])
 
 
 # --- end shared ---
@@ -1373,7 +1390,7 @@ def summarise(run: Run) -> dict:
     return {
         "success_once": last[once], "success_interval": [last[k] for k in interval],
         "success_at_end": last["eval/success_at_end"], "steps_to_success": last["eval/episode_len"],
-        "demo_steps_to_success": float(run.demos.steps.mean()),
+        "demo_steps_to_success": float((run.demos.steps + run.demos.idle).mean()),
         "sft_success_once": first[once], "sft_success_interval": [first[k] for k in interval],
         "handover_success_once": handover[once], "largest_drop": max(handover[once] - e[once] for e in online),
         "online_env_steps": run.count["global_step"] - start, "env_steps": run.count["global_step"],
@@ -1423,7 +1440,8 @@ def dry_run(args: Args) -> dict:
     A, P = {"pd_ee_delta_pos": 4, "pd_ee_delta_pose": 7}.get(args.control_mode, 8), 25  # P: about what the tasks have
     obs = {"proprio": np.random.default_rng(0).normal(size=(2, P)).astype(np.float32)}
     if args.obs_mode == "rgb":
-        obs["primary"] = np.zeros((2, args.image_size, args.image_size, 3), np.uint8)
+        names = ("primary", "wrist") if args.cameras == "both" else ("primary",)
+        obs |= {name: np.zeros((2, args.image_size, args.image_size, 3), np.uint8) for name in names}
     one, many = ({k: np.repeat(v[:1], n, 0) for k, v in obs.items()} for n in (1, args.sft_batch_size))
     kept: dict[int, int] = {}  # storages that the backward pass keeps: their bytes
 

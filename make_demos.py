@@ -45,14 +45,16 @@ class Args:
     demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
     num_demos: int = 300  # demonstrations to make or to use
     demo_dir: str = "demos"  # folder for what the planner finds
-    robot_uids: str = "panda"  # robot model; panda_wristcam has a second camera
+    robot_uids: str = "panda"  # robot model
+    cameras: Literal["primary", "both"] = "primary"  # one that looks at the table, or one on the panda's hand too
     control_mode: str = "pd_ee_delta_pos"  # ManiSkill controller
     control_freq: int = 10  # control steps per second
     obs_mode: Literal["rgb", "state"] = "rgb"  # camera + proprio, or privileged state
-    image_size: int = 64  # pixels a side (wrist camera: half of it)
+    image_size: int = 64  # pixels a side (hand: half of it, from 64 on)
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # of the recorded replay; planning is on the CPU
     spawn: Literal["random", "fixed", "ood"] = "random"  # where objects start: task's rectangle, one place, outside it
     upsample_steps: int = 0  # control steps recorded, keeping still, after the first success
+    skip_idle: float = 0.0  # leave out the first steps in which the arm moves less (actions reach 1); 0: none
     torch_threads: int = 1  # CPU threads of a worker
 
     def place(self, env: gym.Env) -> gym.Env:
@@ -117,7 +119,7 @@ def check_task(args: Args) -> None:
 class ObsWrapper(gym.Wrapper):
     """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
 
-    A robot with a camera on its hand adds "wrist" [N, H/2, H/2, 3].
+    --cameras both, or a robot with a camera on its hand, adds "wrist" [N, W, W, 3].
 
     Proprio is joint positions, gripper pose, and what the task adds (PickCube's goal position); in state mode the task
     adds its privileged state. Joint velocities are left out: a policy that sees them learns to go on with what it is
@@ -159,12 +161,22 @@ class ObsWrapper(gym.Wrapper):
         return self.seen, success, never, never, {"ended": terminated.cpu().numpy()}
 
 
+def hand_camera(robot) -> list:
+    """A camera on Panda's hand that sees both fingertips; `panda_wristcam`'s housing makes rendering much slower."""
+    from mani_skill.sensors.camera import CameraConfig
+    from mani_skill.utils.sapien_utils import look_at
+
+    pose, link = look_at([0.07, 0.0, 0.02], [0.0, 0.0, 0.12]), robot.robot.links_map["panda_hand"]  # metres, hand frame
+    return [CameraConfig("hand_camera", pose, 128, 128, fov=1.4, near=0.01, far=10.0, mount=link)]
+
+
 def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
     """A batch of ManiSkill environments in this process (physx_cpu: of one).
 
     Raises: UserError if the simulator can't start, which nearly always means Vulkan, or refuses the flags.
     """
     import mani_skill.envs  # registers the tasks
+    from mani_skill.agents.robots.panda.panda import Panda
     from mani_skill.utils import sapien_utils
 
     torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
@@ -173,8 +185,10 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
         gc.freeze()
     task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
     cameras = dict(base_camera=dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov))
-    if "wristcam" in args.robot_uids:
-        cameras["hand_camera"] = dict(width=side // 2, height=side // 2)
+    both, small = args.obs_mode == "rgb" and args.cameras == "both", min(side, max(side // 2, 64))
+    Panda._sensor_configs = property(hand_camera if both else lambda robot: [])
+    if "wristcam" in args.robot_uids or both and args.robot_uids == "panda":
+        cameras["hand_camera"] = dict(width=small, height=small)
     try:
         env = gym.make(
             args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
@@ -315,6 +329,8 @@ def observe(args: Args, path: Path, part: int, parts: int) -> list[dict[str, np.
     with h5py.File(path, "r") as file:
         for episode in tqdm(episodes, f"replaying {path.stem} {part + 1}/{parts}", mininterval=2):
             action = file[f"traj_{episode['episode_id']}/actions"][:].astype(np.float32)
+            idle = int((np.abs(action[:, :-1]).max(1) >= args.skip_idle).argmax())
+            action = action[idle:]
             first = env.reset(seed=episode["reset_kwargs"].get("seed", episode["episode_seed"]))[0]
             steps = [env.step(a) for a in action]
             success = [bool(step[1]) for step in steps]
@@ -325,7 +341,7 @@ def observe(args: Args, path: Path, part: int, parts: int) -> list[dict[str, np.
                 success = [bool(step[1]) for step in steps]
                 obs = {f"obs_{k}": np.concatenate([first[k], *(step[0][k] for step in steps)]) for k in first}
                 action = np.stack([*action, *[still] * (len(steps) - len(action)), 0 * still]).astype(np.float32)
-                counts = {"lengths": [len(steps)], "steps": [success.index(True) + 1]}
+                counts = {"lengths": [len(steps)], "steps": [success.index(True) + 1], "idle": [idle]}
                 found.append(obs | counts | {"action": action, "success": [*success, False]})
             if len(found) == count:
                 break
@@ -344,6 +360,8 @@ def main(args: Args) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if args.spawn != "random" and (args.env_id not in SPAWN or args.demo_path):
         raise UserError(f"--spawn moves the objects of {', '.join(SPAWN)} where demonstrations are made, not read")
+    if not 0 <= args.skip_idle < 1 or (args.skip_idle and "delta" not in args.control_mode):
+        raise UserError(f"--skip-idle is below 1 and for controllers of differences, not {args.control_mode}")
     check_task(args)
     path = source = args.demo_path
     if path:

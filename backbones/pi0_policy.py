@@ -16,6 +16,8 @@ from backbones.consistency import SIGMA_DATA
 from backbones.pi0 import PRESETS, ActionExpert, Pi0, Pi0Error, Prefix, choose_trainable, load_pi0
 from backbones.units import Units, action_box
 
+CAMERAS = ("primary", "wrist")  # of the observations, in the order of the model's
+
 
 class FlowActor(nn.Module):
     """pi0's action expert as a policy over action chunks: noise flows to a chunk along the predicted velocity.
@@ -69,7 +71,7 @@ class Pi0Policy(Units):
         """A policy for what demonstrations look like, with the instruction of the task.
 
         preset, checkpoint   one of pi0.PRESETS, and the source of released weights for `load_pi0`; None: random
-        obs, action          of the demonstrations: "proprio" [N, P], "primary" [N, H, H, 3]; [M, A] in controller units
+        obs, action          of the demonstrations: "proprio" [N, P], cameras [N, H, H, 3]; [M, A] in controller units
         chunk_len            H, actions per decision
         relative             the controller takes differences, within [-1, 1]
         action_range         the action box as a multiple of the largest demonstrated action, per dimension
@@ -100,13 +102,13 @@ class Pi0Policy(Units):
     def build(self, preset: str, checkpoint: str | None, obs: dict[str, np.ndarray]) -> Pi0:
         """The model for these observations. Raises: Pi0Error if it can't be had."""
         config, P, A = PRESETS[preset], self.proprio_dim, self.action_dim
+        seen = tuple(name for name in CAMERAS if name in obs)
         if config.text == "hash":
             side = obs["primary"].shape[1] if "primary" in obs else config.image_size
-            cameras, lowdim = (config.cameras, 0) if "primary" in obs else ((), P)
-            sizes = dict(cameras=cameras, lowdim_dim=lowdim, action_dim=A, state_dim=P, image_size=side)
+            sizes = dict(cameras=seen, lowdim_dim=0 if seen else P, action_dim=A, state_dim=P, image_size=side)
             config = dataclasses.replace(config, **sizes)
         else:
-            config = dataclasses.replace(config, cameras=config.cameras[:1])  # one camera; leaving out is masking
+            config = dataclasses.replace(config, cameras=config.cameras[: len(seen)])  # leaving out is masking
         if P > config.state_dim or A > config.action_dim:
             room = f"{config.state_dim} numbers of proprio and {config.action_dim} of actions"
             raise Pi0Error(f"{preset} has room for {room}; this robot and task have {P} and {A}")
@@ -129,8 +131,9 @@ class Pi0Policy(Units):
     def feature_dim(self) -> int:
         """F: from one observation."""
         side, proprio = self.backbone.config.image_size, self.proprio_mean.cpu().numpy()[None]
+        images = {name: np.zeros((1, 1, side, side, 3), np.uint8) for name in CAMERAS}
         with torch.no_grad():
-            return self.feature({"proprio": proprio, "primary": np.zeros((1, 1, side, side, 3), np.uint8)}).shape[1]
+            return self.feature({"proprio": proprio} | images).shape[1]
 
     def observe(self, obs: dict[str, np.ndarray], noise: float = 0.0, generator=None) -> tuple[Prefix, Tensor]:
         """The backbone's pass over observations of N states, and their normalised proprio [N, P], noisy if asked for."""
@@ -139,7 +142,8 @@ class Pi0Policy(Units):
         span = (self.proprio_high - self.proprio_low).clamp_min(1e-6)
         digits = 2 * (proprio * self.proprio_std + self.proprio_mean - self.proprio_low) / span - 1  # for pi0.5
         ids, valid = self.backbone.prompt(self.instruction, digits)
-        images = {camera: obs["primary"].flatten(0, -4) for camera in self.backbone.config.cameras}  # W = 1
+        names = zip(self.backbone.config.cameras, CAMERAS, strict=False)  # the model's and ours
+        images = {camera: obs[name].flatten(0, -4) for camera, name in names}  # W = 1
         return self.backbone(images, ids, valid, lowdim=None if images else proprio), proprio
 
     def row(self, prefix: Prefix, proprio: Tensor) -> Tensor:

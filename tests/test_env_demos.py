@@ -119,6 +119,24 @@ def test_a_cache_is_used_again_and_only_for_the_same_flags(place, demos, monkeyp
     assert len({next(flag for flag in command if flag.startswith("--out=")) for command in asked}) == 4
 
 
+def test_idle_first_steps_are_left_out(place, demos):
+    """PushCube's planner closes the gripper for seven steps before the arm moves."""
+    short = script.load_demos(tiny_args(place, skip_idle=0.01))
+    assert not np.any(demos.idle) and (short.idle >= 7).all()
+    for start, own, idle, length in zip(demos.starts(), short.starts(), short.idle, short.lengths, strict=True):
+        recorded = demos.action[start:][: idle + length]
+        assert (np.abs(recorded[:idle, :-1]) < 0.01).all() and np.abs(recorded[idle, :-1]).max() >= 0.01
+        assert np.array_equal(short.action[own : own + length], recorded[idle:])
+        assert np.array_equal(short.obs["proprio"][own], demos.obs["proprio"][start])  # replayed without the others
+    assert (short.steps + short.idle == demos.steps).mean() >= 0.5 and (short.steps < demos.steps).all()
+
+
+@pytest.mark.parametrize("change", [dict(control_mode="pd_joint_pos"), dict(skip_idle=1.0)])
+def test_idle_steps_need_a_controller_of_differences(place, inline, change):
+    with pytest.raises(make_demos.UserError, match="--skip-idle is below 1 and for controllers of differences"):
+        make_demos.main(tool_args(tiny_args(place, **dict(skip_idle=0.01) | change)))
+
+
 def test_an_edited_camera_is_refused_until_demonstrations_have_it_too(place, demos, monkeypatch):
     """TASKS is copied into make_demos.py: an edit to one file alone would show policies another view than they learn."""
     before = set((place / "demos").iterdir())
@@ -269,6 +287,23 @@ def test_pick_cube_images_and_goal(place):
         seen.append(obs)
     assert not np.array_equal(seen[0]["primary"], seen[1]["primary"])
     env.close()
+
+
+@pytest.mark.parametrize(("side", "small"), [(32, 32), (96, 64)])
+def test_a_camera_on_the_hand(place, side, small):
+    """It moves with the hand and sees both fingertips; the other camera and the episode are the same without it."""
+    seen = {}
+    for cameras in ("both", "primary"):
+        env = script.make_maniskill(tiny_args(place, obs_mode="rgb", image_size=side, cameras=cameras))
+        seen[cameras] = [env.reset(seed=1)[0], *(env.step(np.float32([0, 0, -0.3, 1]))[0] for _ in range(3))]
+        env.close()
+    (first, *_, last), (alone, *_, alone_last) = seen["both"], seen["primary"]
+    assert list(first) == ["proprio", "primary", "wrist"] and list(alone) == ["proprio", "primary"]
+    assert first["wrist"].shape == (1, small, small, 3) and first["wrist"].dtype == np.uint8
+    assert np.array_equal(alone["primary"], first["primary"]) and np.array_equal(alone_last["proprio"], last["proprio"])
+    assert (np.abs(first["wrist"].astype(float) - last["wrist"]).mean(-1) > 10).mean() > 0.05  # the table comes nearer
+    halves = np.split(first["wrist"][0, small // 3 : small * 2 // 3].astype(float).mean(-1), 2, axis=1)
+    assert all((half < 70).mean() > 0.01 for half in halves)  # a dark fingertip on either side
 
 
 def test_steps_that_nobody_looks_at(place):

@@ -191,6 +191,20 @@ def test_what_an_agent_sees(backbone, head):
     assert not torch.equal(state.observe(obs)[0].embedding, state.observe(other)[0].embedding)
 
 
+@torch.no_grad()
+def test_a_second_camera():
+    """The camera on the hand is a camera of the model's; its images are brought to the size of the other one's."""
+    demos = toy_demos(camera=True)
+    demos.obs["wrist"] = demos.obs["primary"][:, ::2, ::2].copy()
+    torch.manual_seed(0)
+    agent = script.Agent(script.Args(obs_mode="rgb", image_size=32, chunk_len=2, hidden_dim=16), demos)
+    assert agent.backbone.config.cameras == ("primary", "wrist")
+    feature = agent.feature(demos.obs)
+    assert feature.shape == (6, agent.feature_dim)
+    other = agent.feature(demos.obs | {"wrist": 255 - demos.obs["wrist"]})
+    assert ((feature - other).abs().amax(1) > 1e-3).all()
+
+
 def names(finetune, **flags):
     agent = toy_agent(camera=True, finetune=finetune, **flags)
     return agent, {n for n, p in agent.backbone.named_parameters() if p.requires_grad}, {
@@ -301,9 +315,9 @@ def test_dry_run_at_the_released_size():
     layer = 2 * 1024 * 2048 + 2 * 1024 * 256 + 3 * 1024 * 4096 + 2 * 1024  # attention, MLP, norms
     projections = 3 * 1024 * 32 + 2 * 1024 + 32 + 3 * 1024 * 1024 + 2 * 1024  # of actions and state; the time MLP
     assert found["trained_in_stage_0"] == found["trained_online"] == 18 * layer + 1024 + projections
-    tokens, cache = 256 + 48, 2 * 18 * 256
+    tokens, cache = 2 * 256 + 48, 2 * 18 * 256  # two cameras and the instruction
     assert found["replay_bytes_per_step"] == 4 * (tokens * (cache + 1) + 2048 + 25) + 16 + 40
-    vit, vlm = 256 * 411e6, tokens * 1.98e9
+    vit, vlm = 2 * 256 * 411e6, tokens * 1.98e9
     assert found["flops_action_K1"] == pytest.approx(2 * (vit + vlm + 2 * 11 * 311e6), rel=0.15)
     assert found["flops_action_K"] - found["flops_action_K1"] == pytest.approx(19 * 2 * 2 * 11 * 311e6, rel=0.15)
 
