@@ -19,7 +19,7 @@ Commands
   python force_octo.py --env-id PushCube-v1 --obs-mode state         # privileged state: minutes on one core
   python force_octo.py --preset paper --env-id PickCube-v1           # the paper's reading, where it is known
   python force_octo.py --sft-checkpoint runs/NAME                    # start from a run of bc.py
-  python force_octo.py --robot-uids panda_wristcam --backbone octo-small --checkpoint hf://rail-berkeley/octo-small-1.5
+  python force_octo.py --backbone octo-small --checkpoint hf://rail-berkeley/octo-small-1.5
   python force_octo.py --resume runs/NAME | --eval-only runs/NAME    # go on after a kill | evaluate the last checkpoint
 
 Where the default differs from the paper (--preset paper: without 2-9; reasons and measurements: docs/force.md)
