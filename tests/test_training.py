@@ -226,14 +226,14 @@ def test_summary_numbers():
         evals=[evaluation("sft", 0, 0.5), evaluation("offline", 0, 0.1)]
         + [evaluation("online", 100 + step, success) for step, success in values],
         count={"online_start": 100, "global_step": 145}, seconds={"a": 1.0, "b": 2.0},
-        demos=SimpleNamespace(steps=np.array([10, 20]), source="here"),
+        demos=SimpleNamespace(steps=np.array([10, 20]), idle=np.array([0, 7]), source="here"),
     )  # fmt: skip
     summary = script.summarise(run)
     assert summary["online_env_steps_at_80"] == 30  # 85 % at 10 didn't hold
     assert summary["largest_drop"] == pytest.approx(0.7 - 0.6) and summary["handover_success_once"] == 0.7
     assert summary["sft_success_once"] == 0.5 and summary["success_once"] == 0.9
     assert (summary["online_env_steps"], summary["env_steps"]) == (45, 145) and summary["seconds"] == 3
-    assert summary["demo_steps_to_success"] == 15
+    assert summary["demo_steps_to_success"] == 18.5  # with the idle steps that were left out
     run.evals = run.evals[:4]
     assert script.summarise(run)["online_env_steps_at_80"] is None  # nothing after it confirms 85 %
     run.evals = run.evals[:3]
