@@ -93,7 +93,7 @@ class Args:
     control_freq: int = 10  # control steps per second (ManiSkill's default is 20, the paper's robot runs at 10)
     max_episode_steps: int | None = None  # time limit in control steps; default: per task, see TASKS
     robot_uids: str = "panda"  # robot model
-    cameras: Literal["primary", "both"] = "both"  # one that looks at the table, or one on the panda's hand too
+    cameras: Literal["primary", "both"] | None = None  # looks at the table; on panda's hand too (default in rgb)
     image_size: int | None = None  # pixels a side (hand: half of it, from 64 on); default: 64, released weights: 256
     reward: Literal["binary", "conrft"] = "binary"  # 1 or 0 a step; ConRFT: +10 or -0.05
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
@@ -211,7 +211,7 @@ def check_origin(args: Args, folder: Path) -> None:
     """A run of bc.py can only start a run on the same task, seen and controlled alike. Raises: UserError."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        script, have = config["script"], config["args"]
+        script, have = config["script"], {"cameras": "primary"} | config["args"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--sft-checkpoint {folder} is no run folder of bc.py ({error})") from error
     if script != "bc.py":
@@ -284,6 +284,7 @@ def check_flags(args: Args, limits: dict) -> None:
     args.image_size = args.image_size or (64 if args.backbone.endswith("compact") else 256)
     args.proprio_noise = (0.1 if camera else 0.0) if args.proprio_noise is None else args.proprio_noise
     args.num_envs = args.num_envs or (2 if camera else 1)
+    args.cameras = args.cameras or ("both" if camera else "primary")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
@@ -364,6 +365,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
         gc.freeze()
     task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
     cameras = dict(base_camera=dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov))
+    # Panda itself has no camera; the class is where ManiSkill looks for a robot's.
     both, small = args.obs_mode == "rgb" and args.cameras == "both", min(side, max(side // 2, 64))
     Panda._sensor_configs = property(hand_camera if both else lambda robot: [])
     if "wristcam" in args.robot_uids or both and args.robot_uids == "panda":
@@ -460,8 +462,8 @@ def load_demos(args: Args) -> Demos:
         cache.unlink()
         raise UserError("make_demos.py has another camera or instruction for this task: give both the same TASKS")
     obs = {name.removeprefix("obs_"): data[name] for name in data.files if name.startswith("obs_")}
-    counts = [data[name] for name in ("lengths", "steps")]
-    return Demos(obs, data["action"], *counts, str(data["source"]), data["success"], data["idle"])
+    rest = {name: data[name] for name in ("action", "lengths", "steps", "success", "idle")}
+    return Demos(obs, source=str(data["source"]), **rest)
 
 
 # --- end shared ---
@@ -1022,7 +1024,7 @@ def load_config(cls, folder: Path):
         config = json.loads((folder / "config.json").read_text())
         if config["script"] != Path(__file__).name:
             raise UserError(f"{folder} is a run of {config['script']}, not of {Path(__file__).name}")
-        return cls(**config["args"])
+        return cls(**{"cameras": "primary"} | config["args"])  # runs from before --cameras had one
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no run folder of {Path(__file__).name} (config.json: {error})") from error
 

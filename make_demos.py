@@ -185,6 +185,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
         gc.freeze()
     task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
     cameras = dict(base_camera=dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov))
+    # Panda itself has no camera; the class is where ManiSkill looks for a robot's.
     both, small = args.obs_mode == "rgb" and args.cameras == "both", min(side, max(side // 2, 64))
     Panda._sensor_configs = property(hand_camera if both else lambda robot: [])
     if "wristcam" in args.robot_uids or both and args.robot_uids == "panda":

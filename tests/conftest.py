@@ -16,7 +16,7 @@ ROOT = Path(force_octo.__file__).parent
 SCRIPT = ROOT / "force_octo.py"
 FIXTURES = ROOT / "tests" / "fixtures"
 TINY = dict(
-    env_id="PushCube-v1", obs_mode="state", device="cpu", image_size=64, num_demos=4, K=4, max_episode_steps=10, hidden_dim=24,
+    env_id="PushCube-v1", obs_mode="state", device="cpu", cameras="primary", image_size=64, num_demos=4, K=4, max_episode_steps=10, hidden_dim=24,
     num_layers=2, num_critics=3, chunk_len=3, sft_updates=6, sft_batch_size=8, batch_size=8,
     offline_updates=5, warmup_episodes=2, warmup_updates=6, online_steps=40, utd_ratio=0.3, q_weight=0.0, explore_noise=0.02,
     cql_samples=2, eval_episodes=2, eval_freq=20, video_episodes=0, log_freq=1,

@@ -212,6 +212,13 @@ def test_reinforcement_learning_starts_from_a_run(place, tmp_path):
     shared = [k for k in start if not k.startswith("actor.")]
     assert len(shared) > 20 and all(torch.equal(weights[k], start[k]) for k in shared)
     assert json.loads((learned / "config.json").read_text())["weights"] == str(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["args"]["cameras"]  # a run from before there was a choice: one camera
+    (folder / "config.json").write_text(json.dumps(config))
+    script.main(script.Args(eval_only=str(folder), device="cpu"))
+    force_octo.validate(dataclasses.replace(args))
+    with pytest.raises(force_octo.UserError, match="was trained with --cameras primary, not both"):
+        force_octo.validate(dataclasses.replace(args, cameras="both"))
     mse = script.main(tiny_args(place, tmp_path, run_name="mse", head="mse-chunk"))
     bad = {
         "another task or network": [dict(sft_checkpoint=str(mse)), dict(hidden_dim=32)],

@@ -306,6 +306,16 @@ def test_a_camera_on_the_hand(place, side, small):
     assert all((half < 70).mean() > 0.01 for half in halves)  # a dark fingertip on either side
 
 
+def test_which_cameras(place):
+    """Two where there are images, unless one is asked for; panda_wristcam always has its own on the hand."""
+    for flags, cameras in (({}, "primary"), (dict(obs_mode="rgb"), "both"), (dict(cameras="primary"), "primary")):
+        script.validate(args := tiny_args(place, **dict(cameras=None) | flags))
+        assert args.cameras == cameras
+    env = script.make_maniskill(tiny_args(place, obs_mode="rgb", image_size=32, robot_uids="panda_wristcam"))
+    assert env.reset(seed=1)[0]["wrist"].shape == (1, 32, 32, 3)
+    env.close()
+
+
 def test_steps_that_nobody_looks_at(place):
     """With every=2, odd steps repeat the last observation; physics, success and the other steps are the same."""
     args = tiny_args(place, env_id="PickCube-v1", obs_mode="rgb", image_size=32)

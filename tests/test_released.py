@@ -58,7 +58,7 @@ def released(tmp_path):
 
 def flags(place, folder, **changes):
     chosen = dict(
-        env_id="PickCube-v1", obs_mode="rgb", robot_uids="panda_wristcam", backbone="octo-small", checkpoint=str(folder),
+        env_id="PickCube-v1", obs_mode="rgb", cameras="both", backbone="octo-small", checkpoint=str(folder),
         image_size=None, num_demos=2, num_envs=1, sft_updates=2, sft_batch_size=2, batch_size=4, offline_updates=1,
         warmup_episodes=1, warmup_updates=2, online_steps=4, max_episode_steps=4, eval_episodes=1, noise_levels=1,
     )  # fmt: skip
@@ -125,7 +125,7 @@ def test_the_window_holds_the_step_before(place, released):
 @pytest.mark.parametrize(
     "changes, words",
     [(dict(checkpoint=None), "need each other"), (dict(backbone="octo-compact"), "need each other"),
-     (dict(image_size=128), "256 pixels"), (dict(obs_mode="state", robot_uids="panda"), "--obs-mode rgb")],
+     (dict(image_size=128), "256 pixels"), (dict(obs_mode="state"), "--obs-mode rgb")],
 )  # fmt: skip
 def test_impossible_flags(place, changes, words):
     with pytest.raises(script.UserError, match=words):
