@@ -112,7 +112,7 @@ def test_flags(name):
 def fits(value, hint) -> bool:
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # the latter: Literal[...] | None
         return any(fits(value, part) for part in typing.get_args(hint))
     return type(value) is hint
 
@@ -122,3 +122,4 @@ def test_the_flag_checks_can_fail():
     assert unread(ast.parse(source)) == ["b"]
     assert not fits(25e3, int) and not fits(1, float) and fits(None, str | None) and not fits("x", typing.Literal["y"])
     assert not fits(True, int)
+    assert fits(None, typing.Literal["y"] | None) and not fits("x", typing.Literal["y"] | None)
