@@ -736,8 +736,10 @@ class ReplayBuffer:
         self.starts = torch.empty(0, dtype=torch.long)  # rows from which a chunk may be drawn
 
     def add(self, feature: Tensor, action: np.ndarray, reward: np.ndarray, terminated: bool, success: bool,
-            reward_failure: float, hold: np.ndarray) -> None:  # fmt: skip
+            reward_failure: float, hold: np.ndarray, stay: int = 0) -> None:  # fmt: skip
         """Append one episode of T steps. Chunks that a time limit cuts short are left out.
+
+        Of what was recorded past the success the first `stay` steps are episodes of their own: of one step, successful.
 
         Shapes: feature [L+1, F], action [L, A] normalised, L >= T (actions recorded past the end of the episode fill
         up its last chunks), reward [T], hold [A] the action that keeps still and fills up after those.
@@ -748,13 +750,14 @@ class ReplayBuffer:
         chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H) @ (g ** np.arange(H)).astype(np.float32)
         ends = terminated & (np.arange(T) + steps == T)
         row, fill = np.arange(L + 1) + self.rows, np.zeros(L + 1 - T, np.float32)
+        again = np.append(np.full(stay, reward[-1]), fill[stay:])
         new = dict(
-            feature=feature, action=np.concatenate([action, hold[None]]), reward=np.append(chunk_reward, fill),
+            feature=feature, action=np.concatenate([action, hold[None]]), reward=np.append(chunk_reward, again),
             bootstrap=np.append(np.where(ends, 0.0, g**steps), fill), success=np.full(L + 1, success),
-            mc_return=np.append(mc_returns(reward, terminated, g, reward_failure), fill),
+            mc_return=np.append(mc_returns(reward, terminated, g, reward_failure), again),
             next=np.append(row[:T] + steps, row[T:]), last=np.full(L + 1, row[-1]),
         )  # fmt: skip
-        starts = row[:T] if terminated else row[: max(T - H + 1, 0)]
+        starts = row[: T + stay] if terminated else row[: max(T - H + 1, 0)]
         end = self.rows + L + 1
         if end > len(self.data["reward"]):  # grow by doubling
             size = max(end, 2 * len(self.data["reward"]), 1024)

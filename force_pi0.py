@@ -25,9 +25,9 @@ Commands
   python force_pi0.py --sft-checkpoint runs/NAME                     # stage 0 from an earlier run of this script
   python force_pi0.py --resume runs/NAME | --eval-only runs/NAME     # go on after a kill | evaluate the last checkpoint
 
-Where the default differs from the paper: points 1-9 of force_octo.py, and
-  10 the one-step head also learns from the demonstrations while pi0 does, and so trains the output that it reads
-  11 compact models have spatial soft-arg-max points beside a camera, and state mode has tokens for the state, in the prefix
+Where the default differs from the paper: points 1-10 of force_octo.py, and
+  11 the one-step head also learns from the demonstrations while pi0 does, and so trains the output that it reads
+  12 compact models have spatial soft-arg-max points beside a camera, and state mode has tokens for the state, in the prefix
 Measured: docs/force_pi0.md
 """
 
@@ -132,6 +132,7 @@ class Args:
     gamma: float = 0.98  # discount per control step
     reinforce_lr: float = 3e-4  # learning rate of actor and critic after stage 0 (Adam, constant)
     batch_size: int = 128  # transitions per batch; stages 2 and 3: half expert, half policy buffer
+    stay: bool = True  # what demonstrations record past the success counts as successes of one step each: go on there
     return_mix: float = 0.5  # share of the Monte-Carlo return in the critic's target (0 = the paper's TD)
     tau: float = 0.01  # Polyak step of the target critics
     critic_updates: int = 2  # critic updates per actor update
@@ -175,7 +176,7 @@ PAPER = dict(
     chunk_len=1, num_critics=2, noise_levels=1, flow_times=1, sft_lr=2.5e-5, q_weight=1.0, offline_q_weight=0.1,
     q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0,
     candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, success_filter=False, cql_samples=10,
-    offline_updates=20_000, warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50,
+    offline_updates=20_000, warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50, stay=False,
 )  # fmt: skip
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
@@ -513,8 +514,10 @@ class ReplayBuffer:
         self.starts = torch.empty(0, dtype=torch.long)  # rows from which a chunk may be drawn
 
     def add(self, feature: Tensor, action: np.ndarray, reward: np.ndarray, terminated: bool, success: bool,
-            reward_failure: float, hold: np.ndarray) -> None:  # fmt: skip
+            reward_failure: float, hold: np.ndarray, stay: int = 0) -> None:  # fmt: skip
         """Append one episode of T steps. Chunks that a time limit cuts short are left out.
+
+        Of what was recorded past the success the first `stay` steps are episodes of their own: of one step, successful.
 
         Shapes: feature [L+1, F], action [L, A] normalised, L >= T (actions recorded past the end of the episode fill
         up its last chunks), reward [T], hold [A] the action that keeps still and fills up after those.
@@ -525,13 +528,14 @@ class ReplayBuffer:
         chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H) @ (g ** np.arange(H)).astype(np.float32)
         ends = terminated & (np.arange(T) + steps == T)
         row, fill = np.arange(L + 1) + self.rows, np.zeros(L + 1 - T, np.float32)
+        again = np.append(np.full(stay, reward[-1]), fill[stay:])
         new = dict(
-            feature=feature, action=np.concatenate([action, hold[None]]), reward=np.append(chunk_reward, fill),
+            feature=feature, action=np.concatenate([action, hold[None]]), reward=np.append(chunk_reward, again),
             bootstrap=np.append(np.where(ends, 0.0, g**steps), fill), success=np.full(L + 1, success),
-            mc_return=np.append(mc_returns(reward, terminated, g, reward_failure), fill),
+            mc_return=np.append(mc_returns(reward, terminated, g, reward_failure), again),
             next=np.append(row[:T] + steps, row[T:]), last=np.full(L + 1, row[-1]),
         )  # fmt: skip
-        starts = row[:T] if terminated else row[: max(T - H + 1, 0)]
+        starts = row[: T + stay] if terminated else row[: max(T - H + 1, 0)]
         end = self.rows + L + 1
         if end > len(self.data["reward"]):  # grow by doubling
             size = max(end, 2 * len(self.data["reward"]), 1024)
@@ -1100,7 +1104,9 @@ class Run:
         for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):  # the same rows as in `demos`
             action = self.agent.normalise(demos.action[start : start + length])
             empty = torch.zeros(length + 1, self.agent.feature_dim)  # embeddings come after stage 0
-            self.add_episode(self.expert, Episode(empty, action, np.arange(1, steps + 1) == steps, True))
+            past = demos.success[start + steps : start + length] if args.stay and length > steps else np.zeros(0)
+            first = np.arange(1, steps + 1) == steps
+            self.add_episode(self.expert, Episode(empty, action, first, True), stay=int(past.cumprod().sum()))
         self.num_demo_rows = self.expert.rows
 
     @cached_property
@@ -1114,11 +1120,11 @@ class Run:
         args = dataclasses.replace(args, select="sample") if sft else args  # there is no critic yet
         return self.agent.act(feature, actor, args, generator, explore)
 
-    def add_episode(self, buffer: ReplayBuffer, episode: Episode) -> None:
+    def add_episode(self, buffer: ReplayBuffer, episode: Episode, stay: int = 0) -> None:
         fail, success, _, _ = return_bounds(self.args)
         reward = np.where(episode.success, success, fail).astype(np.float32)
-        hold = self.agent.hold_action(episode.action[-1])
-        buffer.add(episode.feature, episode.action, reward, episode.terminated, bool(episode.success.any()), fail, hold)
+        ended, succeeded, hold = episode.terminated, episode.success.any(), self.agent.hold_action(episode.action[-1])
+        buffer.add(episode.feature, episode.action, reward, ended, bool(succeeded), fail, hold, stay)
 
     def collect(self) -> int:
         """An episode per environment into the policy buffer, successes into the expert buffer too. Returns steps."""

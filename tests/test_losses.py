@@ -394,6 +394,18 @@ def test_proprio_noise_touches_proprio_alone():
     assert torch.equal(moved[:, :-5], feature[:, :-5]) and not torch.equal(moved[:, -5:], feature[:, -5:])
 
 
+def test_demonstrations_go_on_past_the_success_while_it_holds(tmp_path):
+    _, demos = toy_policy()
+    demos.steps = np.array([2, 2])
+    demos.success = np.array([0, 1, 1, 0, 0, 0, 1, 1, 1, 0], bool)  # the first one loses it again
+    for stay, starts in (True, [0, 1, 2, 5, 6, 7, 8]), (False, [0, 1, 5, 6]):
+        run = script.Run(
+            script.Args(obs_mode="state", image_size=32, chunk_len=2, device="cpu", stay=stay), tmp_path, demos
+        )
+        assert run.expert.starts.tolist() == starts
+        assert run.expert.rows == 10  # as in `demos`, which embeddings go by
+
+
 # --- updates on stubs whose numbers can be followed ---
 
 

@@ -14,12 +14,12 @@ def buffer(chunk_len: int) -> script.ReplayBuffer:
     return script.ReplayBuffer(feature_dim=2, action_dim=1, chunk_len=chunk_len, gamma=G)
 
 
-def add(replay, rewards, terminated, base=0, recorded=None, success=True, failure=0.0):
+def add(replay, rewards, terminated, base=0, recorded=None, success=True, failure=0.0, stay=0):
     """One episode whose features say (base, step) and whose actions are base + step."""
     length = recorded or len(rewards)
     feature = torch.stack([torch.full((length + 1,), float(base)), torch.arange(length + 1.0)], 1)
     action = base + np.arange(length, dtype=np.float32)[:, None]
-    replay.add(feature, action, np.array(rewards, np.float32), terminated, success, failure, HOLD)
+    replay.add(feature, action, np.array(rewards, np.float32), terminated, success, failure, HOLD, stay)
 
 
 def everything(replay) -> script.Batch:
@@ -169,3 +169,16 @@ def test_rewards_of_an_episode(reward, success, failure):
     batch = everything(replay)
     assert batch.reward.tolist() == pytest.approx([failure * (1 + G)] * 2) and batch.success.tolist() == [0, 0]
     assert batch.mc_return.tolist() == pytest.approx([failure / (1 - G)] * 2)
+
+
+def test_steps_past_the_success_are_successes_of_one_step():
+    """Two of the three steps recorded past the success: each ends at once, worth the reward of success."""
+    replay = buffer(2)
+    add(replay, [-0.5, 10.0], terminated=True, recorded=5, failure=-0.5, stay=2)
+    add(replay, [0.0, 1.0], terminated=True, base=100)  # what follows stays a matter of its own
+    batch = everything(replay)
+    assert batch.chunk.tolist() == [[0, 1], [1, 2], [2, 3], [3, 4], [100, 101], [101, -7]]
+    assert batch.reward.tolist() == pytest.approx([-0.5 + G * 10, 10, 10, 10, G, 1])
+    assert batch.bootstrap.tolist() == [0] * 6
+    assert batch.mc_return.tolist() == pytest.approx([-0.5 + G * 10, 10, 10, 10, G, 1])
+    assert batch.success.tolist() == [1] * 6
