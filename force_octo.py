@@ -117,7 +117,7 @@ class Args:
 
     # --- stage 0: supervised fine-tuning ---
     sft_checkpoint: str | None = None  # run folder of bc.py (consistency head) to start from in the place of stage 0
-    sft_updates: int = 6000  # updates of stage 0
+    sft_updates: int | None = None  # updates of stage 0; default: rgb 1000, state 6000
     finetune: Literal["full", "head"] = "full"  # stage 0: train backbone and head, or the head alone
     sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
@@ -136,7 +136,7 @@ class Args:
     warmup_updates: int = 400  # stage 2: actor updates; the first half trains the critic only
     warmup_train_actor: bool = True  # stage 2: train the actor by Eqs. (5-7); otherwise the critic only
     warmup: bool = True  # --no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")
-    online_steps: int = 10_000  # stage 3: control steps, summed over environments
+    online_steps: int | None = None  # stage 3: control steps, summed over environments; default: rgb 15000, state 10000
     utd_ratio: float = 0.5  # stage 3: actor updates per control step
     cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2
     online_cql_alpha: float = 0.0  # the same in stage 3 (0 = the paper's Eq. 8)
@@ -171,7 +171,7 @@ PAPER = dict(
     chunk_len=1, num_critics=2, noise_levels=1, sft_lr=3e-4, q_weight=1.0, offline_q_weight=0.1, q_normalize=False,
     distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0, candidate_noise=0.0,
     explore_noise=0.0, actor_ema=0.0, success_filter=False, cql_samples=10, offline_updates=20_000, warmup_updates=4000,
-    online_steps=30_000, utd_ratio=1.0, num_demos=50, stay=False,
+    online_steps=30_000, utd_ratio=1.0, num_demos=50, stay=False, sft_updates=6000,
 )  # fmt: skip
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
@@ -191,6 +191,9 @@ def validate(args: Args) -> None:
     """Check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
     check_flags(args, LIMITS)
     check_octo(args)
+    # From images updates cost more than steps, and a long stage 0 leaves the later ones nothing to do.
+    args.sft_updates = (1000 if args.obs_mode == "rgb" else 6000) if args.sft_updates is None else args.sft_updates
+    args.online_steps = (15_000 if args.obs_mode == "rgb" else 10_000) if args.online_steps is None else args.online_steps
     # A critic on camera features is worth less, so the policy leaves what it knows more slowly (docs/force.md, log).
     args.q_weight = (0.0 if args.obs_mode == "rgb" else 0.02) if args.q_weight is None else args.q_weight
     args.actor_ema = (0.999 if args.obs_mode == "rgb" else 0.995) if args.actor_ema is None else args.actor_ema
