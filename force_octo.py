@@ -191,13 +191,13 @@ def validate(args: Args) -> None:
     """Check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
     check_flags(args, LIMITS)
     check_octo(args)
-    # From images updates cost more than steps, and a long stage 0 leaves the later ones nothing to do.
-    args.sft_updates = (1000 if args.obs_mode == "rgb" else 6000) if args.sft_updates is None else args.sft_updates
-    args.online_steps = (15_000 if args.obs_mode == "rgb" else 10_000) if args.online_steps is None else args.online_steps
-    # A critic on camera features is worth less, so the policy leaves what it knows more slowly (docs/force.md, log).
-    args.q_weight = (0.0 if args.obs_mode == "rgb" else 0.02) if args.q_weight is None else args.q_weight
-    args.actor_ema = (0.999 if args.obs_mode == "rgb" else 0.995) if args.actor_ema is None else args.actor_ema
-    args.explore_noise = (0.0 if args.obs_mode == "rgb" else 0.02) if args.explore_noise is None else args.explore_noise
+    # What depends on the camera. There, an update of stage 0 costs more than a step, and a critic on features of images
+    # is worth less, so the policy leaves what it knows more slowly (docs/force.md, log).
+    defaults = dict(sft_updates=(1000, 6000), online_steps=(15_000, 10_000), q_weight=(0.0, 0.02))
+    defaults |= dict(actor_ema=(0.999, 0.995), explore_noise=(0.0, 0.02))
+    for name, (rgb, state) in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, rgb if args.obs_mode == "rgb" else state)
     if args.success_filter is None:
         args.success_filter = args.obs_mode == "rgb" and args.vgpd
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
