@@ -305,6 +305,18 @@ def test_who_learns_from_successes_only(flags, filtered):
     assert args.success_filter == filtered
 
 
+def test_flags_that_depend_on_the_camera_are_the_users_where_given():
+    def resolved(**flags):
+        script.validate(args := script.Args(env_id="PickCube-v1", device="cpu", **flags))
+        return [args.sft_updates, args.online_steps, args.q_weight, args.actor_ema, args.explore_noise]
+
+    rgb, state, given = resolved(), resolved(obs_mode="state"), [7, 0, 0.0, 0.5, 0.0]
+    assert None not in rgb + state and all(a != b for a, b in zip(rgb, state, strict=True))
+    names = ("sft_updates", "online_steps", "q_weight", "actor_ema", "explore_noise")
+    for mode in ("rgb", "state"):
+        assert resolved(obs_mode=mode, **dict(zip(names, given, strict=True))) == given
+
+
 def test_a_checkpoint_of_another_task(run, demos, monkeypatch):
     wider = torch.cat([torch.as_tensor(demos.obs["proprio"]), torch.zeros(len(demos.action), 3)], 1).numpy()
     monkeypatch.setattr(script, "load_demos", lambda args: dataclasses.replace(demos, obs={"proprio": wider}))
