@@ -574,8 +574,10 @@ def test_presets_and_the_defaults_that_the_scripts_share():
     assert code.bound_random and code.truncation == "terminal" and paper.tau == code.tau == 0.5
     import force_octo
 
-    ours, theirs = ({f.name: f.default for f in dataclasses.fields(s.Args)} for s in (script, force_octo))
-    assert {k: v for k, v in ours.items() if k in theirs and v != theirs[k]} == {}
+    ours, theirs = (s.Args(obs_mode="state", device="cpu") for s in (script, force_octo))
+    script.validate(ours), force_octo.validate(theirs)  # which fill in what depends on the observations
+    theirs = vars(theirs)
+    assert {k: v for k, v in vars(ours).items() if k in theirs and v != theirs[k]} == {}
 
 
 def test_starting_from_bc_and_with_a_fresh_head(place, tmp_path):
