@@ -451,8 +451,11 @@ def test_flags_that_cannot_be(flags, words, place, tmp_path, monkeypatch):
 
 
 def test_shared_flags_have_the_same_defaults():
-    """But for the model, and the one-step head's distillation."""
+    """But for the model, and what force_octo.py shortens and lengthens with a camera."""
     theirs = {f.name: f.default for f in dataclasses.fields(force_octo.Args)}
     ours = {f.name: f.default for f in dataclasses.fields(script.Args)}
     assert theirs.keys() - ours.keys() == set()
-    assert {name for name in theirs if theirs[name] != ours[name]} == {"backbone"}
+    assert {name for name in theirs if theirs[name] != ours[name]} == {"backbone", "sft_updates", "online_steps"}
+    with_state = force_octo.Args(obs_mode="state", device="cpu")
+    force_octo.validate(with_state)
+    assert (with_state.sft_updates, with_state.online_steps) == (ours["sft_updates"], ours["online_steps"])
