@@ -132,7 +132,7 @@ class Args:
     gamma: float = 0.98  # discount per control step
     reinforce_lr: float = 3e-4  # learning rate of actor and critic after stage 0 (Adam, constant)
     batch_size: int = 128  # transitions per batch; stages 2 and 3: half expert, half policy buffer
-    stay: bool = True  # what demonstrations record past the success counts as successes of one step each: go on there
+    stay: bool = True  # each step that demonstrations record past the success is a success too: learn to stay there
     return_mix: float = 0.5  # share of the Monte-Carlo return in the critic's target (0 = the paper's TD)
     tau: float = 0.01  # Polyak step of the target critics
     critic_updates: int = 2  # critic updates per actor update
