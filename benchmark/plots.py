@@ -183,8 +183,13 @@ def plot_curves(file: CommandFile, data: Data):
 
 
 def plot_drop(rows: list[Row], data: Data):
-    """For each method and seed: success at hand-over, its lowest online value, its last."""
+    """For each method and seed: success at hand-over, its lowest online value, its last.
+
+    A task that only one method has runs of compares nothing: it is left out beside others.
+    """
     rows = [row for row in rows if any(stats.largest_drop(run) is not None for run in data.of(row).values())]
+    methods = {t: {row.method for row in rows if (row.env_id, row.obs_mode) == t} for t in tasks_of(rows)}
+    rows = [row for row in rows if len(methods[row.env_id, row.obs_mode]) > 1] or rows
     if not rows:
         return None
     tasks, style = tasks_of(rows), styles(rows)
