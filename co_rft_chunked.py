@@ -149,6 +149,7 @@ class Args:
 
     # --- evaluation and logging ---
     eval_spawn: Literal["data", "random", "fixed", "ood"] = "data"  # where objects start in evaluation; data: --spawn
+    eval_elsewhere: bool = False  # evaluate outside the task's rectangle ("ood") as well; eval/*_ood
     eval_episodes: int = 100  # episodes of each evaluation
     eval_freq: int = 0  # updates between evaluations in stage 2 (0 = none)
     val_freq: int = 100  # updates of stage 2 between rows on the held-out demonstrations
@@ -186,8 +187,8 @@ def validate(args: Args) -> None:
     args.critic_len, args.eval_spawn = args.critic_len or args.chunk_len, args.eval_spawn.replace("data", args.spawn)
     if args.critic_len > args.chunk_len:
         raise UserError(f"--critic-len must be at most --chunk-len {args.chunk_len}, got {args.critic_len}")
-    if {args.spawn, args.eval_spawn} != {"random"} and args.env_id not in SPAWN:
-        raise UserError(f"--spawn and --eval-spawn know {', '.join(SPAWN)}, not {args.env_id}")
+    if ({args.spawn, args.eval_spawn} != {"random"} or args.eval_elsewhere) and args.env_id not in SPAWN:
+        raise UserError(f"--spawn, --eval-spawn and --eval-elsewhere know {', '.join(SPAWN)}, not {args.env_id}")
     if args.demo_path and args.spawn != "random":
         raise UserError("--spawn moves objects in demonstrations made here; with --demo-path the file decides")
     if args.holdout and math.ceil(args.holdout * args.num_demos) >= args.num_demos:
@@ -1050,8 +1051,10 @@ class Run:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
     @cached_property
-    def env(self):
-        return make_env(dataclasses.replace(self.args, spawn=self.args.eval_spawn), self.args.num_envs)
+    def envs(self) -> dict:
+        """Environments to evaluate in, by where objects start; the first is the one that counts."""
+        places = dict.fromkeys([self.args.eval_spawn, *["ood"] * self.args.eval_elsewhere])
+        return {place: make_env(dataclasses.replace(self.args, spawn=place), self.args.num_envs) for place in places}
 
     def enter(self, stage: str) -> bool:
         """True if `stage` is still to be done; if it begins here, the one before is saved and optimizers are new."""
@@ -1118,14 +1121,16 @@ class Run:
         }  # fmt: skip
 
     def evaluate(self, logger: Logger, select: str) -> None:
-        stage, update, suffix = self.count["stage"], self.count["update_step"], "" if select == "last" else "_selected"
-        act, args = partial(self.agent.act, select=select), self.args
-        metrics = evaluate(self.env, self.agent, args, act, args.eval_episodes)
-        logger.log({name + suffix: value for name, value in metrics.items()}, 0, update)
-        self.evals.append({"stage": stage, "update": update, "select": select} | metrics)
-        once, low, high = (metrics[f"eval/success_once{end}"] for end in ("", "_low", "_high"))
-        line = f"{stage:>8} {select} | update {update:6d} | success {once:.2f} [{low:.2f}, {high:.2f}]"
-        tqdm.write(f"{line} | steps to success {metrics['eval/episode_len']:.1f}")
+        """Evaluate a policy wherever the run is evaluated; logs it, and adds to `evals`."""
+        stage, update, args = self.count["stage"], self.count["update_step"], self.args
+        for place, env in self.envs.items():
+            metrics = evaluate(env, self.agent, args, partial(self.agent.act, select=select), args.eval_episodes)
+            suffix = ("_selected" if select != "last" else "") + (f"_{place}" if place != args.eval_spawn else "")
+            logger.log({name + suffix: value for name, value in metrics.items()}, 0, update)
+            self.evals.append({"stage": stage, "update": update, "select": select, "spawn": place} | metrics)
+            once, low, high = (metrics[f"eval/success_once{end}"] for end in ("", "_low", "_high"))
+            line = f"{stage:>8} {select} {place} | update {update:6d} | success {once:.2f} [{low:.2f}, {high:.2f}]"
+            tqdm.write(f"{line} | steps to success {metrics['eval/episode_len']:.1f}")
 
     def tick(self, logs: dict, logger: Logger) -> int:
         """After each update: count it, log now and then. Returns the stage's updates so far."""
@@ -1230,7 +1235,8 @@ def train_offline(run: Run, logger: Logger) -> None:
 def summarise(run: Run) -> dict:
     """summary.json: what happened, from the recorded evaluations."""
     once, steps, interval = "eval/success_once", "eval/episode_len", ("eval/success_once_low", "eval/success_once_high")
-    first, ends = run.evals[0], {e["select"]: e for e in run.evals} | {"sft": run.evals[0]}
+    first, own = run.evals[0], [e for e in run.evals if e["spawn"] == run.args.eval_spawn]
+    ends = {e["select"]: e for e in own} | {"sft": first}
     last = ends.get(run.args.select, first)  # before the first held-out row, td-error selects the cloned policy
     return {
         "success_once": last[once], "success_interval": [last[k] for k in interval],
@@ -1277,7 +1283,8 @@ def main(args: Args) -> Path:
     run = begin(args)
     args, count, folder = run.args, run.count, run.folder
     if args.eval_only:
-        metrics = evaluate(run.env, run.agent, args, partial(run.agent.act, select=args.select), args.eval_episodes)
+        env, act = run.envs[args.eval_spawn], partial(run.agent.act, select=args.select)
+        metrics = evaluate(env, run.agent, args, act, args.eval_episodes)
         print(json.dumps(metrics, indent=2))
         return folder
     logger = Logger(folder, args, count["update_step"])
@@ -1302,7 +1309,8 @@ def main(args: Args) -> Path:
     if args.video_episodes:
         placed, act = dataclasses.replace(args, spawn=args.eval_spawn), partial(run.agent.act, select=args.select)
         film(run.agent, placed, act, folder / "videos")
-    run.env.close()
+    for env in run.envs.values():
+        env.close()
     print(f"done: success {summary['success_once']:.2f}, results in {folder}")
     return folder
 

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -44,6 +45,7 @@ EVALUATION = {
 COLUMNS = (
     "row", "method", "ablation", "backbone", "obs_mode", "env_id", "seed",
     "stage", "select",  # what was evaluated: the stage that had been trained, and (CO-RFT) which of its policies
+    "spawn",  # where objects started in it (CO-RFT)
     "final",  # 1: the run's result
     "global_step",  # control steps taken in training, summed over environments
     "update_step",
@@ -158,9 +160,8 @@ def read_run(row: Row, folder: Path) -> stats.Lines:
     """A finished run as lines of runs.csv, one per evaluation."""
     config, summary = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary"))
     args, evaluations = config["args"], summary["evaluations"]
-    logged = [
-        (name, u) for _, u, name, _ in read_metrics(folder) if name.removesuffix("_selected") == "eval/success_once"
-    ]
+    evaluated = re.compile("eval/success_once(_selected)?(_random|_fixed|_ood)?")
+    logged = [(name, u) for _, u, name, _ in read_metrics(folder) if evaluated.fullmatch(name)]
     places = logged if len(logged) == len(evaluations) else [None] * len(evaluations)
     times = clock(folder)
     versions = {"python": config.get("python")} | config["packages"]
@@ -179,12 +180,13 @@ def read_run(row: Row, folder: Path) -> stats.Lines:
         same = [t for t in places[i:] if t and t == place]  # two evaluations may fall on one update
         wall = times.get(place, [])
         own = {
-            "stage": e.get("stage", "bc"), "select": e.get("select"), "global_step": e.get("global_step", 0),
+            "stage": e.get("stage", "bc"), "select": e.get("select"), "spawn": e.get("spawn"), "global_step": e.get("global_step", 0),
             "update_step": place[1] if place else e.get("update"),
             "wall_s": wall[-len(same)] if place and len(wall) >= len(same) else None,
         }  # fmt: skip
         lines.append(common | own | {column: e.get(name) for column, name in EVALUATION.items()})
-    chosen = [line for line in lines if line["select"] in (None, args.get("select"))]
+    wanted = {name: (None, args.get(flag)) for name, flag in (("select", "select"), ("spawn", "eval_spawn"))}
+    chosen = [line for line in lines if all(line[name] in known for name, known in wanted.items())]
     (chosen or lines[:1])[-1]["final"] = 1  # CO-RFT's --select sft: the first evaluation
     lines = [{name: number(line.get(name)) for name in COLUMNS} for line in lines]
     notes = "; ".join(notes_on(row, config, summary, lines))

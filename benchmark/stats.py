@@ -39,6 +39,11 @@ def after_sft(run: Lines) -> dict[str, str] | None:
     return next((line for line in run if line["stage"].startswith("sft")), None)
 
 
+def elsewhere(run: Lines) -> Lines:
+    """Evaluations of the cloned and of the last policy where objects start outside the task's rectangle (CO-RFT)."""
+    return [line for line in run if line.get("spawn") == "ood" and not line["final"] and line["select"] == "last"]
+
+
 def handover(run: Lines) -> float | None:
     """Success when online learning begins."""
     return next(iter(curve(run)[1]), None)
@@ -82,6 +87,15 @@ def pooled(evaluations: Lines) -> tuple[float, float, float] | None:
         return None
     rates, counts = (np.array([float(e[name]) for e in evaluations]) for name in ("success_once", "num_episodes"))
     return float(rates.mean()), *wilson(int(np.rint(rates * counts).sum()), int(counts.sum()))
+
+
+def difference(before: tuple[float, float, float], after: tuple[float, float, float]) -> tuple[float, float, float]:
+    """after - before of two rates with Wilson intervals (`pooled`), and Newcombe's 95 % interval of the difference.
+
+    Source: Newcombe, Statistics in Medicine 17, 1998, method 10; the two samples are taken as independent.
+    """
+    (p, p_low, p_high), (q, q_low, q_high) = before, after
+    return q - p, q - p - np.hypot(q - q_low, p_high - p), q - p + np.hypot(q_high - q, p - p_low)
 
 
 def bootstrap_iqm(scores: list[list[float]], samples: int = 20_000, seed: int = 0) -> tuple[float, float, float]:

@@ -46,8 +46,12 @@ def percent(rate: float) -> str:
     return f"{100 * rate:.1f}".removesuffix(".0")
 
 
-def interval(measured: tuple[float, float, float] | None) -> str:
-    return "–" if measured is None else f"{percent(measured[0])} ({percent(measured[1])}–{percent(measured[2])})"
+def interval(measured: tuple[float, float, float] | None, sign: str = "") -> str:
+    """Mean and interval in percent; with sign "+", all three with their sign."""
+    if measured is None:
+        return "–"
+    mean, low, high = (("+" if sign and x > 0 else "") + percent(x) for x in measured)
+    return f"{mean} ({low} to {high})" if sign else f"{mean} ({low}–{high})"
 
 
 def table(header: list[str], body: list[list[str]]) -> str:
@@ -415,29 +419,28 @@ def execution_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -
 def corft_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -> str:
     """CO-RFT's Table 1: in and out of distribution, gain over cloning, cycle time."""
     file, body = files["corft-state"], []
-    rows = {row.name: row for row in file.rows}
-    for name, row in rows.items():
-        if f"{name}-ood" not in rows:
-            continue
-        inside, outside = of_row(row, runs), of_row(rows[f"{name}-ood"], runs)
-        cells, shorter = [], "–"
-        for own in (inside, outside):
-            sft = [e for run in own.values() if (e := stats.after_sft(run))]
-            before, after = stats.pooled(sft), stats.pooled([stats.result(run) for run in own.values()])
-            gain = "–" if not (before and after) else f"{100 * (after[0] - before[0]):+.1f}"
-            cells += [interval(before), success(own, len(file.seeds(row))), gain]
-        first = mean_of(inside, lambda run: steps(e) if (e := stats.after_sft(run)) else None)
-        last = mean_of(inside, lambda run: steps(stats.result(run)))
-        if first and last:
-            shorter = f"{percent(1 - last / first)} %"
-        body.append([row.env_id, "one place" if "--spawn" in row.command else "random", *cells, shorter])
+    for row in [row for row in file.rows if "--eval-elsewhere" in row.command]:
+        own, seeds, cells = of_row(row, runs), len(file.seeds(row)), []
+        inside = [(first, stats.result(run)) for run in own.values() if (first := stats.after_sft(run))]
+        outside = [both for run in own.values() if len(both := stats.elsewhere(run)) == 2]
+        for pairs in (inside, outside):
+            before, after = (stats.pooled([pair[i] for pair in pairs]) for i in (0, 1))
+            gain = "–" if not pairs else interval(stats.difference(before, after), sign="+")
+            missing = f", {len(pairs)} of {seeds} seeds" if 0 < len(pairs) < seeds else ""
+            cells += [interval(before), interval(after) + missing if after else "not run", gain]
+        found = [(steps(first), steps(last)) for first, last in inside]
+        shorter = [1 - last / first for first, last in found if first and last]
+        time = f"{percent(np.mean(shorter))} ({percent(min(shorter))} to {percent(max(shorter))})" if shorter else "–"
+        body.append([row.env_id, "one place" if "--spawn" in row.command else "random", *cells, time])
     places = ("same places", "elsewhere")
-    header = [
-        "Task",
-        "Start",
-        *(f"{what}, {where}" for where in places for what in ("Cloned, %", "CO-RFT, %", "Gain, points")),
+    kinds = ("Cloned, %", "CO-RFT, %", "Gain, points")
+    header = ["Task", "Start", *(f"{what}, {where}" for where in places for what in kinds)]
+    parts = [
+        table([*header, "Cycle time shorter by, % (seeds)"], body),
+        f"{setting(list(file.rows))}, 50 demonstrations. In brackets: Wilson's 95 % intervals, Newcombe's for gains (which "
+        "takes the two evaluations as independent; they are of the same episodes, so it is wide), for cycle time the "
+        "lowest and highest seed. Cycle time is over successes, in the same places.",
     ]
-    parts = [table([*header, "Cycle time shorter by"], body), f"{setting(list(file.rows))}, 50 demonstrations."]
     theirs = []
     for start in ("random", "fixed"):
         inside, outside = (

@@ -609,7 +609,48 @@ def test_runs_without_stages_and_runs_that_select_a_policy(suite, tmp_path):
         assert value is None
 
 
+def test_evaluations_where_objects_start_elsewhere(suite, tmp_path, monkeypatch):
+    """They are lines of their own, never the run's result, and make the right half of CO-RFT's table."""
+    suite("chunked")
+    where = [(stage, pick, place) for stage, pick in (("sft", "last"), ("offline", "last"), ("offline", "td-error"))
+             for place in ("random", "ood")]  # fmt: skip
+    for seed, rates in ((1, (0.5, 0.1, 0.6, 0.3, 0.9, 0.8)), (2, (0.5, 0.3, 0.8, 0.3, 0.9, 0.8))):
+        make_run(tmp_path / "runs", f"chunked-{seed}", [(0, 0.5)], gamma=0.9, select="last", eval_spawn="random")
+        path = tmp_path / "runs" / f"chunked-{seed}" / "summary.json"
+        summary = {k: v for k, v in json.loads(path.read_text()).items() if k in ("git_commit", "packages", "seconds")}
+        found = [evaluation(stage, 0, rate, 100, 40.0 if stage == "sft" else 30.0) | {"select": pick, "spawn": place}
+                 for rate, (stage, pick, place) in zip(rates, where, strict=True)]  # fmt: skip
+        path.write_text(json.dumps(summary | {"evaluations": found}))
+        names = "", "_ood", "", "_ood", "_selected", "_selected_ood"
+        lines = [f"0,{u},eval/success_once{name},{rate}" for u, name, rate in zip((6, 6, 9, 9, 9, 9), names, rates)]
+        metrics = ["global_step,update_step,name,value", "0,6,eval/success_once_low_ood,0.01", *lines]
+        (path.parent / "metrics.csv").write_text("\n".join(metrics) + "\n")
+    assert collected(tmp_path, allow_mixed=True) == 0  # `select` and `eval_spawn` are no flags of the stub
+    runs = stats.by_run(read(tmp_path))
+    one = runs["chunked", 1]
+    assert [(x["spawn"], x["update_step"], x["final"]) for x in one] == [
+        ("random", "6", ""), ("ood", "6", ""), ("random", "9", "1"), ("ood", "9", ""), ("random", "9", ""), ("ood", "9", ""),
+    ]  # fmt: skip
+    assert [x["success_once"] for x in stats.elsewhere(one)] == ["0.1", "0.3"]
+    row = rows.Row("chunked", "python stub.py --env-id Toy-v1 --spawn fixed --eval-elsewhere", "CO-RFT")
+    file = rows.CommandFile("corft-state", "", ((row, 1), (row, 2), (row, 3)))
+    shown = tables.corft_block({"corft-state": file}, runs, tables.Papers())
+    cells = next(line for line in shown.splitlines() if line.startswith("| Toy-v1")).split(" | ")
+    assert cells[1] == "one place" and [c.split(" (")[0] for c in cells[2:8]] == ["50", "70", "+20", "20", "30", "+10"]
+    assert cells[3].endswith("2 of 3 seeds") and cells[8].startswith("25 (25 to 25)")
+
+
 # ---- statistics ----
+def test_difference_of_two_rates_has_the_published_interval():
+    """Newcombe, Statistics in Medicine 17 (1998), table II, method 10: 56/70 against 48/80, and 10/10 against 0/10."""
+    for (a, m), (b, n), wanted in (
+        ((48, 80), (56, 70), (0.2, 0.0524, 0.3339)),
+        ((0, 10), (10, 10), (1.0, 0.6075, 1.0)),
+    ):
+        before, after = ((x / k, *stats.wilson(x, k)) for x, k in ((a, m), (b, n)))
+        assert stats.difference(before, after) == pytest.approx(wanted, abs=5e-5)
+
+
 def test_numbers_of_a_run(two_seeds):
     make_run(two_seeds / "runs", "force-3", LATE)
     assert collected(two_seeds) == 0

@@ -381,6 +381,24 @@ def test_eval_only_takes_another_start_and_another_policy(whole, capsys, monkeyp
         assert flags or printed["eval/success_once"] == summary["success_once"]
 
 
+def test_evaluation_elsewhere_changes_nothing_else(whole, place, upsampled, tmp_path, monkeypatch):
+    asked, place_objects = [], script.place_objects
+    monkeypatch.setattr(
+        script, "place_objects", lambda env, i, spawn: (asked.append(spawn), place_objects(env, i, spawn))[1]
+    )
+    folder = script.main(tiny_args(place, tmp_path, run_name="whole", eval_elsewhere=True))
+    summary, other = (json.loads((f / "summary.json").read_text()) for f in (folder, whole[0]))
+    assert [(e["select"], e["spawn"]) for e in summary["evaluations"]] == [
+        (pick, where) for pick in ("last", "last", "td-error") for where in ("random", "ood")
+    ]
+    assert "ood" in asked and summary["success_once"] == other["success_once"]
+    own, elsewhere = [], []
+    for line in metrics(folder):
+        (elsewhere if line.split(",")[2].endswith("_ood") else own).append(line)
+    assert own == metrics(whole[0])
+    assert sum(",eval/success_once_" in line and "_low" not in line and "_high" not in line for line in elsewhere) == 3
+
+
 @pytest.mark.parametrize("flags", [
     dict(critic_len=1, target="literal", calibrate=False, cql_samples=1, critic_updates=1),
     dict(holdout=0.0, bc_weight=0.0, q_normalize=False, return_mix=0.0, chunk_len=1),
@@ -425,7 +443,8 @@ def test_from_a_run_of_bc(place, upsampled, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (dict(critic_len=4), "--critic-len"), (dict(critic_dim=30), "--critic-dim"), (dict(holdout=0.9), "--holdout"),
     (dict(select="td-error", holdout=0.0), "--select"), (dict(spawn="ood", env_id="PlaceSphere-v1"), "--spawn"),
-    (dict(spawn="fixed", demo_path="a.h5"), "--demo-path"), (dict(tau=1.5), "--tau"), (dict(gamma=1.0), "--gamma"),
+    (dict(spawn="fixed", demo_path="a.h5"), "--demo-path"), (dict(eval_elsewhere=True, env_id="PlaceSphere-v1"), "--spawn"),
+    (dict(tau=1.5), "--tau"), (dict(gamma=1.0), "--gamma"),
     (dict(cql_samples=0), "--cql-samples"), (dict(backbone="octo-small"), "--backbone"),
     (dict(sft_checkpoint="nowhere"), "no run folder of bc.py"), (dict(env_id="Nothing-v0"), "--env-id"),
 ], ids=str)  # fmt: skip
