@@ -129,7 +129,7 @@ class Args:
 
     # --- stage 2: chunked offline reinforcement learning ---
     critic_first: int = 500  # updates that train the critics alone, before the actor moves
-    offline_updates: int = 1000  # actor updates, beside the critics'
+    offline_updates: int = 500  # actor updates, beside the critics'
     gamma: float = 0.98  # discount per control step
     reinforce_lr: float = 3e-4  # learning rate of the critics (Adam, constant)
     actor_lr: float = 1e-4  # learning rate of the actor in stage 2 (Adam, constant)
@@ -139,10 +139,10 @@ class Args:
     target: Literal["prefix", "literal"] = "prefix"  # Eq. (6): an i-step target for prefix i, or one H-step target
     return_mix: float = 0.5  # share of the Monte-Carlo return in the critic's target (0 = the paper's TD)
     target_noise: float = 0.2  # noise on target actions and on the copies in Eq. (8), in standard deviations of actions
-    cql_alpha: float = 0.1  # alpha of Eq. (8)
+    cql_alpha: float = 0.005  # alpha of Eq. (8)
     cql_samples: int = 2  # chunks in Eq. (8)'s expectation: the policy's own and noisy copies of it
     calibrate: bool = True  # --no-calibrate: CQL without the Monte-Carlo bound (ablation)
-    q_weight: float = 0.1  # weight of the Q loss
+    q_weight: float = 1.0  # weight of the Q loss
     bc_weight: float = 1.0  # weight of imitation beside it (0 = the paper's Eq. 9)
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     select: Literal["last", "td-error", "sft"] = "last"  # policy that counts: last, of least val/td_error, stage 1's
@@ -163,7 +163,7 @@ class Args:
 
 
 PAPER = dict(
-    bc_weight=0.0, q_weight=1.0, q_normalize=False, return_mix=0.0, holdout=0.0, num_demos=30, tau=0.005, gamma=0.99,
+    bc_weight=0.0, q_normalize=False, cql_alpha=0.1, return_mix=0.0, holdout=0.0, num_demos=30, tau=0.005, gamma=0.99,
     batch_size=256, sft_lr=3e-4, critic_first=0, actor_lr=3e-4, offline_updates=20_000, lasting=False,
 )  # fmt: skip
 
