@@ -24,6 +24,10 @@ for seed in 1 2 3; do
   python bc.py --env-id PickCube-v1 --obs-mode state --num-demos 20 --seed $seed --runs runs/benchmark --run-name bc-pick-state-20-$seed
   python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 20 --sft-checkpoint runs/benchmark/bc-pick-state-20-$seed --online-steps 5000 --cql-weight-online 0.02 --seed $seed --runs runs/benchmark --run-name conrft-pick-state-20-cql-$seed
   python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 20 --sft-checkpoint runs/benchmark/bc-pick-state-20-$seed --online-steps 5000 --intervention oracle --cql-weight-online 0.02 --seed $seed --runs runs/benchmark --run-name conrft-pick-state-20-oracle-cql-$seed
+  # PickCube from 30 demonstrations; the planner takes over early, while there is time left
+  python bc.py --env-id PickCube-v1 --obs-mode state --num-demos 30 --seed $seed --runs runs/benchmark --run-name bc-pick-state-30-$seed
+  python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 30 --sft-checkpoint runs/benchmark/bc-pick-state-30-$seed --online-steps 10000 --cql-weight-online 0.02 --seed $seed --runs runs/benchmark --run-name conrft-pick-state-30-cql-$seed
+  python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 30 --sft-checkpoint runs/benchmark/bc-pick-state-30-$seed --online-steps 10000 --intervention oracle --takeover-after 30 --cql-weight-online 0.02 --seed $seed --runs runs/benchmark --run-name conrft-pick-state-30-oracle-cql-$seed
   # StackCube
   python bc.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --seed $seed --runs runs/benchmark --run-name bc-stack-state-50-$seed
   python conrft.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --online-steps 8000 --seed $seed --runs runs/benchmark --run-name conrft-stack-state-$seed
