@@ -160,7 +160,7 @@ def read_run(row: Row, folder: Path) -> stats.Lines:
     """A finished run as lines of runs.csv, one per evaluation."""
     config, summary = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary"))
     args, evaluations = config["args"], summary["evaluations"]
-    evaluated = re.compile("eval/success_once(_selected)?(_random|_fixed|_ood)?")
+    evaluated = re.compile("eval/success_once(_selected)?(_ood)?")
     logged = [(name, u) for _, u, name, _ in read_metrics(folder) if evaluated.fullmatch(name)]
     places = logged if len(logged) == len(evaluations) else [None] * len(evaluations)
     times = clock(folder)

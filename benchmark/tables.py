@@ -422,7 +422,7 @@ def corft_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -> st
     for row in [row for row in file.rows if "--eval-elsewhere" in row.command]:
         own, seeds, cells = of_row(row, runs), len(file.seeds(row)), []
         inside = [(first, stats.result(run)) for run in own.values() if (first := stats.after_sft(run))]
-        outside = [both for run in own.values() if len(both := stats.elsewhere(run)) == 2]
+        outside = [(found[0], found[-1]) for run in own.values() if len(found := stats.elsewhere(run)) > 1]
         for pairs in (inside, outside):
             before, after = (stats.pooled([pair[i] for pair in pairs]) for i in (0, 1))
             gain = "–" if not pairs else interval(stats.difference(before, after), sign="+")
@@ -437,9 +437,9 @@ def corft_block(files: dict[str, CommandFile], runs: Runs, papers: Papers) -> st
     header = ["Task", "Start", *(f"{what}, {where}" for where in places for what in kinds)]
     parts = [
         table([*header, "Cycle time shorter by, % (seeds)"], body),
-        f"{setting(list(file.rows))}, 50 demonstrations. In brackets: Wilson's 95 % intervals, Newcombe's for gains (which "
-        "takes the two evaluations as independent; they are of the same episodes, so it is wide), for cycle time the "
-        "lowest and highest seed. Cycle time is over successes, in the same places.",
+        f"{setting(list(file.rows))}, 50 demonstrations. In brackets: Wilson's 95 % intervals, Newcombe's for gains (all "
+        "episodes together, as if independent: the spread between seeds is left out), for cycle time the lowest and highest "
+        "seed. Cycle time is over successes, in the same places.",
     ]
     theirs = []
     for start in ("random", "fixed"):

@@ -609,7 +609,7 @@ def test_runs_without_stages_and_runs_that_select_a_policy(suite, tmp_path):
         assert value is None
 
 
-def test_evaluations_where_objects_start_elsewhere(suite, tmp_path, monkeypatch):
+def test_evaluations_where_objects_start_elsewhere(suite, tmp_path):
     """They are lines of their own, never the run's result, and make the right half of CO-RFT's table."""
     suite("chunked")
     where = [(stage, pick, place) for stage, pick in (("sft", "last"), ("offline", "last"), ("offline", "td-error"))
