@@ -32,8 +32,8 @@ Where the default differs from the paper (--preset paper: without 4, 6, 8 and --
     that reach past a termination are trained, and target critics move at every critic step (TD3: with the actor)
   6 a tenth of the demonstrations is held out, to see and to select against over-training
   7 proprio has no velocities, and is noisy in updates beside a camera (--proprio-noise)
-  8 reward upsampling: the last recorded success counts as success for ever (--lasting), or the critic learns that
-    standing at the goal is worth less than arriving there
+  8 reward upsampling: the standing still at the end is for the critics (--imitate-hold: the actor's too, which learns
+    to stop just short of success); the last success counts for ever (--lasting), or standing there loses value
 Measured: docs/co_rft.md (CPU)
 """
 
@@ -107,6 +107,7 @@ class Args:
     spawn: Literal["random", "fixed", "ood"] = "random"  # where objects start: task's rectangle, one place, outside it
     upsample_steps: int = 8  # reward upsampling: control steps recorded, and rewarded, after the first success
     lasting: bool = True  # the last of them counts as success for ever (1 in all); --no-lasting: each is worth 1
+    imitate_hold: bool = False  # the actor learns from standing still after success, too; else it's for the critics
     holdout: float = 0.1  # share of the demonstrations kept out of training, for val/* and --select
 
     # --- model ---
@@ -165,6 +166,7 @@ class Args:
 PAPER = dict(
     bc_weight=0.0, q_normalize=False, cql_alpha=0.1, return_mix=0.0, holdout=0.0, num_demos=30, tau=0.005, gamma=0.99,
     batch_size=256, sft_lr=3e-4, critic_first=0, actor_lr=3e-4, offline_updates=20_000, lasting=False,
+    imitate_hold=True,
 )  # fmt: skip
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
@@ -527,7 +529,7 @@ class ChunkData:
     last one by 1, what going on like that would earn, so that success is worth 1 all along. An episode that ends in
     success is terminated, any other one is truncated. A prefix that reaches past a termination is worth what was earned
     before, so that bootstrap values, which are whole chunks', are trained up to the end; one that reaches past a
-    truncation has no target.
+    truncation has no target. The actor's decisions end where the arm does (`imitate_hold`: where the recording does).
     """
 
     def __init__(self, demos: Demos, agent: Agent, args: Args):
@@ -548,12 +550,17 @@ class ChunkData:
                 mc_return[t] = reward[t] + args.gamma * (mc_return[t + 1] if t + 1 < end else 0)
         row, episode = np.arange(M), np.repeat(np.arange(len(ends)), demos.lengths + 1)
         per_row = dict(last=ends[episode], final=final[episode], terminated=terminated[episode])
-        arrays = per_row | dict(action=action, reward=reward, mc_return=mc_return)
+        still = ends.copy()  # where nothing but standing still is left, after the success
+        for i, success in enumerate(starts + demos.steps):
+            while still[i] > success and (action[still[i] - 1] == agent.hold_action(action[still[i] - 2])).all():
+                still[i] -= 1
+        moves = row < (ends if args.imitate_hold else still)[episode]
+        arrays = per_row | dict(action=action, reward=reward, mc_return=mc_return, moves=moves)
         self.data = {k: torch.from_numpy(v) for k, v in arrays.items()}
         self.H, self.K, self.gamma, self.literal = agent.H, args.critic_len, args.gamma, args.target == "literal"
         held = episode >= len(ends) - math.ceil(args.holdout * len(ends))
-        kinds = dict(clone=(row < ends[episode]) & ~held, train=(row < final[episode]) & ~held)
-        kinds["held"] = (row < final[episode]) & held
+        counts = row < final[episode]
+        kinds = dict(clone=moves & ~held, actor=moves & counts & ~held, critic=counts & ~held, held=counts & held)
         self.rows = {k: torch.from_numpy(np.flatnonzero(v)) for k, v in kinds.items()}  # rows that chunks start from
 
     def draw(self, kind: str, size: int, generator: torch.Generator) -> Tensor:
@@ -1042,7 +1049,7 @@ class Run:
             weights = load_checkpoint(Path(args.sft_checkpoint))[0]  # backbone, actor and units; not the critics
             load_weights(self.agent, self.agent.state_dict() | weights, Path(args.sft_checkpoint))
         self.chunks = ChunkData(demos, self.agent, args)
-        devices = {"batch": "cpu", "update": args.device}
+        devices = {"clone": "cpu", "critic": "cpu", "actor": "cpu", "update": args.device}
         self.generators = {k: torch.Generator(d).manual_seed(args.seed + i) for i, (k, d) in enumerate(devices.items())}
         self.count = {"stage": "sft", "stage_update": 0, "update_step": 0}
         self.best = {"td_error": math.inf, "update": 0}  # of --select td-error
@@ -1091,9 +1098,9 @@ class Run:
         features = [self.agent.feature(self.demos.at(r, self.agent.window)).cpu() for r in rows]
         self.chunks.data["feature"] = torch.cat(features)
 
-    def batch(self) -> Batch:
-        """A batch of training decisions, proprio noisy beside a camera."""
-        rows = self.chunks.draw("train", self.args.batch_size, self.generators["batch"])
+    def batch(self, kind: str) -> Batch:
+        """A batch of decisions for the critics or the actor, proprio noisy beside a camera."""
+        rows = self.chunks.draw(kind, self.args.batch_size, self.generators[kind])
         batch = self.chunks.gather(rows, self.args.device)
         for name in ("feature", "next_feature"):
             x = getattr(batch, name)
@@ -1110,7 +1117,7 @@ class Run:
             chunk = agent.actor(batch.feature)
             q = agent.critic(batch.feature, torch.stack([batch.chunk, chunk], 1))  # [2, B, 2, K]
             error = q[:, :, 0] - batch_target(agent, batch, args, 0.0, torch.Generator(args.device))
-            bc = ((chunk - batch.chunk) / agent.actor.unit).square().mean(-1)
+            bc = ((chunk - batch.chunk) / agent.actor.unit).square().mean(-1)[self.chunks.data["moves"][rows]]
             found.append([error.square().mean(0), batch.valid, *q.mean(0)[..., -1].unbind(1), batch.mc_return, bc])
         error, valid, q_data, q_policy, mc_return, bc = (torch.cat(x) for x in zip(*found))
         gap, correlation = q_data - mc_return, torch.corrcoef(torch.stack([q_data, mc_return]))[0, 1]
@@ -1184,9 +1191,9 @@ def train_sft(run: Run, logger: Logger) -> None:
         while (step := run.count["stage_update"]) < total:
             rate = min((step + 1) / (0.05 * total), 0.5 * (1 + math.cos(math.pi * step / total)))
             optimizer.param_groups[0]["lr"] = args.sft_lr * rate
-            t = run.chunks.draw("clone", args.sft_batch_size, run.generators["batch"])
+            t = run.chunks.draw("clone", args.sft_batch_size, run.generators["clone"])
             obs = run.demos.at(t, agent.window)
-            images = {k: random_shift(v, run.generators["batch"]) for k, v in obs.items() if v.dim() == 5}
+            images = {k: random_shift(v, run.generators["clone"]) for k, v in obs.items() if v.dim() == 5}
             feature = agent.feature(obs | images)
             feature = agent.perturb(feature, args.proprio_noise, run.generators["update"])
             loss = mse_loss(agent.actor(feature), run.chunks.chunk(t).to(args.device), agent.actor.unit)
@@ -1211,13 +1218,13 @@ def train_offline(run: Run, logger: Logger) -> None:
     In the first `critic_first` updates the actor stays the cloned one.
     """
     args, agent, count, total = run.args, run.agent, run.count, run.args.critic_first + run.args.offline_updates
+    optimizers, noise = run.optimizers, run.generators["update"]
     with tqdm(total=total, initial=count["stage_update"], desc="[2/2] CO-RFT", mininterval=2) as bar:
         while count["stage_update"] < total:
             for _ in range(args.critic_updates):
-                batch = run.batch()
-                logs = update_critic(agent, run.optimizers["critic"], batch, args, run.generators["update"])
+                logs = update_critic(agent, optimizers["critic"], run.batch("critic"), args, noise)
             if moves := count["stage_update"] >= args.critic_first:
-                logs |= update_actor(agent, run.optimizers["actor"], batch, args)
+                logs |= update_actor(agent, optimizers["actor"], run.batch("actor"), args)
             step = run.tick(logs, logger)
             if args.holdout and step % args.val_freq == 0:
                 logger.log(values := run.held_out(), 0, count["update_step"])

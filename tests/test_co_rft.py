@@ -24,10 +24,11 @@ def tiny_args(place, folder, **changes):
     return script.Args(**TINY | dict(demo_dir=str(place / "demos"), runs=str(folder)) | changes)
 
 
-def toy(chunk_len=3, critic_len=None, **flags):
-    """Two episodes: A succeeds at steps 3, 4 and 5 of 5, B at step 2 of 4 only."""
+def toy(chunk_len=3, critic_len=None, action=None, **flags):
+    """Two episodes: A succeeds at steps 3, 4 and 5 of 5, B at step 2 of 4 only; no two actions are alike."""
     args = script.Args(**TOY | dict(chunk_len=chunk_len, critic_len=critic_len or chunk_len, gamma=0.5) | flags)
-    action = np.arange(11, dtype=np.float32)[:, None] / 100 * np.array([1, -1, 1], np.float32)
+    moving = np.arange(11, dtype=np.float32)[:, None] / 100 * np.array([1, -1, 1], np.float32)
+    action = moving if action is None else action
     success = np.array([0, 0, 1, 1, 1, 0, 0, 1, 0, 0, 0], bool)
     obs = {"proprio": np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)}
     demos = script.Demos(obs, action, np.array([5, 4]), np.array([3, 2]), "toy", success)
@@ -62,8 +63,23 @@ def test_prefixes_with_reward_upsampling():
     still = [0, 0, box[4, 2]]  # what was recorded after the episode's end fills its last chunks, then stillness
     np.testing.assert_allclose(batch.chunk[2].view(3, 3), [box[3], box[4], still])
     assert {k: v.tolist() for k, v in data.rows.items()} == {
-        "clone": [0, 1, 2, 3, 4], "train": [0, 1, 2, 3], "held": [6, 7, 8],
+        "clone": [0, 1, 2, 3, 4], "actor": [0, 1, 2, 3], "critic": [0, 1, 2, 3], "held": [6, 7, 8],
     }  # fmt: skip
+
+
+def test_standing_still_after_the_success_is_for_the_critics():
+    """A keeps still from step 3 to 5, its first success being step 3; B from its start, and succeeds at step 2 of 4."""
+    action = np.arange(11, dtype=np.float32)[:, None] / 100 * np.array([1, -1, 1], np.float32)
+    action[2:5] = [0, 0, action[1, 2]]
+    action[6:10] = [0, 0, 0.06]
+    data = toy(upsample_steps=2, holdout=0.0, action=action)[3]
+    assert {k: v.tolist() for k, v in data.rows.items()} == {
+        "clone": [0, 1, 2, 6, 7], "actor": [0, 1, 2, 6, 7], "critic": [0, 1, 2, 3, 4, 6, 7, 8, 9], "held": [],
+    }  # fmt: skip
+    data = toy(upsample_steps=2, holdout=0.0, action=action, imitate_hold=True)[3]
+    assert data.rows["clone"].tolist() == data.rows["actor"].tolist() == data.rows["critic"].tolist()
+    action[8] = [0, 0, 0.02]  # the gripper moves
+    assert toy(upsample_steps=2, holdout=0.0, action=action)[3].rows["clone"].tolist() == [0, 1, 2, 6, 7, 8, 9]
 
 
 def test_success_that_lasts_is_worth_the_same_all_along():
@@ -85,7 +101,7 @@ def test_prefixes_without_upsampling_and_the_literal_target():
     assert batch.reward.tolist() == [[0, 0, 0.25], [1, 1, 1], [0, 0.5, 0.5], [1, 1, 1]]
     assert batch.bootstrap.tolist() == [[0.5, 0.25, 0], [0, 0, 0], [0.5, 0, 0], [0, 0, 0]]
     assert batch.mc_return.tolist() == [0.25, 1, 0.5, 1] and batch.valid.all()
-    assert data.rows["train"].tolist() == [0, 1, 2, 6, 7] and len(data.rows["held"]) == 0
+    assert data.rows["critic"].tolist() == [0, 1, 2, 6, 7] and len(data.rows["held"]) == 0
     literal = toy(upsample_steps=0, holdout=0.0, target="literal")[3].gather(torch.tensor([0, 2, 6, 7]))
     assert literal.reward.tolist() == [[0.25], [1], [0.5], [1]] and literal.bootstrap.tolist() == [[0]] * 4
     assert literal.valid.shape == (4, 3) and literal.next_feature[..., 0].tolist() == [[3], [3], [8], [8]]
@@ -179,7 +195,7 @@ def test_the_critic_learns_returns_and_the_actor_follows_it():
     args, _, agent, data = toy(upsample_steps=1, holdout=0.0, cql_alpha=0.0, return_mix=1.0, bc_weight=0.0)
     data.data["feature"] = torch.randn(11, agent.feature_dim, generator=torch.Generator().manual_seed(1))
     optimizer, g = torch.optim.Adam(agent.critic.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
-    rows = torch.cat([data.rows["train"]] * 2)
+    rows = torch.cat([data.rows["critic"]] * 2)
     for _ in range(150):
         logs = script.update_critic(agent, optimizer, data.gather(rows), args, g)
     batch = data.gather(rows)
@@ -198,7 +214,7 @@ def test_the_critic_learns_returns_and_the_actor_follows_it():
 def test_imitation_holds_the_actor_to_the_data():
     args, _, agent, data = toy(upsample_steps=1, holdout=0.0, q_weight=0.0)
     data.data["feature"] = torch.randn(11, agent.feature_dim, generator=torch.Generator().manual_seed(1))
-    optimizer, batch = torch.optim.Adam(agent.actor.parameters(), lr=3e-3), data.gather(data.rows["train"])
+    optimizer, batch = torch.optim.Adam(agent.actor.parameters(), lr=3e-3), data.gather(data.rows["critic"])
     for _ in range(150):
         logs = script.update_actor(agent, optimizer, batch, args)
     assert logs["losses/bc"] < 0.01 and logs["losses/actor"] == logs["losses/bc"]

@@ -10,7 +10,7 @@ for seed in 1 2 3; do
   python co_rft_chunked.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --spawn fixed --eval-elsewhere --seed $seed --runs runs/benchmark --run-name corft-pick-state-fixed-$seed
   python co_rft_chunked.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --critic-len 1 --seed $seed --runs runs/benchmark --run-name corft-pick-state-single-$seed
   python co_rft_chunked.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --upsample-steps 0 --seed $seed --runs runs/benchmark --run-name corft-pick-state-plain-reward-$seed
-  python co_rft_chunked.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --no-lasting --seed $seed --runs runs/benchmark --run-name corft-pick-state-counted-$seed
+  python co_rft_chunked.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --imitate-hold --seed $seed --runs runs/benchmark --run-name corft-pick-state-hold-$seed
   python co_rft_chunked.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --no-calibrate --seed $seed --runs runs/benchmark --run-name corft-pick-state-no-calibrate-$seed
   # StackCube
   python co_rft_chunked.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --eval-elsewhere --seed $seed --runs runs/benchmark --run-name corft-stack-state-$seed
