@@ -520,31 +520,57 @@ class Oracle(gym.Wrapper):
         return np.append(delta_pose_to_pd_ee_delta(arm, delta, positions), gripper).astype(np.float32)
 
     def plan(self, state: dict) -> list | None:
-        """Hand poses and gripper commands that solve the task from `state`, or None."""
-        self.state = state
+        """Hand poses and gripper commands that solve the task from `state`, or None.
+
+        ManiSkill's solutions begin by opening the hand, whatever it holds. What it holds now it keeps until the solution
+        has closed it, and then goes straight to where a stretch of one gripper command ends, the last one that will do.
+        """
+        self.state, agent = state, self.real.envs[0].unwrapped.agent
+        self.held = any(bool(agent.is_grasping(actor)) for actor in agent.scene.actors.values())
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the planner reports each path it doesn't find
                 self.solve(self, seed=self.seed, debug=False, vis=False)
-                for _ in range(10):  # things may have to settle
-                    self.step(self.last)
+                self.settle()
+            return None
         except Solved:
-            return self.aims
+            plan, moves = self.aims, np.stack(self.moves)
         except Exception:  # the solutions raise all sorts where no plan exists
             return None
+        for end in [len(moves) - 1, *np.flatnonzero(np.diff(moves[:, -1]))[::-1]] if self.held else []:
+            self.reset(seed=self.seed)
+            joints = self.unwrapped.agent.robot.get_qpos()[0].numpy()[: moves.shape[1] - 1]
+            n = int(np.abs(moves[end, :-1] - joints).max() / np.abs(np.diff(moves[:, :-1], axis=0)).max()) + 1
+            line = np.linspace(joints, moves[end, :-1], n + 1)[1:]  # no faster than the plan
+            try:
+                for move in [*np.column_stack([line, [moves[end, -1]] * n]), *moves[end + 1 :]]:
+                    self.step(move)
+                self.settle()
+            except Solved:
+                return self.aims
+        return plan
+
+    def settle(self) -> None:
+        """Things may have to come to rest."""
+        for _ in range(10):
+            self.step(self.last)
 
     def reset(self, *, seed=None, options=None):
         result, here = self.env.reset(seed=seed), self.unwrapped
         here.set_state_dict(self.state)
         here.agent.controller.reset()
-        self.aims, self.model = [], here.agent.robot.create_pinocchio_model()
+        self.aims, self.moves, self.model = [], [], here.agent.robot.create_pinocchio_model()
+        self.keep = self.held
         return result
 
     def step(self, action):
+        self.keep &= action[-1] > 0  # until the solution closes the hand itself
+        action = np.append(action[:-1], -1) if self.keep else action
         self.last, robot = action, self.unwrapped.agent.robot
         result = self.env.step(action)
         joints = robot.get_qpos()[0].numpy().copy()
         joints[: len(action) - 1] = action[:-1]
         self.model.compute_forward_kinematics(joints)
+        self.moves.append(action)
         self.aims.append((robot.pose.sp * self.model.get_link_pose(self.unwrapped.agent.tcp.index), action[-1]))
         if result[4]["success"].item():
             raise Solved

@@ -307,6 +307,33 @@ def test_an_oracle_without_a_plan_leaves_the_episode_alone(oracle):
     assert [oracle.act(t) for t in range(6)] == [None] * 6 and oracle.operator.failed == 1
 
 
+@pytest.mark.parametrize(
+    "env_id, cube, high, openings", [("PickCube-v1", "cube", 0.06, 0), ("StackCube-v1", "cubeA", 0.1, 1)]
+)
+def test_the_planner_goes_on_with_what_the_hand_holds(env_id, cube, high, openings):
+    """ManiSkill's solution would drop the lifted cube and fetch it again; a plan from here takes it to the goal."""
+    args = script.Args(env_id=env_id, obs_mode="state", device="cpu", intervention="oracle", takeover_after=0)
+    script.validate(args)
+    env = script.make_env(args, 1)
+    operator, base = script.Oracle(env, args, lambda a: a.clip(-1, 1), 0), env.envs[0].unwrapped
+    env.reset(seed=[0])
+
+    def follow(done) -> tuple[np.ndarray, int]:
+        """Gripper commands of a new plan, and the steps it was followed until done(success)."""
+        operator.start(0)
+        for t in range(90):
+            success = env.step(operator(t, None)[None])[1][0] > 0
+            if done(success):
+                return np.array([gripper for _, gripper in operator.path]), t + 1
+        raise AssertionError("it never gets there")
+
+    whole, lifted = follow(lambda success: getattr(base, cube).pose.p[0, 2] > high)
+    rest, solved = follow(lambda success: success)
+    env.close()
+    assert whole[0] == 1 and rest[0] == -1 and (np.diff(rest) > 0).sum() == openings
+    assert lifted + solved <= len(whole) + 5 and len(rest) < len(whole) / 2
+
+
 @pytest.fixture(scope="module")
 def helped(place, tmp_path_factory):
     """A real run of a policy that knows nothing, in which the planner takes over at step 5 of every episode."""
