@@ -526,17 +526,21 @@ class Oracle(gym.Wrapper):
         has closed it, and then goes straight to where a stretch of one gripper command ends, the last one that will do.
         """
         self.state, agent = state, self.real.envs[0].unwrapped.agent
-        self.held = any(bool(agent.is_grasping(actor)) for actor in agent.scene.actors.values())
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the planner reports each path it doesn't find
-                self.solve(self, seed=self.seed, debug=False, vis=False)
-                self.settle()
-            return None
-        except Solved:
-            plan, moves = self.aims, np.stack(self.moves)
-        except Exception:  # the solutions raise all sorts where no plan exists
-            return None
-        for end in [len(moves) - 1, *np.flatnonzero(np.diff(moves[:, -1]))[::-1]] if self.held else []:
+        held = any(bool(agent.is_grasping(actor)) for actor in agent.scene.actors.values())
+        for self.held in [True, False] if held else [False]:
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):  # the planner reports each path it doesn't find
+                    self.solve(self, seed=self.seed, debug=False, vis=False)
+                    self.settle()
+            except Solved:
+                return self.shortest(self.aims, np.stack(self.moves)) if self.held else self.aims
+            except Exception:  # the solutions raise all sorts where no plan exists
+                continue
+        return None
+
+    def shortest(self, plan: list, moves: np.ndarray) -> list:
+        """`plan`, or without its beginning; moves [T, A] are its joint targets and gripper commands."""
+        for end in [len(moves) - 1, *np.flatnonzero(np.diff(moves[:, -1]))[::-1]]:
             self.reset(seed=self.seed)
             joints = self.unwrapped.agent.robot.get_qpos()[0].numpy()[: moves.shape[1] - 1]
             n = int(np.abs(moves[end, :-1] - joints).max() / np.abs(np.diff(moves[:, :-1], axis=0)).max()) + 1
