@@ -540,11 +540,12 @@ class Oracle(gym.Wrapper):
 
     def shortest(self, plan: list, moves: np.ndarray) -> list:
         """`plan`, or without its beginning; moves [T, A] are its joint targets and gripper commands."""
+        speed = np.abs(np.diff(moves[:, :-1], axis=0)).max(initial=0.02)  # rad per step, the plan's own
         for end in [len(moves) - 1, *np.flatnonzero(np.diff(moves[:, -1]))[::-1]]:
             self.reset(seed=self.seed)
             joints = self.unwrapped.agent.robot.get_qpos()[0].numpy()[: moves.shape[1] - 1]
-            n = int(np.abs(moves[end, :-1] - joints).max() / np.abs(np.diff(moves[:, :-1], axis=0)).max()) + 1
-            line = np.linspace(joints, moves[end, :-1], n + 1)[1:]  # no faster than the plan
+            n = int(np.abs(moves[end, :-1] - joints).max() / speed) + 1
+            line = np.linspace(joints, moves[end, :-1], n + 1)[1:]
             try:
                 for move in [*np.column_stack([line, [moves[end, -1]] * n]), *moves[end + 1 :]]:
                     self.step(move)

@@ -329,6 +329,7 @@ def test_the_planner_goes_on_with_what_the_hand_holds(env_id, cube, high, openin
 
     whole, lifted = follow(lambda success: getattr(base, cube).pose.p[0, 2] > high)
     rest, solved = follow(lambda success: success)
+    assert follow(lambda success: success)[1] == 1  # a plan of one step, the cube being where it should
     env.close()
     assert whole[0] == 1 and rest[0] == -1 and (np.diff(rest) > 0).sum() == openings
     assert lifted + solved <= len(whole) + 5 and len(rest) < len(whole) / 2
