@@ -296,7 +296,8 @@ def plot_operator(rows: list[Row], data: Data):
         "intervention/rate": "steps of the operator",
     }  # fmt: skip
     helped = [row for row in rows if any(data.series(row, seed, "intervention/rate")[2].any() for seed in data.of(row))]
-    alone = [row for row in rows if row.label == "ConRFT (no HIL)" and row.env_id in {row.env_id for row in helped}]
+    same = {re.sub(r" --(intervention|takeover-\w+) \S+", "", row.command) for row in helped}  # but for the operator
+    alone = [row for row in rows if row.command in same]
     if not helped:
         return None
     tasks, style = tasks_of(helped), styles([*alone, *helped])
