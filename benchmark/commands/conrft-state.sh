@@ -12,7 +12,6 @@ for seed in 1 2 3; do
   python bc.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --seed $seed --runs runs/benchmark --run-name bc-pick-state-50-$seed
   python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 5000 --seed $seed --runs runs/benchmark --run-name conrft-pick-state-$seed
   python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 5000 --intervention oracle --seed $seed --runs runs/benchmark --run-name conrft-pick-state-oracle-$seed
-  python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 5000 --intervention oracle --cql-weight-online 0.02 --seed $seed --runs runs/benchmark --run-name conrft-pick-state-oracle-cql-$seed
   python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 0 --fresh-head --seed $seed --runs runs/benchmark --run-name calconrft-pick-state-$seed
   python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-pick-state-$seed
   python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 5000 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --bc-weight-online 0 --cql-weight-online 0.02 --seed $seed --runs runs/benchmark --run-name calql-pick-state-online-$seed
@@ -23,7 +22,6 @@ for seed in 1 2 3; do
   # PickCube from 20 demonstrations, as few as in the paper
   python bc.py --env-id PickCube-v1 --obs-mode state --num-demos 20 --seed $seed --runs runs/benchmark --run-name bc-pick-state-20-$seed
   python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 20 --sft-checkpoint runs/benchmark/bc-pick-state-20-$seed --online-steps 5000 --cql-weight-online 0.02 --seed $seed --runs runs/benchmark --run-name conrft-pick-state-20-cql-$seed
-  python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 20 --sft-checkpoint runs/benchmark/bc-pick-state-20-$seed --online-steps 5000 --intervention oracle --cql-weight-online 0.02 --seed $seed --runs runs/benchmark --run-name conrft-pick-state-20-oracle-cql-$seed
   # PickCube from 30 demonstrations; the planner takes over early, while there is time left
   python bc.py --env-id PickCube-v1 --obs-mode state --num-demos 30 --seed $seed --runs runs/benchmark --run-name bc-pick-state-30-$seed
   python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 30 --sft-checkpoint runs/benchmark/bc-pick-state-30-$seed --online-steps 10000 --cql-weight-online 0.02 --seed $seed --runs runs/benchmark --run-name conrft-pick-state-30-cql-$seed
