@@ -32,8 +32,8 @@ Where the default differs from the paper (--preset paper: without 4, 6, 8 and --
     that reach past a termination are trained, and target critics move at every critic step (TD3: with the actor)
   6 a tenth of the demonstrations is held out, to see and to select against over-training
   7 proprio has no velocities, and is noisy in updates beside a camera (--proprio-noise)
-  8 reward upsampling: the standing still at the end is for the critics (--imitate-hold: the actor's too, which learns
-    to stop just short of success); the last success counts for ever (--lasting), or standing there loses value
+  8 reward upsampling: the standing still at the end is for the critics (--imitate-hold: the actor's too, which may
+    learn to stop just short of success); the last success counts for ever (--lasting), or standing there loses value
 Measured: docs/co_rft.md (CPU)
 """
 
