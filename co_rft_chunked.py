@@ -32,8 +32,8 @@ Where the default differs from the paper (--preset paper: without 4, 6, 8 and --
     that reach past a termination are trained, and target critics move at every critic step (TD3: with the actor)
   6 a tenth of the demonstrations is held out, to see and to select against over-training
   7 proprio has no velocities, and is noisy in updates beside a camera (--proprio-noise)
-  8 reward upsampling: the standing still at the end is for the critics (--imitate-hold: the actor's too, which may
-    learn to stop just short of success); the last success counts for ever (--lasting), or standing there loses value
+  8 reward upsampling: the standing still at the end is for the critics, as an actor may learn from it to stop just
+    short of success (--actor-until); the last success counts for ever (--lasting), or standing there loses value
 Measured: docs/co_rft.md (CPU)
 """
 
@@ -107,7 +107,7 @@ class Args:
     spawn: Literal["random", "fixed", "ood"] = "random"  # where objects start: task's rectangle, one place, outside it
     upsample_steps: int = 8  # reward upsampling: control steps recorded, and rewarded, after the first success
     lasting: bool = True  # the last of them counts as success for ever (1 in all); --no-lasting: each is worth 1
-    imitate_hold: bool = False  # the actor learns from standing still after success, too; else it's for the critics
+    actor_until: Literal["success", "rest", "end"] = "rest"  # its decisions end before success, at rest after it, never
     holdout: float = 0.1  # share of the demonstrations kept out of training, for val/* and --select
 
     # --- model ---
@@ -166,7 +166,7 @@ class Args:
 PAPER = dict(
     bc_weight=0.0, q_normalize=False, cql_alpha=0.1, return_mix=0.0, holdout=0.0, num_demos=30, tau=0.005, gamma=0.99,
     batch_size=256, sft_lr=3e-4, critic_first=0, actor_lr=3e-4, offline_updates=20_000, lasting=False,
-    imitate_hold=True,
+    actor_until="end",
 )  # fmt: skip
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
@@ -529,7 +529,8 @@ class ChunkData:
     last one by 1, what going on like that would earn, so that success is worth 1 all along. An episode that ends in
     success is terminated, any other one is truncated. A prefix that reaches past a termination is worth what was earned
     before, so that bootstrap values, which are whole chunks', are trained up to the end; one that reaches past a
-    truncation has no target. The actor's decisions end where the arm does (`imitate_hold`: where the recording does).
+    truncation has no target. `actor_until`: the actor's decisions end with the one that succeeds, the last that moves
+    or the last recorded.
     """
 
     def __init__(self, demos: Demos, agent: Agent, args: Args):
@@ -550,17 +551,17 @@ class ChunkData:
                 mc_return[t] = reward[t] + args.gamma * (mc_return[t + 1] if t + 1 < end else 0)
         row, episode = np.arange(M), np.repeat(np.arange(len(ends)), demos.lengths + 1)
         per_row = dict(last=ends[episode], final=final[episode], terminated=terminated[episode])
-        still = ends.copy()  # where nothing but standing still is left, after the success
-        for i, success in enumerate(starts + demos.steps):
-            while still[i] > success and (action[still[i] - 1] == agent.hold_action(action[still[i] - 2])).all():
-                still[i] -= 1
-        moves = row < (ends if args.imitate_hold else still)[episode]
-        arrays = per_row | dict(action=action, reward=reward, mc_return=mc_return, moves=moves)
+        success, rest = starts + demos.steps, ends.copy()  # from `rest` on, the arm stands still after the success
+        for i in range(len(ends)):
+            while rest[i] > success[i] and (action[rest[i] - 1] == agent.hold_action(action[rest[i] - 2])).all():
+                rest[i] -= 1
+        shown = row < dict(success=success, rest=rest, end=ends)[args.actor_until][episode]
+        arrays = per_row | dict(action=action, reward=reward, mc_return=mc_return, shown=shown)
         self.data = {k: torch.from_numpy(v) for k, v in arrays.items()}
         self.H, self.K, self.gamma, self.literal = agent.H, args.critic_len, args.gamma, args.target == "literal"
         held = episode >= len(ends) - math.ceil(args.holdout * len(ends))
         counts = row < final[episode]
-        kinds = dict(clone=moves & ~held, actor=moves & counts & ~held, critic=counts & ~held, held=counts & held)
+        kinds = dict(clone=shown & ~held, actor=shown & counts & ~held, critic=counts & ~held, held=counts & held)
         self.rows = {k: torch.from_numpy(np.flatnonzero(v)) for k, v in kinds.items()}  # rows that chunks start from
 
     def draw(self, kind: str, size: int, generator: torch.Generator) -> Tensor:
@@ -1117,7 +1118,7 @@ class Run:
             chunk = agent.actor(batch.feature)
             q = agent.critic(batch.feature, torch.stack([batch.chunk, chunk], 1))  # [2, B, 2, K]
             error = q[:, :, 0] - batch_target(agent, batch, args, 0.0, torch.Generator(args.device))
-            bc = ((chunk - batch.chunk) / agent.actor.unit).square().mean(-1)[self.chunks.data["moves"][rows]]
+            bc = ((chunk - batch.chunk) / agent.actor.unit).square().mean(-1)[self.chunks.data["shown"][rows]]
             found.append([error.square().mean(0), batch.valid, *q.mean(0)[..., -1].unbind(1), batch.mc_return, bc])
         error, valid, q_data, q_policy, mc_return, bc = (torch.cat(x) for x in zip(*found))
         gap, correlation = q_data - mc_return, torch.corrcoef(torch.stack([q_data, mc_return]))[0, 1]

@@ -76,10 +76,15 @@ def test_standing_still_after_the_success_is_for_the_critics():
     assert {k: v.tolist() for k, v in data.rows.items()} == {
         "clone": [0, 1, 2, 6, 7], "actor": [0, 1, 2, 6, 7], "critic": [0, 1, 2, 3, 4, 6, 7, 8, 9], "held": [],
     }  # fmt: skip
-    data = toy(upsample_steps=2, holdout=0.0, action=action, imitate_hold=True)[3]
+    data = toy(upsample_steps=2, holdout=0.0, action=action, actor_until="end")[3]
     assert data.rows["clone"].tolist() == data.rows["actor"].tolist() == data.rows["critic"].tolist()
+    data = toy(upsample_steps=2, holdout=0.0, action=action, actor_until="success")[3]
+    assert data.rows["clone"].tolist() == data.rows["actor"].tolist() == [0, 1, 2, 6, 7]
+    assert data.rows["critic"].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
     action[8] = [0, 0, 0.02]  # the gripper moves
-    assert toy(upsample_steps=2, holdout=0.0, action=action)[3].rows["clone"].tolist() == [0, 1, 2, 6, 7, 8, 9]
+    for until, rows in {"rest": [0, 1, 2, 6, 7, 8, 9], "success": [0, 1, 2, 6, 7]}.items():
+        data = toy(upsample_steps=2, holdout=0.0, action=action, actor_until=until)[3]
+        assert data.rows["clone"].tolist() == data.rows["actor"].tolist() == rows
 
 
 def test_success_that_lasts_is_worth_the_same_all_along():

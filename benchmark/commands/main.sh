@@ -11,7 +11,7 @@ for seed in 1 2 3; do
   python force_octo.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --seed $seed --runs runs/benchmark --run-name force-push-state-$seed
   python force_octo.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --no-warmup --seed $seed --runs runs/benchmark --run-name force-push-state-no-warmup-$seed
   python force_octo.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --no-vgpd --seed $seed --runs runs/benchmark --run-name force-push-state-no-vgpd-$seed
-  python co_rft_chunked.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --eval-elsewhere --seed $seed --runs runs/benchmark --run-name corft-push-state-$seed
+  python co_rft_chunked.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --actor-until success --eval-elsewhere --seed $seed --runs runs/benchmark --run-name corft-push-state-$seed
   # PullCube
   python bc.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --seed $seed --runs runs/benchmark --run-name bc-pull-state-50-$seed
   python conrft.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-pull-state-$seed
@@ -19,7 +19,7 @@ for seed in 1 2 3; do
   python force_octo.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --seed $seed --runs runs/benchmark --run-name force-pull-state-$seed
   python force_octo.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --no-warmup --seed $seed --runs runs/benchmark --run-name force-pull-state-no-warmup-$seed
   python force_octo.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --no-vgpd --seed $seed --runs runs/benchmark --run-name force-pull-state-no-vgpd-$seed
-  python co_rft_chunked.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --seed $seed --runs runs/benchmark --run-name corft-pull-state-$seed
+  python co_rft_chunked.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --actor-until success --seed $seed --runs runs/benchmark --run-name corft-pull-state-$seed
   # PickCube
   python bc.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --seed $seed --runs runs/benchmark --run-name bc-pick-state-50-$seed
   python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-pick-state-$seed
