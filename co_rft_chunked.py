@@ -25,7 +25,8 @@ Where the default differs from the paper (--preset paper: without 4, 6, 8 and --
   1 backbone: Octo instead of RoboVLMs with Kosmos-2 and its history head; frozen in stage 2, so that an observation is
     embedded once (the paper trains everything)
   2 Eq. (6) read as an i-step target for prefix i (--target literal: one H-step target for all)
-  3 Eq. (8)'s expectation over the policy: its chunk and noisy copies of it, in units of the actions' spread
+  3 Eq. (8)'s expectation over the policy: its chunk and noisy copies of it; noise and Eq. (7)'s error in units of the
+    actions' spread (a quarter of the action box at most), the box being that of the demonstrations (--action-range)
   4 the actor keeps imitating (--bc-weight), its Q loss is divided by the mean |Q|, and it starts after the critics
     (--critic-first), at a rate of its own (--actor-lr)
   5 part of the critic's target is the Monte-Carlo return (--return-mix); targets stay within possible returns, prefixes
@@ -200,11 +201,17 @@ def validate(args: Args) -> None:
     if args.sft_checkpoint:
         args.sft_updates = 0
         if not (args.resume or args.eval_only):
-            check_origin(args, Path(args.sft_checkpoint))
+            held = ["holdout", "num_demos", "demo_path"] if args.holdout else []  # else it knows what is held out here
+            also = {name: getattr(args, name) for name in held}
+            check_origin(args, Path(args.sft_checkpoint), head="mse-chunk", **also)
 
 
-def check_origin(args: Args, folder: Path) -> None:
-    """A run of bc.py can only start a run on the same task, seen and controlled alike. Raises: UserError."""
+# --- shared: origin ---
+def check_origin(args: Args, folder: Path, **also) -> None:
+    """A run of bc.py can only start one on the same task, seen and controlled alike; `also`: its other flags.
+
+    Raises: UserError.
+    """
     try:
         config = json.loads((folder / "config.json").read_text())
         script, have = config["script"], {"cameras": "primary"} | config["args"]
@@ -213,11 +220,13 @@ def check_origin(args: Args, folder: Path) -> None:
     if script != "bc.py":
         raise UserError(f"--sft-checkpoint {folder} is a run of {script}, not of bc.py")
     names = "env_id robot_uids obs_mode cameras image_size backbone control_mode control_freq chunk_len".split()
-    names += ["holdout", "num_demos", "demo_path"] if args.holdout else []  # else it knows what is held out here
-    for name, want in [*((n, getattr(args, n)) for n in names), ("head", "mse-chunk")]:
+    for name, want in ({name: getattr(args, name) for name in names} | also).items():
         if have.get(name) != want:
-            have = f"--{name.replace('_', '-')} {have.get(name)}"
-            raise UserError(f"--sft-checkpoint {folder} was trained with {have}, not {want}")
+            flag = f"--{name.replace('_', '-')} {have.get(name)}"
+            raise UserError(f"--sft-checkpoint {folder} was trained with {flag}, not {want}")
+
+
+# --- end shared ---
 
 
 # --- shared: tasks ---
@@ -518,7 +527,8 @@ class Batch:
     reward: Tensor  # [B, K'] sum over j < i of gamma^j * r_{t+j}
     bootstrap: Tensor  # [B, K'] gamma^i, or 0 if the episode terminated by t + i (not: was truncated)
     next_feature: Tensor  # [B, K', F] at t + i, or where the episode ends before
-    mc_return: Tensor  # [B] discounted return from t on
+    mc_return: Tensor  # [B] discounted return from t on; of a truncated episode a lower bound of it
+    terminated: Tensor  # [B] whether the episode ends in success
 
 
 class ChunkData:
@@ -585,6 +595,7 @@ class ChunkData:
         batch = dict(
             feature=d["feature"][t], chunk=self.chunk(t), valid=(within | terminated).float(), reward=reward[:, which],
             bootstrap=bootstrap[:, which], next_feature=d["feature"][reached[:, which]], mc_return=d["mc_return"][t],
+            terminated=terminated[:, 0],
         )  # fmt: skip
         return Batch(**{k: x.to(device) for k, x in batch.items()})
 
@@ -714,13 +725,14 @@ def mse_loss(predicted: Tensor, chunk: Tensor, unit: Tensor) -> Tensor:
 def td_target(batch: Batch, next_q: Tensor, return_mix: float, highest: float) -> Tensor:
     """y_i = sum over j < i of gamma^j r_{t+j} + gamma^i * min_k Q'_k(s_{t+i}, a'), kept within the returns that exist.
 
-    return_mix > 0 moves that share of the target to the Monte-Carlo return, which TD would need thousands of updates
-    to carry back through an episode.
+    return_mix > 0 moves that share of the target to the Monte-Carlo return, where the episode has one (it terminates):
+    TD would need thousands of updates to carry it back through the episode.
     Shapes: next_q [2, B, K'] -> [B, K'].
     Source: Eqs. (3) and (5); the bootstrap value is the whole chunk's (the paper is silent); return_mix: ours.
     """
     target = batch.reward + batch.bootstrap * next_q.min(0).values
-    return torch.lerp(target, batch.mc_return[:, None].expand_as(target), return_mix).clamp(0, highest)
+    share = return_mix * batch.terminated[:, None]
+    return torch.lerp(target, batch.mc_return[:, None].expand_as(target), share.expand_as(target)).clamp(0, highest)
 
 
 def td_loss(q: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -1231,7 +1243,7 @@ def train_offline(run: Run, logger: Logger) -> None:
                 logger.log(values := run.held_out(), 0, count["update_step"])
                 bar.set_description(f"[2/2] CO-RFT | held-out TD error {values['val/td_error']:.3f}", refresh=False)
                 if moves and values["val/td_error"] < run.best["td_error"]:
-                    run.best = {"td_error": values["val/td_error"].item(), "update": step}
+                    run.best = {"td_error": values["val/td_error"].item(), "update": count["update_step"]}
                     agent.selected.load_state_dict(agent.actor.state_dict())
             if args.eval_freq and moves and step % args.eval_freq == 0 and step < total:
                 run.evaluate(logger, "last")

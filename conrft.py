@@ -23,11 +23,12 @@ Where the default differs from the paper (--preset paper: without 1-2; --preset 
   1 position control, chunks of 4 actions with chunked TD, reward 0/1, four critics, more demonstrations (300; paper: 20
     to 30), and smaller budgets (PAPER)
   2 the head of stage 0 is kept (--fresh-head: stage I starts with a new one, as with a released VLA)
-  3 the critic reads the frozen backbone's embedding and proprio (--critic-encoder cnn or resnet: images)
+  3 the critic reads the frozen backbone's embedding and proprio (--critic-encoder cnn or resnet: the table camera)
   4 truncated episodes bootstrap, and TD targets stay within possible returns (--truncation terminal: as in the code)
   5 BC is the code's weighted squared error, in units of the actions' spread; the paper writes a plain distance
   6 actor and learner take turns, an episode and --utd-ratio updates per step of it; the paper runs them side by side
   7 proprio has no velocities, and is noisy in updates beside a camera (--proprio-noise)
+  8 actions stay within 1.5 times the demonstrations' largest (--action-range), random ones of the conservative term too
 The code against the paper (--preset code): alpha 0.1 against 0.02 (0.01 with half a TD error), no Q loss offline, BC
 weight 0.1 against 0.5 online, random actions bounded by the return too, time limits terminal. In neither of them, and
 off: --q-scale mean-abs, --onestep-mse, --bc-demo-only, --cql-weight-online.
@@ -213,7 +214,7 @@ def validate(args: Args) -> None:
     if args.sft_checkpoint:
         args.sft_updates = 0
         if not (args.resume or args.eval_only):
-            check_origin(args, Path(args.sft_checkpoint))
+            check_origin(args, Path(args.sft_checkpoint), head="consistency")
 
 
 def optional(module: str):
@@ -226,8 +227,11 @@ def optional(module: str):
 
 
 # --- shared: origin ---
-def check_origin(args: Args, folder: Path) -> None:
-    """A run of bc.py can only start a run on the same task, seen and controlled alike. Raises: UserError."""
+def check_origin(args: Args, folder: Path, **also) -> None:
+    """A run of bc.py can only start one on the same task, seen and controlled alike; `also`: its other flags.
+
+    Raises: UserError.
+    """
     try:
         config = json.loads((folder / "config.json").read_text())
         script, have = config["script"], {"cameras": "primary"} | config["args"]
@@ -235,10 +239,11 @@ def check_origin(args: Args, folder: Path) -> None:
         raise UserError(f"--sft-checkpoint {folder} is no run folder of bc.py ({error})") from error
     if script != "bc.py":
         raise UserError(f"--sft-checkpoint {folder} is a run of {script}, not of bc.py")
-    for name in "env_id robot_uids obs_mode cameras image_size backbone control_mode control_freq chunk_len".split():
-        if have.get(name) != getattr(args, name):
-            want, flag = getattr(args, name), name.replace("_", "-")
-            raise UserError(f"--sft-checkpoint {folder} was trained with --{flag} {have.get(name)}, not {want}")
+    names = "env_id robot_uids obs_mode cameras image_size backbone control_mode control_freq chunk_len".split()
+    for name, want in ({name: getattr(args, name) for name in names} | also).items():
+        if have.get(name) != want:
+            flag = f"--{name.replace('_', '-')} {have.get(name)}"
+            raise UserError(f"--sft-checkpoint {folder} was trained with {flag}, not {want}")
 
 
 # --- end shared ---
@@ -484,7 +489,7 @@ class Oracle(gym.Wrapper):
         self.latest = slowest if args.takeover_after is None else args.takeover_after
 
     def start(self, seed: int) -> None:
-        self.seed, self.path, self.past, self.failed, self.limit = seed, None, [], 0, self.latest
+        self.seed, self.path, self.begin, self.past, self.failed, self.limit = seed, None, None, [], 0, self.latest
 
     def __call__(self, t: int, action: np.ndarray) -> np.ndarray | None:
         """The operator's action at step t, or None to let the policy act."""
@@ -495,9 +500,9 @@ class Oracle(gym.Wrapper):
         if self.path and self.at > len(self.path) + 10:  # done, and the task isn't: plan again
             self.path = None
         if self.path is None and not self.failed:
-            if t < self.limit and not stalled(np.stack(self.past), args.patience, args.progress):
+            if self.begin is None and t < self.limit and not stalled(np.stack(self.past), args.patience, args.progress):
                 return None
-            self.path, self.at, self.begin = self.plan(state), 0, t
+            self.path, self.at, self.begin = self.plan(state), 0, t if self.begin is None else self.begin
             self.failed += self.path is None
         if self.path is None:
             return None
@@ -506,7 +511,7 @@ class Oracle(gym.Wrapper):
         action = self.clip(wanted)
         self.at += np.abs(action - wanted).max() < 0.01  # waits for a hand that is behind
         if t + 1 - self.begin == args.takeover_steps:
-            self.path, self.past, self.limit = None, [], max(self.limit, t + args.patience)
+            self.path, self.begin, self.past, self.limit = None, None, [], max(self.limit, t + args.patience)
         return action
 
     @staticmethod
@@ -612,6 +617,7 @@ class Device:
 
     def start(self, seed: int) -> None:
         self.gripper, self.down, self.failed = None, False, 0
+        self.pg.event.clear([self.pg.KEYDOWN, self.pg.JOYBUTTONDOWN])  # of before: updates and evaluations take minutes
 
     def read(self) -> tuple[np.ndarray, bool, bool]:
         """Motion [3] in [-1, 1] (forward, left, up as the robot sees it), gripper toggled, hold button down."""
@@ -958,7 +964,8 @@ class Agent(TaskPolicy):
         if args.critic_encoder == "resnet":
             net = optional("torchvision").models.resnet18()
             try:
-                net.load_state_dict(load_file(args.critic_weights))
+                if not (args.resume or args.eval_only):  # else the checkpoint has them
+                    net.load_state_dict(load_file(args.critic_weights))
             except Exception as error:  # the readers raise all sorts
                 raise UserError(
                     f"--critic-weights {args.critic_weights}: no ResNet-18 weights in .safetensors ({error})"
@@ -1393,8 +1400,9 @@ class Run:
                 episode.action[taken] = self.agent.normalise(own[taken])
                 old, row = self.demo.starts, self.demo.rows
                 self.add_episode(self.demo, episode, images)
-                new = self.demo.starts[len(old) :]
-                self.demo.starts = torch.cat([old, new[torch.from_numpy(taken)[new - row]]])  # only what was intervened
+                new = self.demo.starts[len(old) :]  # of these, the chunks that are all the operator's
+                own_chunk = [taken[t : t + args.chunk_len].all() for t in (new - row).tolist()]
+                self.demo.starts = torch.cat([old, new[torch.tensor(own_chunk)]])
                 if args.record_demos and episode.success.any():
                     self.recorded.append((first, torch.from_numpy(own)))
             self.add_episode(self.replay, episode, images)
@@ -1587,7 +1595,7 @@ def train_online(run: Run, logger: Logger) -> None:
     done = count["global_step"] - count["online_start"]
     with run.bar("[2/2] HIL-ConRFT", args.online_steps, done) as bar:
         while done < args.online_steps:
-            before, start = done, time.time()
+            before, start, saved = done, time.time(), count["stage_update"] // args.checkpoint_freq
             steps = run.collect()
             done, collected = before + steps, time.time()
             bar.update(steps)
@@ -1606,6 +1614,8 @@ def train_online(run: Run, logger: Logger) -> None:
             bar.set_postfix(train=f"{success:.2f}", length=f"{length:.0f}", intervened=f"{rate:.2f}")
             if done // args.eval_freq > before // args.eval_freq and done < args.online_steps:
                 run.evaluate(logger, args.eval_episodes)
+                run.save()
+            elif count["stage_update"] // args.checkpoint_freq > saved:
                 run.save()
 
 

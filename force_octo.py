@@ -205,14 +205,17 @@ def validate(args: Args) -> None:
     if args.sft_checkpoint:
         args.sft_updates = 0
         if not (args.resume or args.eval_only):
-            check_origin(args, Path(args.sft_checkpoint))
+            check_origin(args, Path(args.sft_checkpoint), head="consistency")
     if args.select == "best-of-k" and args.K < 2:
         raise UserError(f"--select best-of-k needs --K of at least 2, got {args.K}")
 
 
 # --- shared: origin ---
-def check_origin(args: Args, folder: Path) -> None:
-    """A run of bc.py can only start a run on the same task, seen and controlled alike. Raises: UserError."""
+def check_origin(args: Args, folder: Path, **also) -> None:
+    """A run of bc.py can only start one on the same task, seen and controlled alike; `also`: its other flags.
+
+    Raises: UserError.
+    """
     try:
         config = json.loads((folder / "config.json").read_text())
         script, have = config["script"], {"cameras": "primary"} | config["args"]
@@ -220,10 +223,11 @@ def check_origin(args: Args, folder: Path) -> None:
         raise UserError(f"--sft-checkpoint {folder} is no run folder of bc.py ({error})") from error
     if script != "bc.py":
         raise UserError(f"--sft-checkpoint {folder} is a run of {script}, not of bc.py")
-    for name in "env_id robot_uids obs_mode cameras image_size backbone control_mode control_freq chunk_len".split():
-        if have.get(name) != getattr(args, name):
-            want, flag = getattr(args, name), name.replace("_", "-")
-            raise UserError(f"--sft-checkpoint {folder} was trained with --{flag} {have.get(name)}, not {want}")
+    names = "env_id robot_uids obs_mode cameras image_size backbone control_mode control_freq chunk_len".split()
+    for name, want in ({name: getattr(args, name) for name in names} | also).items():
+        if have.get(name) != want:
+            flag = f"--{name.replace('_', '-')} {have.get(name)}"
+            raise UserError(f"--sft-checkpoint {folder} was trained with {flag}, not {want}")
 
 
 # --- end shared ---
@@ -1312,7 +1316,7 @@ def train_online(run: Run, logger: Logger) -> None:
     done = count["global_step"] - count["online_start"]
     with run.bar("online VGPD", args.online_steps, done) as bar:
         while done < args.online_steps:
-            before, start = done, time.time()
+            before, start, saved = done, time.time(), count["stage_update"] // args.checkpoint_freq
             steps = run.collect()
             done, collected = before + steps, time.time()
             bar.update(steps)
@@ -1331,6 +1335,8 @@ def train_online(run: Run, logger: Logger) -> None:
             if done // args.eval_freq > before // args.eval_freq and done < args.online_steps:
                 run.evaluate(logger, args.eval_episodes)
                 bar.set_description(f"[3/3] online VGPD | success {run.evals[-1]['eval/success_once']:.2f}")
+                run.save()
+            elif count["stage_update"] // args.checkpoint_freq > saved:
                 run.save()
 
 

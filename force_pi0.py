@@ -1356,7 +1356,7 @@ def train_online(run: Run, logger: Logger) -> None:
     done = count["global_step"] - count["online_start"]
     with run.bar("online VGPD", args.online_steps, done) as bar:
         while done < args.online_steps:
-            before, start = done, time.time()
+            before, start, saved = done, time.time(), count["stage_update"] // args.checkpoint_freq
             steps = run.collect()
             done, collected = before + steps, time.time()
             bar.update(steps)
@@ -1375,6 +1375,8 @@ def train_online(run: Run, logger: Logger) -> None:
             if done // args.eval_freq > before // args.eval_freq and done < args.online_steps:
                 run.evaluate(logger, args.eval_episodes)
                 bar.set_description(f"[4/4] online VGPD | success {run.evals[-1]['eval/success_once']:.2f}")
+                run.save()
+            elif count["stage_update"] // args.checkpoint_freq > saved:
                 run.save()
 
 

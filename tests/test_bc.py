@@ -221,7 +221,8 @@ def test_reinforcement_learning_starts_from_a_run(place, tmp_path):
         force_octo.validate(dataclasses.replace(args, cameras="both"))
     mse = script.main(tiny_args(place, tmp_path, run_name="mse", head="mse-chunk"))
     bad = {
-        "another task or network": [dict(sft_checkpoint=str(mse)), dict(hidden_dim=32)],
+        "another task or network": [dict(hidden_dim=32)],
+        "was trained with --head mse-chunk, not consistency": [dict(sft_checkpoint=str(mse))],
         "is no run folder": [dict(sft_checkpoint=str(tmp_path / "no"))],
         "was trained with --control-freq 10, not 20": [dict(control_freq=20)],  # the same shapes
         "was trained with --env-id PushCube-v1, not PullCube-v1": [dict(env_id="PullCube-v1")],

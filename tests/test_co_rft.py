@@ -58,6 +58,7 @@ def test_prefixes_with_reward_upsampling():
     assert batch.next_feature[..., 0].tolist() == [[1, 2, 3], [3, 4, 4], [4, 4, 4], [7, 8, 9], [9, 9, 9]]
     assert batch.valid.tolist() == [[1, 1, 1]] * 4 + [[1, 0, 0]]
     assert batch.mc_return.tolist() == [0.375, 1.5, 1, 0.5, 0]
+    assert batch.terminated.tolist() == [True, True, True, False, False]
     assert batch.feature[:, 0].tolist() == rows.tolist()
     box = agent.normalise(demos.action)
     still = [0, 0, box[4, 2]]  # what was recorded after the episode's end fills its last chunks, then stillness
@@ -180,10 +181,13 @@ def test_noise_on_actions():
 
 def test_losses():
     assert script.mse_loss(torch.tensor([[1.0, 0]]), torch.tensor([[0.0, 3]]), torch.tensor([2.0, 1])) == (0.25 + 9) / 2
-    batch = script.Batch(*[None] * 3, torch.tensor([[0.0, 1]]), torch.tensor([[0.5, 0.25]]), None, torch.tensor([3.0]))
+    reward, bootstrap, terminated = torch.tensor([[0.0, 1]]), torch.tensor([[0.5, 0.25]]), torch.tensor([True])
+    batch = script.Batch(*[None] * 3, reward, bootstrap, None, torch.tensor([3.0]), terminated)
     next_q = torch.tensor([[[4.0, 8]], [[6.0, -2]]])
     assert script.td_target(batch, next_q, 0.0, 9).tolist() == [[2, 0.5]]  # 0 + 0.5 * 4, 1 + 0.25 * -2
     assert script.td_target(batch, next_q, 0.5, 2.0).tolist() == [[2, 1.75]]  # (2 + 3) / 2 is cut, (0.5 + 3) / 2
+    batch.terminated = torch.tensor([False])  # what came after a truncation isn't known: 3 isn't its return
+    assert script.td_target(batch, next_q, 0.5, 9).tolist() == [[2, 0.5]]
     q, valid = torch.tensor([[[1.0, 2]], [[3.0, 4]]]), torch.tensor([[1.0, 0]])
     assert script.td_loss(q, torch.tensor([[0.0, 9]]), valid) == (1 + 9) / 2
     assert script.td_loss(q, torch.tensor([[1.0]]), torch.ones(1, 2)) == (0 + 1 + 4 + 9) / 4
@@ -205,7 +209,8 @@ def test_the_critic_learns_returns_and_the_actor_follows_it():
         logs = script.update_critic(agent, optimizer, data.gather(rows), args, g)
     batch = data.gather(rows)
     q = agent.critic(batch.feature, batch.chunk[:, None])[:, :, 0]
-    assert ((q - batch.mc_return[:, None]).abs() * batch.valid).max() < 0.1 and logs["losses/td"] < 0.01
+    known = batch.valid * batch.terminated[:, None]  # a truncated episode has no return to be held to
+    assert ((q - batch.mc_return[:, None]).abs() * known).max() < 0.1 and logs["losses/td"] < 0.01
     distance = [(a - b).abs().max().item() for a, b in zip(agent.critic.parameters(), agent.target_critic.parameters())]
     assert 0 < max(distance)
     before, critic = agent.critic(batch.feature, agent.actor(batch.feature)[:, None], num=1).mean().item(), q.clone()
@@ -377,10 +382,8 @@ def test_metrics_and_summary(whole):
         ("sft", "last"), ("offline", "last"), ("offline", "td-error"),
     ]  # fmt: skip
     assert summary["success_interval"][0] <= summary["success_once"] <= summary["success_interval"][1]
-    assert summary["success_per_selection"].keys() == {"sft", "last", "td-error"} and summary["selected_update"] in (
-        2,
-        4,
-    )
+    assert summary["success_per_selection"].keys() == {"sft", "last", "td-error"}
+    assert summary["selected_update"] in (7, 9)  # five of stage 1, and two or four
     config = json.loads((whole[0] / "config.json").read_text())
     assert config["script"] == "co_rft_chunked.py" and config["args"]["eval_spawn"] == "random"
 

@@ -219,20 +219,20 @@ class FakeEnv:
 
 def test_interventions_go_to_both_buffers(tmp_path):
     run = toy_run(tmp_path, record_demos="x.h5", intervention="oracle")
-    own = {t: run.agent.clip(np.full(4, 0.1 * t, np.float32)) for t in (2, 3, 5)}
+    own = {t: run.agent.clip(np.full(4, 0.1 * t, np.float32)) for t in (0, 1, 2, 3, 5)}
     env = FakeEnv()
     run.watched = script.WatchedEnv(env, Script(own))
     starts, replayed, demo_rows = len(run.demo.starts), run.replay.rows, run.demo.rows
     assert run.collect() == 7
-    assert (run.demo.starts[starts:] - demo_rows).tolist() == [2, 3, 5]  # only what was intervened
+    assert (run.demo.starts[starts:] - demo_rows).tolist() == [0, 1]  # chunks of three that are all the operator's
     assert (run.replay.starts - replayed).tolist() == list(range(7))  # all of the episode
     for buffer, first in ((run.demo, demo_rows), (run.replay, replayed)):
         for t, action in own.items():
             np.testing.assert_array_equal(env.actions[t], action)
             stored = buffer.data["action"][first + t].numpy()
             np.testing.assert_allclose(run.agent.denormalise(stored), action, atol=1e-6)
-    assert run.recent == [(1.0, 7, 3 / 7, 2)]  # two onsets
-    assert run.count["interventions"] == 2 and run.count["intervention_steps"] == 3
+    assert run.recent == [(1.0, 7, 5 / 7, 2)]  # two onsets
+    assert run.count["interventions"] == 2 and run.count["intervention_steps"] == 5
     ((seed, actions),) = run.recorded
     assert seed == run.watched.operator.seed and np.array_equal(actions.numpy(), np.stack(env.actions))
     run.watched = script.WatchedEnv(FakeEnv(), Script({}))
@@ -298,6 +298,24 @@ def test_the_oracle_takes_over_after_a_time_and_gives_back(oracle):
         oracle.cube[0, 1] += 0.06  # it isn't stalled
         own.append(oracle.act(t) is not None)
     assert own == [False, False, True, True, False, False, True, True, False, False]  # patience between the tries
+
+
+def test_the_oracle_acts_on_when_a_plan_did_not_do(oracle):
+    """Ten steps past a plan's end it plans again, with the time and the hand moving as they are."""
+    oracle.plans += [[(np.zeros(3), 1.0)], [(np.zeros(3), -1.0)] * 9]
+    own = []
+    for t in range(20):
+        oracle.cube[0, 1] += 0.06 * (t > 3)  # stalled until step 3, long before the time of `latest`
+        own.append(oracle.act(t))
+    assert [a is not None for a in own] == [False] * 3 + [True] * 17 and own[-1][3] == -1
+    oracle.operator.args.takeover_steps = 15  # counted from the take-over, not from the second plan
+    oracle.operator.start(7)
+    oracle.plans += [[(np.zeros(3), 1.0)], [(np.zeros(3), 1.0)] * 9]
+    own = []
+    for t in range(20):
+        oracle.cube[0, 1] += 0.06 * (t > 3)
+        own.append(oracle.act(t) is not None)
+    assert own == [False] * 3 + [True] * 15 + [False] * 2
 
 
 def test_an_oracle_without_a_plan_leaves_the_episode_alone(oracle):
@@ -415,7 +433,10 @@ def devices(monkeypatch):
     pygame = SimpleNamespace(
         init=lambda: None, QUIT=1, KEYDOWN=2, JOYBUTTONDOWN=3, K_SPACE="space", K_LSHIFT="shift",
         **{f"K_{k}": k for k in "wasdrf"}, key=SimpleNamespace(get_pressed=lambda: now.keys),
-        event=SimpleNamespace(get=lambda: [now.events.pop(0) for _ in range(len(now.events))]),
+        event=SimpleNamespace(
+            get=lambda: [now.events.pop(0) for _ in range(len(now.events))],
+            clear=lambda kinds: now.events.__setitem__(slice(None), [e for e in now.events if e.type not in kinds]),
+        ),
         joystick=SimpleNamespace(get_count=lambda: now.sticks, Joystick=lambda i: stick),
         display=SimpleNamespace(set_mode=lambda size: SimpleNamespace(blit=lambda *_: None), flip=lambda: None),
         time=SimpleNamespace(Clock=lambda: SimpleNamespace(tick=now.paces.append)),
@@ -439,6 +460,15 @@ def device(kind, actions=4):
     operator = script.Device(env, script.Args(intervention=kind, device_speed=0.5), lambda a: a)
     operator.start(0)
     return lambda gripper=1.0: operator(0, np.append(np.full(actions - 1, 0.7), gripper).astype(np.float32))
+
+
+def test_keys_pressed_before_an_episode_do_not_count(devices):
+    """Such as during an evaluation. A window that was closed meanwhile does."""
+    devices.events = [SimpleNamespace(type=2, key="space"), SimpleNamespace(type=3, button=0)]
+    assert device("keyboard")() is None and device("gamepad")() is None
+    devices.events = [SimpleNamespace(type=1)]
+    with pytest.raises(KeyboardInterrupt):
+        device("keyboard")()
 
 
 def test_keyboard(devices):
@@ -556,6 +586,9 @@ def test_a_frozen_resnet(tmp_path, monkeypatch):
     torch.save(net.state_dict(), tmp_path / "net.safetensors")  # a pickle under that name is not opened
     with pytest.raises(script.UserError, match="no ResNet-18 weights"):
         toy_run(tmp_path, toy_demos(images=True), **flags)
+    trunk = run.agent.trunk.state_dict()
+    run = toy_run(tmp_path, toy_demos(images=True), eval_only="a run", **flags)  # has them in its checkpoint
+    assert run.agent.trunk.state_dict().keys() == trunk.keys()
 
 
 # --- flags and runs ---

@@ -1,8 +1,11 @@
 """Short runs of the whole script on real ManiSkill: what learns, what is logged, and what nothing may disturb."""
 
+import contextlib
 import csv
+import importlib
 import json
 import re
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -238,6 +241,28 @@ def test_summary_numbers():
     assert script.summarise(run)["online_env_steps_at_80"] is None  # nothing after it confirms 85 %
     run.evals = run.evals[:3]
     assert script.summarise(run)["online_env_steps_at_80"] is None and script.summarise(run)["largest_drop"] == 0
+
+
+@pytest.mark.parametrize("name", ["force_octo", "force_pi0", "conrft"])
+def test_online_checkpoints_do_not_wait_for_an_evaluation(name):
+    """Nine episodes of six steps and three updates each; a checkpoint at the end of one that passes a fourth update."""
+    script, saved = importlib.import_module(name), []
+    count = dict(stage_update=0, update_step=0, global_step=0, online_start=0, due=0.0, planner_failures=0)
+    bar = SimpleNamespace(update=lambda n: None, set_postfix=lambda **_: None)
+
+    def collect():
+        count["global_step"] += 6
+        time.sleep(1e-3)
+        return 6
+
+    run = SimpleNamespace(
+        args=script.Args(online_steps=50, utd_ratio=0.5, eval_freq=1000, checkpoint_freq=4), count=count,
+        bar=lambda *_: contextlib.nullcontext(bar), collect=collect, update=lambda *_: {},
+        tick=lambda *_: count.update(stage_update=count["stage_update"] + 1), recent=[(0.0,) * (4 if name == "conrft" else 2)],
+        policy=SimpleNamespace(rows=0), replay=SimpleNamespace(rows=0), save=lambda: saved.append(count["stage_update"]),
+    )  # fmt: skip
+    script.train_online(run, SimpleNamespace(log=lambda *_: None))
+    assert count["stage_update"] == 27 and saved == [6, 9, 12, 18, 21, 24]
 
 
 # --- what must not change a run ---
