@@ -562,7 +562,7 @@ class Oracle(gym.Wrapper):
     def settle(self) -> None:
         """Things may have to come to rest."""
         for _ in range(10):
-            self.step(self.last)
+            self.step(self.moves[-1])
 
     def reset(self, *, seed=None, options=None):
         result, here = self.env.reset(seed=seed), self.unwrapped
@@ -575,8 +575,7 @@ class Oracle(gym.Wrapper):
     def step(self, action):
         self.keep &= action[-1] > 0  # until the solution closes the hand itself
         action = np.append(action[:-1], -1) if self.keep else action
-        self.last, robot = action, self.unwrapped.agent.robot
-        result = self.env.step(action)
+        robot, result = self.unwrapped.agent.robot, self.env.step(action)
         joints = robot.get_qpos()[0].numpy().copy()
         joints[: len(action) - 1] = action[:-1]
         self.model.compute_forward_kinematics(joints)
@@ -1661,10 +1660,8 @@ def begin(args: Args) -> Run:
         operator = None if args.intervention == "none" else type(run.watched.operator).__name__  # a device likewise
         folder.mkdir(parents=True, exist_ok=True)
         config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "demonstrations": demos.source}
-        config |= {"operator": operator}
-        write_json(
-            folder / "config.json", config | {"weights": args.sft_checkpoint or run.agent.weights} | provenance()
-        )
+        config |= {"operator": operator, "weights": args.sft_checkpoint or run.agent.weights}
+        write_json(folder / "config.json", config | provenance())
     run.seconds.setdefault("demonstrations", time.time() - started)
     return run
 
