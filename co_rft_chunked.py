@@ -108,7 +108,7 @@ class Args:
     spawn: Literal["random", "fixed", "ood"] = "random"  # where objects start: task's rectangle, one place, outside it
     upsample_steps: int = 8  # reward upsampling: control steps recorded, and rewarded, after the first success
     lasting: bool = True  # the last of them counts as success for ever (1 in all); --no-lasting: each is worth 1
-    actor_until: Literal["success", "rest", "end"] = "rest"  # its decisions end before success, at rest after it, never
+    actor_until: Literal["success", "rest", "end"] = "rest"  # its decisions end at success, at rest after it, or never
     holdout: float = 0.1  # share of the demonstrations kept out of training, for val/* and --select
 
     # --- model ---

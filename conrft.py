@@ -1401,7 +1401,7 @@ class Run:
                 self.add_episode(self.demo, episode, images)
                 new = self.demo.starts[len(old) :]  # of these, the chunks that are all the operator's
                 own_chunk = [taken[t : t + args.chunk_len].all() for t in (new - row).tolist()]
-                self.demo.starts = torch.cat([old, new[torch.tensor(own_chunk)]])
+                self.demo.starts = torch.cat([old, new[torch.tensor(own_chunk, dtype=torch.bool)]])
                 if args.record_demos and episode.success.any():
                     self.recorded.append((first, torch.from_numpy(own)))
             self.add_episode(self.replay, episode, images)

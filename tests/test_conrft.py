@@ -239,6 +239,8 @@ def test_interventions_go_to_both_buffers(tmp_path):
     starts = len(run.demo.starts)
     run.collect()
     assert len(run.demo.starts) == starts and len(run.recorded) == 1 and run.recent[-1][2:] == (0.0, 0)
+    run.watched, run.args.max_episode_steps = script.WatchedEnv(FakeEnv(), Script(own)), 2
+    assert run.collect() == 2 and len(run.demo.starts) == starts  # cut off before its first chunk ends
     run.count["stage"] = "online"
     assert run.batch()[2].tolist() == [True] * 4 + [False] * 4
 
