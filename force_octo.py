@@ -1035,7 +1035,10 @@ def load_config(cls, folder: Path):
         config = json.loads((folder / "config.json").read_text())
         if config["script"] != Path(__file__).name:
             raise UserError(f"{folder} is a run of {config['script']}, not of {Path(__file__).name}")
-        return cls(**{"cameras": "primary"} | config["args"])  # runs from before --cameras had one
+        flags = {"cameras": "primary"} | config["args"]  # runs from before --cameras had one
+        if gone := sorted(flags.keys() - {f.name for f in dataclasses.fields(cls)}):
+            raise UserError(f"{folder} was begun by a version with {gone[0]}: go on with that one, see config.json")
+        return cls(**flags)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no run folder of {Path(__file__).name} (config.json: {error})") from error
 

@@ -223,7 +223,10 @@ DAMAGE = {
     "half a config": (lambda r: cut(r / "config.json"), "no run folder"),
     "config of something else": (lambda r: (r / "config.json").write_text("[1]"), "no run folder"),
     "another script": (lambda r: change_config(r, lambda c: c.update(script="bc.py")), r"bc\.py"),
-    "unknown flag": (lambda r: change_config(r, lambda c: c["args"].update(speed=9)), "no run folder.*speed"),
+    "unknown flag": (
+        lambda r: change_config(r, lambda c: c["args"].update(speed=9)),
+        "by a version with speed: go on with that one",
+    ),
     "no checkpoint": (lambda r: shutil.rmtree(r / "checkpoints"), "no readable checkpoint"),
     "no latest": (lambda r: (r / "checkpoints/latest").unlink(), "no readable checkpoint"),
     "latest points nowhere": (lambda r: (r / "checkpoints/latest").write_text("x"), "no readable checkpoint"),
