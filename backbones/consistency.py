@@ -10,7 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-SIGMA_MIN, SIGMA_MAX, SIGMA_DATA, RHO, NUM_SIGMAS = 0.002, 80.0, 0.5, 7.0, 40  # ConRFT, as EDM
+from backbones.units import SIGMA_DATA
+
+SIGMA_MIN, SIGMA_MAX, RHO, NUM_SIGMAS = 0.002, 80.0, 7.0, 40  # ConRFT, as EDM
 
 
 def karras_sigmas() -> Tensor:

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.consistency import SIGMA_DATA
 from backbones.octo import PRESETS, Octo, load_octo
-from backbones.units import Units
+from backbones.units import SIGMA_DATA, Units
 
 
 class OctoPolicy(Units):
@@ -18,7 +17,7 @@ class OctoPolicy(Units):
 
     def __init__(
         self, preset: str, checkpoint: str | None, resumed: bool, obs: dict[str, np.ndarray], action: np.ndarray,
-        chunk_len: int, relative: bool, action_range: float, instruction: str,
+        chunk_len: int, relative: bool, instruction: str,
     ):  # fmt: skip
         """A policy for what demonstrations look like, with the instruction of the task.
 
@@ -27,11 +26,10 @@ class OctoPolicy(Units):
         obs, action          of the demonstrations: "proprio" [N, P], cameras [N, H, H, 3]; [M, A] in controller units
         chunk_len            H, actions per decision
         relative             the controller takes differences, within [-1, 1]
-        action_range         the action box as a multiple of the largest demonstrated action, per dimension
 
         Raises: OctoError, one line, if the weights or the tokenizer can't be had.
         """
-        super().__init__(obs["proprio"], action, relative, action_range)
+        super().__init__(obs["proprio"], action, relative)
         self.H, self.instruction = chunk_len, instruction
         images = tuple((k, v.shape[1]) for k, v in obs.items() if k != "proprio")
         # Privileged state goes through the transformer; beside a camera, proprio goes to the heads only, as in Octo 1.5.
@@ -69,3 +67,17 @@ class OctoPolicy(Units):
         images = {k: np.stack([step[k] for step in steps], 1) for k in seen[0] if k != "proprio"}
         real = np.broadcast_to(np.arange(self.window) >= missing, (len(seen[0]["proprio"]), self.window))
         return {"proprio": seen[-1]["proprio"], "real": real.copy()} | images
+
+
+def random_shift(obs: dict[str, Tensor], generator: torch.Generator, pad: int = 4) -> dict[str, Tensor]:
+    """Shift each sample's W images by up to `pad` pixels, edges repeated. Shapes: cameras [B, W, H, H, 3] -> same."""
+    return {name: shift(value, generator, pad) if value.dim() == 5 else value for name, value in obs.items()}
+
+
+def shift(image: Tensor, generator: torch.Generator, pad: int) -> Tensor:
+    B, W, side = image.shape[:3]
+    offset = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator)
+    rows, cols = (torch.arange(side) + offset).clamp(0, side - 1).to(image.device)[:, :, None]  # [B, 1, H] each
+    sample = torch.arange(B, device=image.device)[:, None, None, None]
+    step = torch.arange(W, device=image.device)[:, None, None]
+    return image[sample, step, rows[..., None], cols[:, :, None]]

@@ -6,24 +6,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+SIGMA_DATA = 0.5  # standard deviation of actions in the units of the heads, as EDM and ConRFT assume it
+ACTION_RANGE = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
 
-def action_box(action: np.ndarray, relative: bool, action_range: float) -> tuple[np.ndarray, np.ndarray]:
+
+def action_box(action: np.ndarray, relative: bool) -> tuple[np.ndarray, np.ndarray]:
     """Centre and half the side, [A] each, of the box around demonstrated actions [M, A] that a policy acts within.
 
-    It is `action_range` times as large as what was demonstrated; that of a relative controller has its centre at 0.
+    It is ACTION_RANGE times as large as what was demonstrated; that of a relative controller has its centre at 0.
     """
     centre = np.zeros(action.shape[1]) if relative else (action.max(0) + action.min(0)) / 2
-    return centre, np.maximum(action_range * np.abs(action - centre).max(0), 1e-3)
+    return centre, np.maximum(ACTION_RANGE * np.abs(action - centre).max(0), 1e-3)
 
 
 class Units(nn.Module):
     """Actions in a box [-1, 1], proprio in standard deviations; both from demonstrations, and kept in the state_dict."""
 
-    def __init__(self, proprio: np.ndarray, action: np.ndarray, relative: bool, action_range: float):
+    def __init__(self, proprio: np.ndarray, action: np.ndarray, relative: bool):
         """Proprio [N, P] and actions [M, A] of demonstrations; `relative`: an action of zeros keeps the robot still."""
         super().__init__()
         self.relative, self.proprio_dim, self.action_dim = relative, proprio.shape[1], action.shape[1]
-        centre, scale = action_box(action, relative, action_range)
+        centre, scale = action_box(action, relative)
         units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians
         for name, value in (units | dict(action_centre=centre, action_scale=scale)).items():
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))

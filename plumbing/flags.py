@@ -1,0 +1,121 @@
+"""Flags that every script has, checks of flags, and the end of a program that the user can put right."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import tyro
+
+THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
+
+
+@dataclass
+class RunArgs:
+    """The flags of a run that have nothing to do with its algorithm."""
+
+    env_id: str = "StackCube-v1"  # ManiSkill task
+    seed: int = 1  # seed of networks, batches, exploration and training episodes
+    runs: str = "runs"  # folder for runs
+    run_name: str | None = None  # name of the run's folder; default: task, script, observation mode, seed and time
+    resume: str | None = None  # run folder to go on with; all other flags are taken from its config.json
+    eval_only: str | None = None  # run folder to evaluate, without training; takes --eval-episodes too
+    track: bool = False  # log to Weights & Biases too (works offline)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks live
+    torch_threads: int = 0  # CPU threads; 0: one, but OMP_NUM_THREADS or all cores (up to 8) for stage 0 with a camera
+    demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
+    demo_dir: str = "demos"  # cache for demonstrations
+    num_demos: int = 300  # demonstrations to make or to use
+    skip_idle: float = 0.0  # leave out their first steps in which the arm moves less (actions reach 1); 0: none
+    eval_episodes: int = 100  # episodes of an evaluation
+    video_episodes: int = 4  # episodes filmed after training (0 = none)
+    log_freq: int = 100  # updates between logged rows
+    checkpoint_freq: int = 1000  # updates between checkpoints (also written at the end of each stage and evaluation)
+
+
+COMMON_LIMITS = {
+    "at least 1": (lambda x: x >= 1, "num_envs num_demos eval_episodes log_freq checkpoint_freq"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "skip_idle"),
+    "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
+}
+
+
+def check_flags(args, limits: dict) -> None:
+    """Check all numbers, and fill in what depends on the task or the machine. Raises: UserError.
+
+    `limits` holds {what a number must be: (test, flags)} beside COMMON_LIMITS; other numbers must be at least 0.
+    """
+    import mani_skill.envs  # noqa: F401  registers the tasks
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    from plumbing.tasks import TASKS, Task
+
+    if args.env_id not in REGISTERED_ENVS:
+        known = ", ".join(TASKS)
+        raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {known}")
+    rules = {}
+    for table in (COMMON_LIMITS, limits):
+        for meaning, (test, names) in table.items():
+            rules.update((name, (meaning, test)) for name in names.split())
+    for name, value in vars(args).items():
+        meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
+        if isinstance(value, int | float) and not test(value):
+            raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
+    if args.max_episode_steps is None:
+        seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
+        args.max_episode_steps = round(seconds * args.control_freq)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
+        raise UserError("no CUDA device found: use --device cpu --sim-backend physx_cpu")
+
+
+def fill(cls, tables: dict[str, dict], **explicit):
+    """cls with its defaults, what the tables say for the values chosen, and explicit flags, which always win.
+
+    tables   {"flag": {its value: {other flag: default}}}, or {"flag flag": {(value, value): ...}}; later ones win
+    """
+    args = cls(**explicit)
+    for flags, table in tables.items():
+        values = tuple(getattr(args, flag) for flag in flags.split())
+        args = replace(args, **table.get(values if len(values) > 1 else values[0], {}))
+    return replace(args, **explicit)
+
+
+def parse_flags(cls, doc: str, tables: dict[str, dict], argv: list[str] | None = None):
+    """The command line over the defaults that `fill` finds for the task, observation mode and preset given there."""
+    given = tyro.cli(cls, args=argv, description=doc)
+    defaults = fill(cls, tables, **{flag: getattr(given, flag) for flags in tables for flag in flags.split()})
+    return tyro.cli(cls, args=argv, description=doc, default=defaults)
+
+
+def run_script(main, args) -> None:
+    """Call main(args); what the user can put right ends the program with one line and exit code 2."""
+    try:
+        main(args)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full; free space, then start again or --resume RUN_DIR ({error})", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_octo(args) -> None:
+    """Check the flags of the backbone. Raises: UserError."""
+    released = args.backbone != "octo-compact"
+    if released != bool(args.checkpoint):
+        raise UserError("--backbone octo-small or octo-base and --checkpoint FOLDER or hf://owner/name need each other")
+    if released and args.obs_mode != "rgb":
+        raise UserError("released Octo weights need --obs-mode rgb: they know cameras only")
+    if released and args.image_size != 256:
+        raise UserError(f"released Octo weights see 256 pixels (on the hand: 128), not --image-size {args.image_size}")
