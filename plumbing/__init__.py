@@ -8,10 +8,10 @@ from plumbing.evaluation import EVAL_SEED, TRAIN_SEED, film, success_metrics
 from plumbing.flags import RunArgs, UserError, check_flags, check_octo, fill, parse_flags, run_script
 from plumbing.run import Run, load_sft_weights, stored_args, threads
 from plumbing.tasks import TASKS, Task, camera_configs, simulator_errors
-from plumbing.wrappers import ObsWrapper
+from plumbing.wrappers import SPAWN, ObsWrapper, Spawn
 
 __all__ = [
-    "EVAL_SEED", "TASKS", "TRAIN_SEED", "Demos", "ObsWrapper", "Run", "RunArgs", "Task", "UserError", "camera_configs",
-    "check_flags", "check_octo", "fill", "film", "load_demos", "load_sft_weights", "parse_flags", "run_script",
-    "simulator_errors", "stored_args", "success_metrics", "threads",
+    "EVAL_SEED", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "ObsWrapper", "Run", "RunArgs", "Spawn", "Task", "UserError",
+    "camera_configs", "check_flags", "check_octo", "fill", "film", "load_demos", "load_sft_weights", "parse_flags",
+    "run_script", "simulator_errors", "stored_args", "success_metrics", "threads",
 ]  # fmt: skip
