@@ -294,6 +294,7 @@ class ReplayBuffer:
             "last": torch.empty(0, dtype=torch.long),  # row of the episode's last observation
         }
         self.starts = torch.empty(0, dtype=torch.long)  # rows from which a chunk may be drawn
+        self.version = 0  # one more whenever earlier rows change: checkpoints write only what is new
 
     def add(
         self, feature: Tensor, action: np.ndarray, reward: np.ndarray, terminated: bool, success: bool,
@@ -840,6 +841,7 @@ def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: A
 @torch.no_grad()
 def embed_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent) -> None:
     """Each observation of the demonstrations goes through the backbone once, into the expert buffer."""
+    buffer.version += 1
     for rows in torch.arange(len(demos.action)).split(256):
         obs = demos.at(rows, agent.window)
         buffer.data["feature"][rows] = agent.feature(obs).cpu()

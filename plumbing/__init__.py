@@ -4,9 +4,10 @@ Nothing in here knows a network, a loss or a stage. A reader of an algorithm nee
 """
 
 from plumbing.demos import Demos, load_demos
+from plumbing.earlier import load_sft_weights, stored_args
 from plumbing.evaluation import EVAL_SEED, TRAIN_SEED, film, success_metrics
 from plumbing.flags import RunArgs, UserError, check_flags, check_octo, fill, parse_flags, run_script
-from plumbing.run import Run, load_sft_weights, stored_args, threads
+from plumbing.run import Run, threads
 from plumbing.tasks import TASKS, Task, camera_configs, simulator_errors
 from plumbing.wrappers import SPAWN, ObsWrapper, Spawn
 

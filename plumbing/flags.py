@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import tyro
+
+from plumbing import stop
 
 THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
 
@@ -66,7 +69,7 @@ def check_flags(args, limits: dict) -> None:
             rules.update((name, (meaning, test)) for name in names.split())
     for name, value in vars(args).items():
         meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
-        if isinstance(value, int | float) and not test(value):
+        if isinstance(value, int | float) and not (abs(value) < 1e9 and test(value)):
             raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
     if args.max_episode_steps is None:
         seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
@@ -98,16 +101,27 @@ def parse_flags(cls, doc: str, tables: dict[str, dict], argv: list[str] | None =
 
 def run_script(main, args) -> None:
     """Call main(args); what the user can put right ends the program with one line and exit code 2."""
+    stop.listen()
     try:
         main(args)
+    except stop.Stopped as end:
+        resume = f"; go on with --resume {end.folder}" if end.folder else ""
+        finish(f"{end}{resume}", 128 + end.number)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        finish(f"error: {error}", 2)
+    except (EOFError, BrokenPipeError, ConnectionError, BrokenProcessPool) as error:
+        finish(f"error: a worker process died (out of memory? numpy 2?); start again or --resume ({error!r})", 2)
+    except MemoryError as error:
+        finish(f"error: out of memory; smaller sizes or batches need less ({error})", 2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"error: the disk is full; free space, then start again or --resume RUN_DIR ({error})", file=sys.stderr)
-        sys.exit(2)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full; free space, then start again or --resume RUN_DIR" if full else "a file or folder"
+        finish(f"error: {what} ({error})", 2)
+
+
+def finish(line: str, code: int) -> None:
+    print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(code)
 
 
 def check_octo(args) -> None:

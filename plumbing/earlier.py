@@ -1,0 +1,108 @@
+"""Runs that are already there: to go on with, to evaluate, or to start from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from plumbing.flags import UserError
+from plumbing.storage import Checkpoints
+
+
+def load_weights(agent: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    """Strict load. Raises: UserError that begins with the misfits (another task, observation mode or network size)."""
+    try:
+        agent.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{source} is a checkpoint of another task or network: {str(error)[:300]}") from error
+
+
+def read_config(folder: Path) -> tuple[str, dict]:
+    """Script and flags of a run. Raises: UserError."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        script = config["script"]
+        flags = dict(config["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is no run folder (config.json: {error})") from error
+    return script, flags
+
+
+def load_config(cls, folder: Path, script: str):
+    """The flags a run was started with. Raises: UserError if `folder` isn't a run of this script."""
+    theirs, flags = read_config(folder)
+    if theirs != script:
+        raise UserError(f"{folder} is a run of {theirs}, not of {script}")
+    known = {field.name for field in dataclasses.fields(cls)}
+    for here, there, word in ((flags.keys(), known, "with"), (known, flags.keys(), "without")):
+        for name in sorted(here - there):
+            raise UserError(f"{folder} was begun by a version {word} {name}: go on with that one, see config.json")
+    return cls(**flags)
+
+
+def check_new(args) -> None:
+    """What can be found before demonstrations are made. Raises: UserError."""
+    if args.run_name is not None:
+        folder = Path(args.runs) / args.run_name
+        if not args.run_name or (folder / "config.json").exists():
+            raise UserError(f"{folder} exists: choose another --run-name, or --resume {folder}")
+    if args.track:
+        import wandb
+
+        offline = wandb.setup().settings.mode in ("offline", "disabled", "dryrun")
+        if not offline and not wandb.api.api_key:
+            raise UserError("--track needs an account: call `wandb login`, or set WANDB_MODE=offline")
+
+
+def stored_args(args, script: str, beside: str = "eval_episodes"):
+    """The flags of the run that --resume or --eval-only names, with its folder there.
+
+    --resume goes on where the run was begun; --eval-only takes --device, and the flags of `beside` that were given.
+    Raises: UserError if it isn't a run of this script, or was begun on another device or by a version with fewer flags.
+    """
+    if args.resume is None and args.eval_only is None:
+        check_new(args)
+        return args
+    if args.resume is not None and args.eval_only is not None:
+        raise UserError("--resume and --eval-only exclude each other")
+    if not (args.resume or args.eval_only):
+        raise UserError("--resume and --eval-only need a run folder, such as runs/NAME")
+    folder = Path(args.resume or args.eval_only)
+    stored = load_config(type(args), folder, Path(script).name)
+    places = dict(resume=args.resume, eval_only=args.eval_only)
+    if args.resume and args.device not in ("auto", stored.device):
+        raise UserError(f"{folder} was begun with --device {stored.device}: its losses can't go on alike on another")
+    if args.eval_only:
+        words = {word.split("=")[0] for word in sys.argv}  # a default that was asked for counts too
+        asked = [n for n in beside.split() if f"--{n}".replace("_", "-") in words]
+        asked += ["device"] + [n for n in beside.split() if getattr(args, n) != getattr(type(args), n)]
+        places |= {name: getattr(args, name) for name in asked}
+    return dataclasses.replace(stored, **places)
+
+
+def check_origin(args, folder: Path, **also) -> None:
+    """A run of bc.py can only start one on the same task, seen and controlled alike; `also`: its other flags.
+
+    Raises: UserError.
+    """
+    script, have = read_config(folder)
+    if script != "bc.py":
+        raise UserError(f"--sft-checkpoint {folder} is a run of {script}, not of bc.py")
+    names = "env_id robot_uids obs_mode cameras image_size backbone control_mode control_freq chunk_len".split()
+    for name, want in ({name: getattr(args, name) for name in names} | also).items():
+        if have.get(name) != want:
+            flag = f"--{name.replace('_', '-')} {have.get(name)}"
+            raise UserError(f"--sft-checkpoint {folder} was trained with {flag}, not {want}")
+
+
+def load_sft_weights(agent: nn.Module, args, head: str) -> None:
+    """Backbone, actor and units of a run of bc.py; not the critics. Raises: UserError."""
+    if args.resume or args.eval_only:
+        return
+    folder = Path(args.sft_checkpoint)
+    check_origin(args, folder, head=head)
+    load_weights(agent, agent.state_dict() | Checkpoints(folder).load(resume=False)[0], folder)

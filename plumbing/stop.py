@@ -1,0 +1,45 @@
+"""SIGTERM and Ctrl-C: a run ends between two updates, with a checkpoint; a second signal ends it at once."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+
+class Stopped(KeyboardInterrupt):
+    """Ends the program with exit code 128 + signal."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+        self.folder = folder  # of the run that can be gone on with
+
+
+asked = 0  # signal that came while a run can end at its next update
+can_wait = False  # a run is between its first and its last update
+folder = ""  # its folder, once that holds a checkpoint
+
+
+def listen() -> None:
+    """From now on, SIGTERM and Ctrl-C end the program as this module says."""
+    signal.signal(signal.SIGTERM, receive)
+    signal.signal(signal.SIGINT, receive)
+
+
+def receive(number: int, frame) -> None:
+    global asked
+    if asked or not can_wait:
+        raise Stopped(number)
+    asked = number
+    print("\nending after this update; once more ends at once, without a checkpoint", file=sys.stderr, flush=True)
+
+
+def follow_parent() -> None:
+    """In a worker: ends with its parent, however that ends, and leaves Ctrl-C to it (Linux)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended in between
+        os._exit(1)
