@@ -1,0 +1,81 @@
+"""Evaluation in a process beside training: a snapshot of the weights goes there, the metrics come back later."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from plumbing import stop
+from plumbing.flags import UserError
+
+
+class Evaluator:
+    """Calls a script's `evaluate(env, agent, args, whole)` there, on environments of its own; same weights, same result.
+
+    One evaluation at a time: `submit` waits for the one before. The process starts at the first one.
+    """
+
+    def __init__(self, args, make_env, evaluate, agent: nn.Module):
+        self.work = pickle.dumps((args, make_env, evaluate, agent))  # the agent's structure; weights follow
+        self.process = None
+        self.busy = False
+
+    def submit(self, weights: dict[str, Tensor], whole: bool) -> None:
+        """Start on these weights; `whole`: episodes go on to the time limit after a success."""
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.pipe, there = context.Pipe()
+            self.process = context.Process(target=serve, args=(there,))
+            self.process.start()
+            there.close()
+            self.pipe.send_bytes(self.work)
+        contiguous = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        self.pipe.send_bytes(save(contiguous))
+        self.pipe.send(whole)
+        self.busy = True
+
+    def ready(self) -> bool:
+        return self.busy and self.pipe.poll()
+
+    def result(self) -> dict[str, float]:
+        """Metrics of the evaluation that was submitted; waits for them. Raises: UserError."""
+        try:
+            result = self.pipe.recv()
+        except EOFError as error:
+            raise UserError("the process that evaluates has died (out of memory?); go on with --resume") from error
+        self.busy = False
+        if isinstance(result, str):
+            raise UserError(result)
+        return result
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.pipe.close()
+            self.process.join()
+
+
+def serve(pipe) -> None:
+    """The process: evaluates until the pipe is closed."""
+    stop.follow_parent()
+    torch.set_num_threads(1)
+    args, make_env, evaluate, agent = pickle.loads(pipe.recv_bytes())
+    env = None
+    while True:
+        try:
+            weights = load(pipe.recv_bytes())
+            whole = pipe.recv()
+        except EOFError:
+            break
+        try:
+            if env is None:
+                env = make_env(args, args.num_envs)
+            agent.load_state_dict(weights)
+            pipe.send(evaluate(env, agent, args, whole))
+        except UserError as error:
+            pipe.send(str(error))
+    if env is not None:
+        env.close()
