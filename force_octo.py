@@ -29,7 +29,6 @@ Flags, run folders, checkpoints, logs and demonstration files are in plumbing/, 
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from dataclasses import dataclass
@@ -45,27 +44,9 @@ from torch import Tensor, nn
 from backbones.octo_policy import OctoPolicy, random_shift
 from backbones.units import SIGMA_DATA
 from plumbing import (
-    EVAL_SEED,
-    TASKS,
-    TRAIN_SEED,
-    Demos,
-    ObsWrapper,
-    Run,
-    RunArgs,
-    Task,
-    UserError,
-    camera_configs,
-    check_flags,
-    check_octo,
-    film,
-    load_demos,
-    load_sft_weights,
-    parse_flags,
-    run_script,
-    simulator_errors,
-    stored_args,
-    success_metrics,
-    threads,
+    EVAL_SEED, TASKS, TRAIN_SEED, Demos, Evaluator, ObsWrapper, Run, RunArgs, Task, UserError, camera_configs,
+    check_flags, check_octo, film, lighten, load_demos, load_sft_weights, parse_flags, prepare_process, run_script,
+    simulator_errors, stored_args, success_metrics, threads,
 )  # fmt: skip
 
 
@@ -80,6 +61,7 @@ class Args(RunArgs):
     robot_uids: str = "panda"  # robot model
     cameras: Literal["primary", "both"] = "both"  # one that looks at the table, or one on panda's hand too (rgb)
     image_size: int = 64  # pixels a side (hand: half of it, from 64 on); released weights need 256
+    full_meshes: bool = False  # draw the arm with all of its triangles: three times as long without a GPU
     reward: Literal["binary", "conrft"] = "binary"  # 1 or 0 a step; ConRFT: +10 or -0.05
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
     num_envs: int = 2  # environments side by side (physx_cpu: a process each)
@@ -187,9 +169,7 @@ def validate(args: Args) -> None:
 # === Environment =====================================================================================================
 def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
     """A batch of ManiSkill environments in this process (physx_cpu: of one). Raises: UserError."""
-    torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
-    if not gc.get_freeze_count():  # ManiSkill collects garbage at every reset: spare it all that stands by now
-        gc.freeze()
+    prepare_process(args)
     on_gpu = args.sim_backend == "physx_cuda"
     with simulator_errors(args.env_id):
         env = gym.make(
@@ -208,6 +188,8 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
             max_episode_steps=1_000_000,  # `rollout` keeps the time limit
             reconfiguration_freq=0 if on_gpu else 1,  # PhysX on the CPU remembers contacts across resets
         )
+    if args.obs_mode == "rgb" and not (on_gpu or args.full_meshes):
+        env = lighten(env)
     return ObsWrapper(env)
 
 
@@ -744,52 +726,49 @@ class Episode:
     terminated: bool  # at T
 
 
-@torch.no_grad()
-def rollout(env, agent: Agent, args: Args, seeds, generator, training: bool, push=0.0, frames=None) -> list[Episode]:
+@torch.inference_mode()
+def rollout(
+    env, agent: Agent, args: Args, seeds, generator, training: bool = False, whole: bool = True, push=0.0, frames=None
+) -> list[Episode]:
     """One episode per environment, side by side; the policy is asked once a chunk.
 
-    training=True ends an episode at success or failure and keeps features; otherwise episodes run to the time limit,
-    so that success at the end can be told from success on the way. `frames` collects the first environment's video.
+    training   an episode ends at success or failure, and keeps the features of all its steps
+    whole      otherwise: it goes on to the time limit after a success, to see whether that lasts
+    frames     collects the first environment's video
     """
     N = len(seeds)
     H = agent.H
     limit = args.max_episode_steps
     every = 1 if training or agent.window > 1 else H  # replay stores each step's observation
     obs, _ = env.reset(seed=list(seeds), options={"every": every})
-    seen = [obs]  # the last observations, as many as Octo looks back at
+    observations = [obs]
     ended = np.zeros(N, dtype=bool)
     length = np.full(N, limit)
-    features = []
     actions = []
     successes = []
     for t in range(limit):
-        if t % every == 0:
-            features.append(agent.feature(agent.recent(seen)))
         if t % H == 0:
-            chunk = agent.act(features[-1], generator, push)  # [N, H, A]
-        actions.append(chunk[:, t % H])
-        action = agent.denormalise(actions[-1])
-        obs, success, _, _, info = env.step(action)
-        seen = [*seen, obs][-agent.window :]
+            feature = agent.feature(agent.recent(observations))
+            chunk = agent.act(feature, generator, push)  # [N, H, A]
+        action = chunk[:, t % H]
+        obs, success, _, _, info = env.step(agent.denormalise(action))
+        observations.append(obs)
+        actions.append(action)
         successes.append(success > 0)
         if frames is not None:
             frames.append(env.call("render")[0])
-        if training:
-            length[info["ended"] & ~ended] = t + 1
-            ended |= info["ended"]
-            if ended.all():
-                break
-    if training:
-        features.append(agent.feature(agent.recent(seen)))
-        feature = torch.stack(features, 1).cpu()  # [N, T+1, F]
-    else:
-        feature = torch.empty(N, 0)
+        over = info["ended"] if training else successes[-1] & (not whole)
+        length[over & ~ended] = t + 1
+        ended |= over
+        if ended.all():
+            break
+    features = agent.features(observations).cpu() if training else torch.empty(N, 0)  # [N, T+1, F]
     action = np.stack(actions, 1)  # [N, T, A]
     success = np.stack(successes, 1)  # [N, T]
     episodes = []
     for i, T in enumerate(length):
         episode = Episode(
-            feature=feature[i, : T + 1],
+            feature=features[i, : T + 1],
             action=action[i, :T],
             success=success[i, :T],
             terminated=bool(ended[i]),
@@ -798,21 +777,21 @@ def rollout(env, agent: Agent, args: Args, seeds, generator, training: bool, pus
     return episodes
 
 
-def evaluate(env, agent: Agent, args: Args) -> dict[str, float]:
+def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, float]:
     """Success over the fixed evaluation episodes: the same initial states and policy noise every time.
 
     It leaves torch's global generator and those of training alone, so training doesn't depend on when it is called.
     """
-    generator = torch.Generator(args.device).manual_seed(0)
+    generator = torch.Generator(args.device)
     success = []
     with torch.random.fork_rng(devices=[]):
         for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
+            generator.manual_seed(first)
             seeds = range(first, first + args.num_envs)
-            episodes = rollout(env, agent, args, seeds, generator, training=False)
+            episodes = rollout(env, agent, args, seeds, generator, whole=whole)
             success += [episode.success for episode in episodes]
     reward = reward_of(args)
-    success = np.stack(success[: args.eval_episodes])
-    return success_metrics(success, reward.fail, reward.success)
+    return success_metrics(success[: args.eval_episodes], args.max_episode_steps, reward.fail, reward.success)
 
 
 def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, stay: int = 0) -> None:
@@ -917,7 +896,9 @@ def main(args: Args) -> Path:
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr)
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr)
 
-    run = Run(args, __file__, stages=("sft", "offline", "warmup", "online"), about={"weights": agent.weights})
+    stages = ("sft", "offline", "warmup", "online")
+    about = {"method": "FORCE", "weights": agent.weights}
+    run = Run(args, __file__, stages, about, Evaluator(args, make_env, evaluate, agent))
     run.keep(  # what a checkpoint holds; a resumed run loads it here
         agent, expert=expert, policy=policy, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
         sft_optimizer=sft_optimizer, averaged=averaged,
@@ -954,7 +935,7 @@ def main(args: Args) -> Path:
             agent.actor_ema.load_state_dict(agent.actor.state_dict())
             embed_demonstrations(expert, demos, agent)
         run.drop("sft_optimizer", "averaged")
-        run.evaluated(evaluate(env, agent, args))
+        run.evaluate(whole=True)
 
     # Stage 1: Cal-QL and BC on demonstrations, Eqs. (1-4)
     if run.enter("offline"):
@@ -967,7 +948,7 @@ def main(args: Args) -> Path:
             )
             run.tick(logs)
         forget(critic_optimizer, actor_optimizer)  # ConRFT starts each stage with a fresh Adam
-        run.evaluated(evaluate(env, agent, args))
+        run.evaluate(whole=True)
 
     # Stage 2: value-calibrated warm-up on the policy's own rollouts, Eqs. (1) and (5-7)
     if args.warmup and run.enter("warmup"):
@@ -987,7 +968,7 @@ def main(args: Args) -> Path:
             run.tick(logs)
         run.log(calibration(agent, policy, args))
         forget(critic_optimizer, actor_optimizer)
-        run.evaluated(evaluate(env, agent, args))
+        run.evaluate(whole=True)
 
     # Stage 3: TD, and self-distillation online, Eqs. (8-15). A simulator can't be saved in the middle of an episode:
     # whole episodes and updates take turns, and checkpoints lie between them.
@@ -1015,9 +996,9 @@ def main(args: Args) -> Path:
             run.save_if_due()
             between = run.stage_env_steps < args.online_steps
             if between and run.stage_env_steps // args.eval_freq > before // args.eval_freq:
-                run.evaluated(evaluate(env, agent, args))
+                run.evaluate()
                 run.save()
-        run.evaluated(evaluate(env, agent, args))
+        run.evaluate(whole=True)
 
     run.finish(demonstrations=demos.source, demo_steps_to_success=demos.mean_steps())
     film_policy(agent, args, run.folder)
@@ -1043,7 +1024,7 @@ def film_policy(agent: Agent, args: Args, folder: Path) -> None:
     generator = torch.Generator(args.device).manual_seed(0)
 
     def play(env, seed: int, frames: list) -> bool:
-        (episode,) = rollout(env, agent, args, [seed], generator, training=False, frames=frames)
+        (episode,) = rollout(env, agent, args, [seed], generator, frames=frames)
         return bool(episode.success.any())
 
     film(args, make_env, folder / "videos", play)

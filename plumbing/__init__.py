@@ -3,16 +3,19 @@
 Nothing in here knows a network, a loss or a stage. A reader of an algorithm needs the comments where it is called.
 """
 
+from plumbing.beside import Evaluator
 from plumbing.demos import Demos, load_demos
 from plumbing.earlier import load_sft_weights, stored_args
 from plumbing.evaluation import EVAL_SEED, TRAIN_SEED, film, success_metrics
 from plumbing.flags import RunArgs, UserError, check_flags, check_octo, fill, parse_flags, run_script
+from plumbing.meshes import lighten
 from plumbing.run import Run, threads
 from plumbing.tasks import TASKS, Task, camera_configs, simulator_errors
-from plumbing.wrappers import SPAWN, ObsWrapper, Spawn
+from plumbing.wrappers import SPAWN, ObsWrapper, Spawn, prepare_process
 
 __all__ = [
-    "EVAL_SEED", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "ObsWrapper", "Run", "RunArgs", "Spawn", "Task", "UserError",
-    "camera_configs", "check_flags", "check_octo", "fill", "film", "load_demos", "load_sft_weights", "parse_flags",
-    "run_script", "simulator_errors", "stored_args", "success_metrics", "threads",
+    "EVAL_SEED", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Run", "RunArgs", "Spawn",
+    "Task", "UserError", "camera_configs", "check_flags", "check_octo", "fill", "film", "lighten", "load_demos",
+    "load_sft_weights", "parse_flags", "prepare_process", "run_script", "simulator_errors", "stored_args",
+    "success_metrics", "threads",
 ]  # fmt: skip

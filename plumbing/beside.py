@@ -22,7 +22,6 @@ class Evaluator:
     def __init__(self, args, make_env, evaluate, agent: nn.Module):
         self.work = pickle.dumps((args, make_env, evaluate, agent))  # the agent's structure; weights follow
         self.process = None
-        self.busy = False
 
     def submit(self, weights: dict[str, Tensor], whole: bool) -> None:
         """Start on these weights; `whole`: episodes go on to the time limit after a success."""
@@ -36,10 +35,10 @@ class Evaluator:
         contiguous = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         self.pipe.send_bytes(save(contiguous))
         self.pipe.send(whole)
-        self.busy = True
 
-    def ready(self) -> bool:
-        return self.busy and self.pipe.poll()
+    def ready(self, seconds: float = 0.0) -> bool:
+        """Is the result there, now or within so many seconds?"""
+        return self.pipe.poll(seconds)
 
     def result(self) -> dict[str, float]:
         """Metrics of the evaluation that was submitted; waits for them. Raises: UserError."""
@@ -47,7 +46,6 @@ class Evaluator:
             result = self.pipe.recv()
         except EOFError as error:
             raise UserError("the process that evaluates has died (out of memory?); go on with --resume") from error
-        self.busy = False
         if isinstance(result, str):
             raise UserError(result)
         return result

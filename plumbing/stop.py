@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -37,7 +38,9 @@ def receive(number: int, frame) -> None:
 
 
 def follow_parent() -> None:
-    """In a worker: ends with its parent, however that ends, and leaves Ctrl-C to it (Linux)."""
+    """In a worker process: end with its parent, however that ends, and leave Ctrl-C to it (Linux)."""
+    if multiprocessing.parent_process() is None:
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
