@@ -1,0 +1,26 @@
+"""Steps in which nothing happens: a policy without a clock can't tell waiting from going."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def moving(action: np.ndarray, threshold: float, relative: bool, gripper: bool) -> np.ndarray:
+    """Steps to keep of an episode's actions [T, A] in the controller's units: [T] bool.
+
+    A step stays if the arm moves (its largest command, or the largest change of an absolute command, is at least
+    `threshold`), if the gripper's command changed at it or at the step before, or if it lies after the last such change:
+    there the robot lets go, and waits for what it left to come to rest.
+    """
+    steps = np.arange(len(action))
+    arm = action[:, :-1] if gripper else action
+    if not relative:
+        arm = np.diff(arm, axis=0, prepend=arm[:1])
+    keep = np.abs(arm).max(1) >= threshold
+    if gripper:
+        changed = np.diff(action[:, -1], prepend=action[:1, -1]) != 0
+        keep |= changed
+        keep[1:] |= changed[:-1]
+        if changed.any():
+            keep |= steps >= steps[changed][-1]
+    return keep
