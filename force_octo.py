@@ -32,6 +32,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -44,9 +45,31 @@ from torch import Tensor, nn
 from backbones.octo_policy import OctoPolicy, random_shift
 from backbones.units import SIGMA_DATA
 from plumbing import (
-    EVAL_SEED, TASKS, TRAIN_SEED, Demos, Evaluator, ObsWrapper, Run, RunArgs, Task, UserError, camera_configs,
-    check_flags, check_octo, film, lighten, load_demos, load_sft_weights, parse_flags, prepare_process, run_script,
-    simulator_errors, stored_args, success_metrics, threads,
+    EVAL_SEED,
+    TASKS,
+    TRAIN_SEED,
+    Demos,
+    Evaluator,
+    ObsWrapper,
+    Run,
+    RunArgs,
+    Task,
+    UserError,
+    camera_configs,
+    check_flags,
+    check_octo,
+    film,
+    lighten,
+    load_demos,
+    load_sft_weights,
+    moving,
+    parse_flags,
+    prepare_process,
+    run_script,
+    simulator_errors,
+    stored_args,
+    success_metrics,
+    threads,
 )  # fmt: skip
 
 
@@ -98,7 +121,10 @@ class Args(RunArgs):
     warmup_updates: int = 400  # stage 2: actor updates; the first half trains the critic only
     online_steps: int = 15_000  # stage 3: control steps, summed over environments
     eval_freq: int = 2000  # stage 3: control steps between evaluations
-    utd_ratio: float = 0.5  # stage 3: actor updates per control step
+    online_finetune: Literal["head", "full"] = "full"  # stage 3: train the head, as in the paper, or the backbone too
+    round_steps: int = 2500  # stage 3: control steps of pi_old between blocks of updates; 1: after each episode
+    online_lr: float = 1e-3  # stage 3: peak learning rate of the actor in a round; constant with --round-steps 1
+    utd_ratio: float = 0.16  # stage 3: actor updates per control step
     cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2
     cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
     bc_weight: float = 1.0  # weight of BC in stages 1 and 2
@@ -114,7 +140,7 @@ class Args(RunArgs):
     candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
     candidate_noise: float = 0.02  # Gaussian push on candidates, in units of the action box
     explore_noise: float = 0.0  # the same push on the chunks of training episodes
-    actor_ema: float = 0.999  # decay of pi_old, which acts and proposes (0: off)
+    actor_ema: float = 0.999  # decay of pi_old, which acts and proposes (0: off; 1: only at the end of a round)
 
 
 # The defaults above are for cameras. What else a choice changes; flags on the command line always win.
@@ -145,11 +171,11 @@ TABLES = {"obs_mode": BY_OBS_MODE, "env_id obs_mode": BY_TASK, "preset": BY_PRES
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
     "at least 1": (lambda x: x >= 1, """K control_freq noise_levels hidden_dim num_critics chunk_len
-        sft_batch_size critic_updates cql_samples eval_freq"""),
+        sft_batch_size critic_updates cql_samples eval_freq round_steps"""),
     "at least 2": (lambda x: x >= 2, "batch_size"),
     "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature"),
-    "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
-    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma actor_ema"),
+    "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix actor_ema"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
     "a multiple of 32": (lambda x: x > 0 and x % 32 == 0, "image_size"),
 }  # fmt: skip
 
@@ -162,6 +188,8 @@ def validate(args: Args) -> None:
     check_octo(args)
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
+    if args.online_finetune == "full" and args.round_steps == 1:
+        raise UserError("--online-finetune full embeds all buffers after each round: give more than --round-steps 1")
     if args.sft_checkpoint:
         args.sft_updates = 0
 
@@ -222,13 +250,25 @@ class Batch:
     next_feature: Tensor  # [B, F] at t + n
     mc_return: Tensor  # [B] discounted return from t on
     success: Tensor  # [B] 1 if the whole trajectory succeeded
+    obs: dict[str, Tensor]  # what the backbone sees at t, for `Agent.feature`; empty where it is frozen
 
     def cat(self, other: Batch) -> Batch:
-        pairs = zip(vars(self).values(), vars(other).values())
-        return Batch(*map(torch.cat, pairs))
+        return tree_map(lambda a, b: torch.cat([a, b]), self, other)
 
     def to(self, device: str) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+        return tree_map(lambda tensor: tensor.to(device), self)
+
+
+def tree_map(function, *batches: Batch) -> Batch:
+    """function(tensor, ...) for each field, and for each of the observations."""
+    fields = {}
+    for name, value in vars(batches[0]).items():
+        values = [getattr(batch, name) for batch in batches]
+        if isinstance(value, dict):
+            fields[name] = {key: function(*(each[key] for each in values)) for key in value}
+        else:
+            fields[name] = function(*values)
+    return Batch(**fields)
 
 
 class Reward(NamedTuple):
@@ -258,45 +298,64 @@ def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failur
     return returns
 
 
+def up_to(tensor: Tensor, rows: int) -> Tensor:
+    """The last row repeated, up to so many."""
+    missing = max(rows - len(tensor), 0)
+    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])
+
+
+@dataclass
+class Episode:
+    """T steps; more actions than that are what was recorded, or planned, after its end."""
+
+    feature: Tensor  # [T+1, F], empty if not asked for
+    obs: dict[str, np.ndarray]  # [T+1, ...] what was seen
+    action: np.ndarray  # [L, A] normalised, L >= T
+    success: np.ndarray  # [T] at each step
+    terminated: bool  # at T
+
+
 class ReplayBuffer:
     """Whole episodes, one row per observation; chunked transitions are put together when they are drawn."""
 
-    def __init__(self, feature_dim: int, action_dim: int, chunk_len: int, gamma: float):
-        self.chunk_len = chunk_len
-        self.gamma = gamma
+    def __init__(self, agent: Agent, args: Args, obs: dict[str, np.ndarray]):
+        """`obs` [., ...]: examples of the observations that rows keep beside their features; {}: none."""
+        self.chunk_len = args.chunk_len
+        self.gamma = args.gamma
+        self.window = agent.window
         self.rows = 0
+        self.obs = {name: torch.from_numpy(value[:0]) for name, value in obs.items()}
         self.data = {
-            "feature": torch.empty(0, feature_dim),
-            "action": torch.empty(0, action_dim),
+            "feature": torch.empty(0, agent.feature_dim),
+            "action": torch.empty(0, agent.action_dim),
             "reward": torch.empty(0),  # of the chunk that starts here
             "bootstrap": torch.empty(0),
             "mc_return": torch.empty(0),
             "success": torch.empty(0),
             "next": torch.empty(0, dtype=torch.long),  # row at which that chunk ends
+            "first": torch.empty(0, dtype=torch.long),  # row of the episode's first observation
             "last": torch.empty(0, dtype=torch.long),  # row of the episode's last observation
         }
         self.starts = torch.empty(0, dtype=torch.long)  # rows from which a chunk may be drawn
         self.version = 0  # one more whenever earlier rows change: checkpoints write only what is new
 
-    def add(
-        self, feature: Tensor, action: np.ndarray, reward: np.ndarray, terminated: bool, success: bool,
-        reward_failure: float, hold: np.ndarray, stay: int = 0,
-    ) -> None:  # fmt: skip
+    def add(self, episode: Episode, reward: Reward, hold: np.ndarray, stay: int = 0) -> None:
         """Append one episode of T steps. Chunks that a time limit cuts short are left out.
 
-        Of what was recorded past the success the first `stay` steps are episodes of their own: of one step, successful.
-
-        Shapes: feature [L+1, F], action [L, A] normalised, L >= T (actions recorded past the end of the episode fill
-        up its last chunks), reward [T], hold [A] the action that keeps still and fills up after those.
+        The L >= T actions (recorded or planned past the end) fill up its last chunks; `hold` [A], the action that keeps
+        still, fills up after those. Of what was recorded past the success the first `stay` steps are episodes of their
+        own: of one step, successful.
         """
-        T = len(reward)
-        L = len(action)
+        terminated = episode.terminated
+        earned = np.where(episode.success, reward.success, reward.fail).astype(np.float32)  # [T]
+        T = len(earned)
+        L = len(episode.action)
         H = self.chunk_len
         row = self.rows + np.arange(L + 1)
 
         # Rows 0..T-1: chunks of n steps, n = H or fewer at the end.
         n = np.minimum(H, T - np.arange(T))
-        padded = np.pad(reward, (0, H - 1))
+        padded = np.pad(earned, (0, H - 1))
         discounts = (self.gamma ** np.arange(H)).astype(np.float32)
         chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H) @ discounts
         ends_here = terminated & (np.arange(T) + n == T)
@@ -305,35 +364,41 @@ class ReplayBuffer:
         # Rows T..L: recorded past the end. The first `stay` are successes, the others are never drawn.
         past = np.zeros(L + 1 - T, np.float32)
         past_reward = past.copy()
-        past_reward[:stay] = reward[-1]
-        returns = mc_returns(reward, terminated, self.gamma, reward_failure)
+        past_reward[:stay] = earned[-1]
+        returns = mc_returns(earned, terminated, self.gamma, reward.fail)
 
         new = {
-            "feature": feature,
-            "action": np.concatenate([action, hold[None]]),
+            "feature": up_to(episode.feature, L + 1),
+            "action": np.concatenate([episode.action, hold[None]]),
             "reward": np.concatenate([chunk_reward, past_reward]),
             "bootstrap": np.concatenate([bootstrap, past]),
             "mc_return": np.concatenate([returns, past_reward]),
-            "success": np.full(L + 1, success),
+            "success": np.full(L + 1, episode.success.any()),
             "next": np.append(row[:T] + n, row[T:]),
+            "first": np.full(L + 1, row[0]),
             "last": np.full(L + 1, row[-1]),
         }
-        self.grow(self.rows + L + 1)
+        self.data = self.grown(self.data, L + 1)
+        self.obs = self.grown(self.obs, L + 1)
         for name, column in self.data.items():
             column[row] = torch.as_tensor(new[name]).to(column.dtype)
+        for name, column in self.obs.items():
+            column[row] = up_to(torch.as_tensor(episode.obs[name]), L + 1)
         whole = T + stay if terminated else max(T - H + 1, 0)
         starts = torch.from_numpy(row[:whole])
         self.starts = torch.cat([self.starts, starts])
         self.rows += L + 1
 
-    def grow(self, rows: int) -> None:
-        """Make room, by doubling."""
-        room = len(self.data["reward"])
-        if rows > room:
-            more = max(rows, 2 * room, 1024) - room
-            for name, column in self.data.items():
-                empty = column.new_zeros(more, *column.shape[1:])
-                self.data[name] = torch.cat([column, empty])
+    def grown(self, columns: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+        """With room for so many more rows, by doubling."""
+        grown = {}
+        for name, column in columns.items():
+            more = self.rows + rows - len(column)
+            if more > 0:
+                more = max(more, len(column), 1024)
+                column = torch.cat([column, column.new_zeros(more, *column.shape[1:])])
+            grown[name] = column
+        return grown
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` decisions, uniform with replacement: [size] int64."""
@@ -353,17 +418,28 @@ class ReplayBuffer:
             next_feature=data["feature"][data["next"][rows]],
             mc_return=data["mc_return"][rows],
             success=data["success"][rows],
+            obs=self.observations(rows) if self.obs else {},
         ).to(device)
+
+    def observations(self, rows: Tensor) -> dict[str, Tensor]:
+        """What was seen at rows [B] and in the steps before, as `Agent.feature` wants it."""
+        steps = rows[:, None] + torch.arange(1 - self.window, 1)  # [B, W]
+        first = self.data["first"][rows][:, None]
+        seen = {name: column[steps.maximum(first)] for name, column in self.obs.items()}
+        return seen | {"proprio": self.obs["proprio"][rows], "real": steps >= first}
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"starts": self.starts}
         for name, column in self.data.items():
             state[name] = column[: self.rows]
+        for name, column in self.obs.items():
+            state[f"obs_{name}"] = column[: self.rows]
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.starts = state["starts"]
-        self.data = {k: state[k] for k in self.data}
+        self.data = {name: state[name] for name in self.data}
+        self.obs = {name: state[f"obs_{name}"] for name in self.obs}
         self.rows = len(self.data["reward"])
 
 
@@ -622,7 +698,7 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
     n = args.cql_samples
     device = batch.chunk.device
     with torch.no_grad():
-        next_chunks = agent.actor.sample(batch.next_feature, n if cql_alpha else 1, generator)  # [B, n, D]
+        next_chunks = agent.actor_ema.sample(batch.next_feature, n if cql_alpha else 1, generator)  # [B, n, D]
         two = torch.randperm(args.num_critics, generator=generator, device=device)[:2]
         next_q = agent.target_critic(batch.next_feature, next_chunks[:, 0])[two]
         reward = reward_of(args)
@@ -641,7 +717,7 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
         with torch.no_grad():
             shape = (len(batch.chunk), n, batch.chunk.shape[1])
             uniform = torch.rand(shape, generator=generator, device=device)
-            current = agent.actor.sample(batch.feature, n, generator)
+            current = agent.actor_ema.sample(batch.feature, n, generator)
         sampled = torch.cat([uniform * 2 - 1, current, next_chunks], 1)  # [B, 3n, D], all evaluated at s
         q_sampled = agent.critic(batch.feature, sampled)
         loss_cql, logs["calib/bound_rate"] = calql_loss(q_data, q_sampled, batch.mc_return)
@@ -684,17 +760,20 @@ def self_distilled(agent: Agent, batch: Batch, expert: Tensor, args: Args, gener
 
 
 def update_actor(
-    agent: Agent, optimizer, batch: Batch, target: Tensor, args: Args, generator,
+    agent: Agent, optimizer, batch: Batch, feature: Tensor, target: Tensor, args: Args, generator,
     bc_weight: float, q_weight: float, successes_only: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """One step on bc_weight * BC(target [B, D]) + q_weight * L_Q, Eqs. (2-4), (5-7) or (9), and on pi_old's average."""
-    bc = consistency_loss(agent.actor, batch.feature, target, generator, args.noise_levels)  # [B]
+    """One step on bc_weight * BC(target [B, D]) + q_weight * L_Q, Eqs. (2-4), (5-7) or (9).
+
+    feature [B, F] is the actor's: batch.feature, or that of a backbone that learns too. The critic sees batch.feature.
+    """
+    bc = consistency_loss(agent.actor, feature, target, generator, args.noise_levels)  # [B]
     loss_bc = success_weighted_bc(bc, batch.success) if successes_only else bc.mean()
     loss = bc_weight * loss_bc
     logs = {"losses/bc": loss_bc}
     if q_weight:
         agent.critic.requires_grad_(False)
-        own = agent.actor.sample(batch.feature, 1, generator)[:, 0]  # [B, D]
+        own = agent.actor.sample(feature, 1, generator)[:, 0]  # [B, D]
         q = agent.critic(batch.feature, own)  # [E, B]
         agent.critic.requires_grad_(True)
         loss_q = q_loss(q, args.q_normalize)
@@ -703,8 +782,8 @@ def update_actor(
         logs["values/q_policy"] = q.mean()
     optimizer.zero_grad()
     loss.backward()
+    logs["grad_norm/actor"] = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
-    polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
     logs["losses/actor"] = loss
     return logs
 
@@ -716,16 +795,6 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
 
 
 # === Episodes and buffers ============================================================================================
-@dataclass
-class Episode:
-    """T steps; demonstrations may have more features and actions than that: what was recorded after the success."""
-
-    feature: Tensor  # [T+1, F], empty if not asked for
-    action: np.ndarray  # [T, A] normalised
-    success: np.ndarray  # [T] at each step
-    terminated: bool  # at T
-
-
 @torch.inference_mode()
 def rollout(
     env, agent: Agent, args: Args, seeds, generator, training: bool = False, whole: bool = True, push=0.0, frames=None
@@ -744,16 +813,16 @@ def rollout(
     observations = [obs]
     ended = np.zeros(N, dtype=bool)
     length = np.full(N, limit)
-    actions = []
+    planned = []
     successes = []
     for t in range(limit):
         if t % H == 0:
             feature = agent.feature(agent.recent(observations))
             chunk = agent.act(feature, generator, push)  # [N, H, A]
-        action = chunk[:, t % H]
-        obs, success, _, _, info = env.step(agent.denormalise(action))
+            planned.append(chunk)
+        action = agent.denormalise(chunk[:, t % H])
+        obs, success, _, _, info = env.step(action)
         observations.append(obs)
-        actions.append(action)
         successes.append(success > 0)
         if frames is not None:
             frames.append(env.call("render")[0])
@@ -763,13 +832,15 @@ def rollout(
         if ended.all():
             break
     features = agent.features(observations).cpu() if training else torch.empty(N, 0)  # [N, T+1, F]
-    action = np.stack(actions, 1)  # [N, T, A]
+    action = np.concatenate(planned, 1)  # [N, L, A]
     success = np.stack(successes, 1)  # [N, T]
     episodes = []
     for i, T in enumerate(length):
+        decisions = math.ceil(T / H)
         episode = Episode(
             feature=features[i, : T + 1],
-            action=action[i, :T],
+            obs={name: np.stack([obs[name][i] for obs in observations[: T + 1]]) for name in obs},
+            action=action[i, : decisions * H],
             success=success[i, :T],
             terminated=bool(ended[i]),
         )
@@ -795,35 +866,33 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
 
 
 def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, stay: int = 0) -> None:
-    step = reward_of(args)
-    reward = np.where(episode.success, step.success, step.fail)
-    hold = agent.hold_action(episode.action[-1])
-    buffer.add(
-        episode.feature, episode.action, reward.astype(np.float32), episode.terminated,
-        success=bool(episode.success.any()), reward_failure=step.fail, hold=hold, stay=stay,
-    )  # fmt: skip
+    buffer.add(episode, reward_of(args), agent.hold_action(episode.action[-1]), stay)
 
 
 def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: Args) -> None:
-    """One row per observation, the same rows as in `demos`; features come with `embed_demonstrations`."""
+    """One row per observation, the same rows as in `demos`; features come with `embed`."""
     for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):
-        action = agent.normalise(demos.action[start : start + length])
-        empty = torch.zeros(length + 1, agent.feature_dim)
-        success = np.arange(1, steps + 1) == steps
+        episode = Episode(
+            feature=torch.zeros(length + 1, agent.feature_dim),
+            obs={name: value[start : start + length + 1] for name, value in demos.obs.items()},
+            action=agent.normalise(demos.action[start : start + length]),
+            success=np.arange(1, steps + 1) == steps,
+            terminated=True,
+        )
         stay = 0
         if args.stay:  # the recorded steps past the success, as long as it lasts
             past = demos.success[start + steps : start + length]
             stay = int(past.cumprod().sum())
-        add_episode(buffer, Episode(empty, action, success, terminated=True), agent, args, stay)
+        add_episode(buffer, episode, agent, args, stay)
 
 
 @torch.no_grad()
-def embed_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent) -> None:
-    """Each observation of the demonstrations goes through the backbone once, into the expert buffer."""
+def embed(buffer: ReplayBuffer, observations, rows: int, agent: Agent) -> None:
+    """The first rows of a buffer go through the backbone; observations(rows [B]) is what was seen there."""
     buffer.version += 1
-    for rows in torch.arange(len(demos.action)).split(256):
-        obs = demos.at(rows, agent.window)
-        buffer.data["feature"][rows] = agent.feature(obs).cpu()
+    for some in torch.arange(rows).split(256):
+        feature = agent.feature(observations(some))
+        buffer.data["feature"][some] = feature.cpu()
 
 
 def collect(env, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer) -> int:
@@ -835,12 +904,28 @@ def collect(env, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, polic
     for episode in episodes:
         add_episode(policy, episode, agent, args)
         if episode.success.any():
-            add_episode(expert, episode, agent, args)
-        run.ended(episode.success.any(), len(episode.action))
-    steps = sum(len(episode.action) for episode in episodes)
+            add_episode(expert, without_idle(episode, agent, args), agent, args)
+        run.ended(episode.success.any(), len(episode.success))
+    steps = sum(len(episode.success) for episode in episodes)
     run.episodes += args.num_envs
     run.env_steps += steps
     return steps
+
+
+def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
+    """An episode to imitate: without the steps in which nothing happens, as in the demonstrations."""
+    T = len(episode.success)
+    action = agent.denormalise(episode.action)
+    keep = moving(action, args.drop_idle, agent.relative, agent.gripper)
+    keep[T - 1 :] = True
+    seen = np.append(keep[:T], True)  # [T+1]
+    return Episode(
+        feature=episode.feature[seen],
+        obs={name: value[seen] for name, value in episode.obs.items()},
+        action=episode.action[keep],
+        success=episode.success[keep[:T]],
+        terminated=episode.terminated,
+    )
 
 
 def draw(
@@ -884,8 +969,9 @@ def main(args: Args) -> Path:
     agent = Agent(args, demos).to(args.device)
     if args.sft_checkpoint:
         load_sft_weights(agent, args, head="consistency")
-    expert = ReplayBuffer(agent.feature_dim, agent.action_dim, args.chunk_len, args.gamma)  # demonstrations, successes
-    policy = ReplayBuffer(agent.feature_dim, agent.action_dim, args.chunk_len, args.gamma)  # all rollouts
+    kept = demos.obs if args.online_finetune == "full" else {}
+    expert = ReplayBuffer(agent, args, kept)  # demonstrations, successes
+    policy = ReplayBuffer(agent, args, kept)  # all rollouts
     add_demonstrations(expert, demos, agent, args)
     cloned = nn.ModuleList([agent.actor])
     if args.finetune == "full":
@@ -895,15 +981,20 @@ def main(args: Args) -> Path:
     averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr)
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr)
+    learns = agent.actor
+    if args.online_finetune == "full":
+        learns = nn.ModuleList([agent.backbone, agent.actor])
+    online_optimizer = torch.optim.AdamW(learns.parameters(), lr=args.online_lr, weight_decay=1e-4)
 
     stages = ("sft", "offline", "warmup", "online")
     about = {"method": "FORCE", "weights": agent.weights}
     run = Run(args, __file__, stages, about, Evaluator(args, make_env, evaluate, agent))
     run.keep(  # what a checkpoint holds; a resumed run loads it here
         agent, expert=expert, policy=policy, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
-        sft_optimizer=sft_optimizer, averaged=averaged,
+        online_optimizer=online_optimizer, sft_optimizer=sft_optimizer, averaged=averaged,
     )  # fmt: skip
     noise = run.rng["update"]
+    demos_at = partial(demos.at, window=agent.window)
     if args.eval_only:
         print(json.dumps(evaluate(env, agent, args), indent=2))
         return run.folder
@@ -911,7 +1002,7 @@ def main(args: Args) -> Path:
     # Stage 0: behaviour cloning of backbone and head, or of the head on cached embeddings
     if run.enter("sft"):
         if args.finetune == "head":
-            embed_demonstrations(expert, demos, agent)
+            embed(expert, demos_at, len(demos.action), agent)
         with threads(args, many="primary" in demos.obs):
             for step in run.updates_until(args.sft_updates, "[0/3] SFT"):
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
@@ -933,7 +1024,7 @@ def main(args: Args) -> Path:
             if args.sft_updates:
                 cloned.load_state_dict(averaged.module.state_dict())
             agent.actor_ema.load_state_dict(agent.actor.state_dict())
-            embed_demonstrations(expert, demos, agent)
+            embed(expert, demos_at, len(demos.action), agent)
         run.drop("sft_optimizer", "averaged")
         run.evaluate(whole=True)
 
@@ -944,8 +1035,10 @@ def main(args: Args) -> Path:
                 batch, _ = draw(expert, policy, agent, args, run.rng)
                 logs = update_critic(agent, critic_optimizer, batch, args, args.cql_alpha, noise)
             logs |= update_actor(
-                agent, actor_optimizer, batch, batch.chunk, args, noise, args.bc_weight, args.offline_q_weight
-            )
+                agent, actor_optimizer, batch, batch.feature, batch.chunk, args, noise,
+                bc_weight=args.bc_weight, q_weight=args.offline_q_weight,
+            )  # fmt: skip
+            polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
             run.tick(logs)
         forget(critic_optimizer, actor_optimizer)  # ConRFT starts each stage with a fresh Adam
         run.evaluate(whole=True)
@@ -962,24 +1055,29 @@ def main(args: Args) -> Path:
                 logs = update_critic(agent, critic_optimizer, batch, args, args.cql_alpha, noise)
             if step >= args.warmup_updates // 2:  # the first half trains the critic only
                 logs |= update_actor(
-                    agent, actor_optimizer, batch, batch.chunk, args, noise,
+                    agent, actor_optimizer, batch, batch.feature, batch.chunk, args, noise,
                     bc_weight=args.bc_weight, q_weight=args.offline_q_weight, successes_only=True,
                 )  # fmt: skip
+                polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
             run.tick(logs)
         run.log(calibration(agent, policy, args))
         forget(critic_optimizer, actor_optimizer)
         run.evaluate(whole=True)
 
-    # Stage 3: TD, and self-distillation online, Eqs. (8-15). A simulator can't be saved in the middle of an episode:
-    # whole episodes and updates take turns, and checkpoints lie between them.
+    # Stage 3: TD, and self-distillation online, Eqs. (8-15), in rounds: episodes of pi_old, updates, pi_old <- pi.
+    # A simulator can't be saved in the middle of an episode: checkpoints lie between rounds.
     if run.enter("online"):
         bar = run.bar("[3/3] online VGPD", args.online_steps, run.stage_env_steps)
         while run.stage_env_steps < args.online_steps:
             before = run.stage_env_steps
-            bar.update(collect(env, agent, args, run, expert, policy))
+            while run.stage_env_steps < min(before + args.round_steps, args.online_steps):
+                bar.update(collect(env, agent, args, run, expert, policy))
             done = min(run.stage_env_steps / args.online_steps, 1.0)
             q_weight = args.q_weight + done * (args.q_weight_end - args.q_weight)
-            for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):
+            first = run.stage_updates
+            last = int(args.utd_ratio * run.stage_env_steps)
+            for step in run.updates_until(last):
+                online_optimizer.param_groups[0]["lr"] = online_lr(step - first, last - first, args)
                 for _ in range(args.critic_updates):
                     batch, is_expert = draw(expert, policy, agent, args, run.rng)
                     logs = update_critic(agent, critic_optimizer, batch, args, 0.0, noise)
@@ -987,11 +1085,19 @@ def main(args: Args) -> Path:
                 if args.vgpd:
                     target, found = self_distilled(agent, batch, is_expert, args, noise)
                     logs |= found
+                feature = batch.feature
+                if args.online_finetune == "full":
+                    feature = agent.perturb(agent.feature(batch.obs), args.proprio_noise, noise)
                 logs |= update_actor(
-                    agent, actor_optimizer, batch, target, args, noise,
+                    agent, online_optimizer, batch, feature, target, args, noise,
                     bc_weight=args.distill_weight, q_weight=q_weight, successes_only=args.success_filter,
                 )  # fmt: skip
+                polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
                 run.tick(logs, may_save=False)
+            if args.online_finetune == "full":  # pi_old <- pi, and what the critic reads is embedded by its backbone
+                agent.actor_ema.load_state_dict(agent.actor.state_dict())
+                embed(expert, expert.observations, expert.rows, agent)
+                embed(policy, policy.observations, policy.rows, agent)
             run.log(run.recent_episodes() | {"buffer/size": policy.rows})
             run.save_if_due()
             between = run.stage_env_steps < args.online_steps
@@ -1012,6 +1118,13 @@ def warmup_cosine(step: int, total: int) -> float:
     progress = step / total
     cosine = (1 + math.cos(math.pi * progress)) / 2
     return min(warmup, cosine)
+
+
+def online_lr(step: int, total: int, args: Args) -> float:
+    """Constant where rounds are episodes; else each round warms up and anneals, as cloning does."""
+    if args.round_steps == 1:
+        return args.online_lr
+    return args.online_lr * warmup_cosine(step, total)
 
 
 def forget(*optimizers: torch.optim.Optimizer) -> None:

@@ -25,6 +25,7 @@ class Units(nn.Module):
     def __init__(self, proprio: np.ndarray, action: np.ndarray, relative: bool):
         """Proprio [N, P] and actions [M, A] of demonstrations; `relative`: an action of zeros keeps the robot still."""
         super().__init__()
+        self.gripper = True
         self.relative, self.proprio_dim, self.action_dim = relative, proprio.shape[1], action.shape[1]
         centre, scale = action_box(action, relative)
         units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians

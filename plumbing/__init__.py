@@ -8,6 +8,7 @@ from plumbing.demos import Demos, load_demos
 from plumbing.earlier import load_sft_weights, stored_args
 from plumbing.evaluation import EVAL_SEED, TRAIN_SEED, film, success_metrics
 from plumbing.flags import RunArgs, UserError, check_flags, check_octo, fill, parse_flags, run_script
+from plumbing.idle import moving
 from plumbing.meshes import lighten
 from plumbing.run import Run, threads
 from plumbing.tasks import TASKS, Task, camera_configs, simulator_errors
@@ -16,6 +17,6 @@ from plumbing.wrappers import SPAWN, ObsWrapper, Spawn, prepare_process
 __all__ = [
     "EVAL_SEED", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Run", "RunArgs", "Spawn",
     "Task", "UserError", "camera_configs", "check_flags", "check_octo", "fill", "film", "lighten", "load_demos",
-    "load_sft_weights", "parse_flags", "prepare_process", "run_script", "simulator_errors", "stored_args",
+    "load_sft_weights", "moving", "parse_flags", "prepare_process", "run_script", "simulator_errors", "stored_args",
     "success_metrics", "threads",
 ]  # fmt: skip

@@ -36,6 +36,7 @@ class RunArgs:
     demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
     demo_dir: str = "demos"  # cache for demonstrations
     num_demos: int = 300  # demonstrations to make or to use
+    drop_idle: float = 0.03  # leave out steps in which nothing moves: the arm less than this (actions reach 1); 0: none
     skip_idle: float = 0.0  # leave out their first steps in which the arm moves less (actions reach 1); 0: none
     eval_episodes: int = 100  # episodes of an evaluation
     video_episodes: int = 4  # episodes filmed after training (0 = none)
