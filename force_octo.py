@@ -53,12 +53,15 @@ from plumbing import (
     ObsWrapper,
     Run,
     RunArgs,
+    Table,
     Task,
     UserError,
     camera_configs,
     check_flags,
     check_octo,
+    cut,
     film,
+    joined,
     lighten,
     load_demos,
     load_sft_weights,
@@ -67,9 +70,11 @@ from plumbing import (
     prepare_process,
     run_script,
     simulator_errors,
+    stacked,
     stored_args,
     success_metrics,
     threads,
+    windows,
 )  # fmt: skip
 
 
@@ -250,25 +255,14 @@ class Batch:
     next_feature: Tensor  # [B, F] at t + n
     mc_return: Tensor  # [B] discounted return from t on
     success: Tensor  # [B] 1 if the whole trajectory succeeded
-    obs: dict[str, Tensor]  # what the backbone sees at t, for `Agent.feature`; empty where it is frozen
+    row: Tensor  # [B] of the buffer that it is from
 
     def cat(self, other: Batch) -> Batch:
-        return tree_map(lambda a, b: torch.cat([a, b]), self, other)
+        pairs = zip(vars(self).values(), vars(other).values())
+        return Batch(*map(torch.cat, pairs))
 
     def to(self, device: str) -> Batch:
-        return tree_map(lambda tensor: tensor.to(device), self)
-
-
-def tree_map(function, *batches: Batch) -> Batch:
-    """function(tensor, ...) for each field, and for each of the observations."""
-    fields = {}
-    for name, value in vars(batches[0]).items():
-        values = [getattr(batch, name) for batch in batches]
-        if isinstance(value, dict):
-            fields[name] = {key: function(*(each[key] for each in values)) for key in value}
-        else:
-            fields[name] = function(*values)
-    return Batch(**fields)
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 class Reward(NamedTuple):
@@ -298,12 +292,6 @@ def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failur
     return returns
 
 
-def up_to(tensor: Tensor, rows: int) -> Tensor:
-    """The last row repeated, up to so many."""
-    missing = max(rows - len(tensor), 0)
-    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])
-
-
 @dataclass
 class Episode:
     """T steps; more actions than that are what was recorded, or planned, after its end."""
@@ -318,14 +306,13 @@ class Episode:
 class ReplayBuffer:
     """Whole episodes, one row per observation; chunked transitions are put together when they are drawn."""
 
-    def __init__(self, agent: Agent, args: Args, obs: dict[str, np.ndarray]):
-        """`obs` [., ...]: examples of the observations that rows keep beside their features; {}: none."""
+    def __init__(self, agent: Agent, args: Args, obs: dict[str, Tensor]):
+        """`obs` [0, ...]: what rows keep of their observations beside the features; {}: nothing."""
         self.chunk_len = args.chunk_len
-        self.gamma = args.gamma
         self.window = agent.window
-        self.rows = 0
-        self.obs = {name: torch.from_numpy(value[:0]) for name, value in obs.items()}
-        self.data = {
+        self.gamma = args.gamma
+        self.seen = Table(obs)
+        self.steps = Table({
             "feature": torch.empty(0, agent.feature_dim),
             "action": torch.empty(0, agent.action_dim),
             "reward": torch.empty(0),  # of the chunk that starts here
@@ -335,9 +322,8 @@ class ReplayBuffer:
             "next": torch.empty(0, dtype=torch.long),  # row at which that chunk ends
             "first": torch.empty(0, dtype=torch.long),  # row of the episode's first observation
             "last": torch.empty(0, dtype=torch.long),  # row of the episode's last observation
-        }
-        self.starts = torch.empty(0, dtype=torch.long)  # rows from which a chunk may be drawn
-        self.version = 0  # one more whenever earlier rows change: checkpoints write only what is new
+        })  # fmt: skip
+        self.starts = Table({"row": torch.empty(0, dtype=torch.long)})  # from which a chunk may be drawn
 
     def add(self, episode: Episode, reward: Reward, hold: np.ndarray, stay: int = 0) -> None:
         """Append one episode of T steps. Chunks that a time limit cuts short are left out.
@@ -346,101 +332,69 @@ class ReplayBuffer:
         still, fills up after those. Of what was recorded past the success the first `stay` steps are episodes of their
         own: of one step, successful.
         """
-        terminated = episode.terminated
-        earned = np.where(episode.success, reward.success, reward.fail).astype(np.float32)  # [T]
-        T = len(earned)
+        T = len(episode.success)
         L = len(episode.action)
         H = self.chunk_len
-        row = self.rows + np.arange(L + 1)
+        row = self.steps.rows + np.arange(L + 1)
 
         # Rows 0..T-1: chunks of n steps, n = H or fewer at the end.
+        earned = np.where(episode.success, reward.success, reward.fail)
         n = np.minimum(H, T - np.arange(T))
         padded = np.pad(earned, (0, H - 1))
-        discounts = (self.gamma ** np.arange(H)).astype(np.float32)
+        discounts = self.gamma ** np.arange(H)
         chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H) @ discounts
-        ends_here = terminated & (np.arange(T) + n == T)
+        ends_here = episode.terminated & (np.arange(T) + n == T)
         bootstrap = np.where(ends_here, 0.0, self.gamma**n)
+        returns = mc_returns(earned, episode.terminated, self.gamma, reward.fail)
 
         # Rows T..L: recorded past the end. The first `stay` are successes, the others are never drawn.
-        past = np.zeros(L + 1 - T, np.float32)
+        past = np.zeros(L + 1 - T)
         past_reward = past.copy()
-        past_reward[:stay] = earned[-1]
-        returns = mc_returns(earned, terminated, self.gamma, reward.fail)
-
-        new = {
-            "feature": up_to(episode.feature, L + 1),
-            "action": np.concatenate([episode.action, hold[None]]),
-            "reward": np.concatenate([chunk_reward, past_reward]),
-            "bootstrap": np.concatenate([bootstrap, past]),
-            "mc_return": np.concatenate([returns, past_reward]),
-            "success": np.full(L + 1, episode.success.any()),
-            "next": np.append(row[:T] + n, row[T:]),
-            "first": np.full(L + 1, row[0]),
-            "last": np.full(L + 1, row[-1]),
-        }
-        self.data = self.grown(self.data, L + 1)
-        self.obs = self.grown(self.obs, L + 1)
-        for name, column in self.data.items():
-            column[row] = torch.as_tensor(new[name]).to(column.dtype)
-        for name, column in self.obs.items():
-            column[row] = up_to(torch.as_tensor(episode.obs[name]), L + 1)
-        whole = T + stay if terminated else max(T - H + 1, 0)
-        starts = torch.from_numpy(row[:whole])
-        self.starts = torch.cat([self.starts, starts])
-        self.rows += L + 1
-
-    def grown(self, columns: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-        """With room for so many more rows, by doubling."""
-        grown = {}
-        for name, column in columns.items():
-            more = self.rows + rows - len(column)
-            if more > 0:
-                more = max(more, len(column), 1024)
-                column = torch.cat([column, column.new_zeros(more, *column.shape[1:])])
-            grown[name] = column
-        return grown
+        past_reward[:stay] = reward.success
+        self.steps.append(
+            L + 1,
+            feature=episode.feature,
+            action=np.concatenate([episode.action, hold[None]]),
+            reward=np.append(chunk_reward, past_reward),
+            bootstrap=np.append(bootstrap, past),
+            mc_return=np.append(returns, past_reward),
+            success=[episode.success.any()],
+            next=np.append(row[:T] + n, row[T:]),
+            first=row[:1],
+            last=row[-1:],
+        )
+        self.seen.append(L + 1, **episode.obs)
+        whole = T + stay
+        if not episode.terminated:
+            whole = max(T - H + 1, 0)
+        self.starts.append(whole, row=row[:whole])
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` decisions, uniform with replacement: [size] int64."""
-        chosen = torch.randint(len(self.starts), (size,), generator=generator)
-        return self.starts[chosen]
+        chosen = torch.randint(self.starts.rows, (size,), generator=generator)
+        return self.starts["row"][chosen]
 
     def gather(self, rows: Tensor, device: str = "cpu") -> Batch:
         """The transitions that start at rows [B]."""
-        data = self.data
-        steps = rows[:, None] + torch.arange(self.chunk_len)  # [B, H]
-        steps = torch.minimum(steps, data["last"][rows][:, None])
+        steps = self.steps
+        ahead = rows[:, None] + torch.arange(self.chunk_len)  # [B, H]
+        last = steps["last"][rows][:, None]
+        following = steps["next"][rows]
         return Batch(
-            feature=data["feature"][rows],
-            chunk=data["action"][steps].flatten(1),
-            reward=data["reward"][rows],
-            bootstrap=data["bootstrap"][rows],
-            next_feature=data["feature"][data["next"][rows]],
-            mc_return=data["mc_return"][rows],
-            success=data["success"][rows],
-            obs=self.observations(rows) if self.obs else {},
+            feature=steps["feature"][rows],
+            chunk=steps["action"][ahead.minimum(last)].flatten(1),
+            reward=steps["reward"][rows],
+            bootstrap=steps["bootstrap"][rows],
+            next_feature=steps["feature"][following],
+            mc_return=steps["mc_return"][rows],
+            success=steps["success"][rows],
+            row=rows,
         ).to(device)
 
     def observations(self, rows: Tensor) -> dict[str, Tensor]:
         """What was seen at rows [B] and in the steps before, as `Agent.feature` wants it."""
-        steps = rows[:, None] + torch.arange(1 - self.window, 1)  # [B, W]
-        first = self.data["first"][rows][:, None]
-        seen = {name: column[steps.maximum(first)] for name, column in self.obs.items()}
-        return seen | {"proprio": self.obs["proprio"][rows], "real": steps >= first}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {"starts": self.starts}
-        for name, column in self.data.items():
-            state[name] = column[: self.rows]
-        for name, column in self.obs.items():
-            state[f"obs_{name}"] = column[: self.rows]
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.starts = state["starts"]
-        self.data = {name: state[name] for name in self.data}
-        self.obs = {name: state[f"obs_{name}"] for name in self.obs}
-        self.rows = len(self.data["reward"])
+        first = self.steps["first"][rows]
+        return windows(self.seen.columns, rows, first, self.window)
 
 
 # === Networks ========================================================================================================
@@ -834,12 +788,13 @@ def rollout(
     features = agent.features(observations).cpu() if training else torch.empty(N, 0)  # [N, T+1, F]
     action = np.concatenate(planned, 1)  # [N, L, A]
     success = np.stack(successes, 1)  # [N, T]
+    seen = stacked(observations)  # [N, T+1, ...]
     episodes = []
     for i, T in enumerate(length):
         decisions = math.ceil(T / H)
         episode = Episode(
             feature=features[i, : T + 1],
-            obs={name: np.stack([obs[name][i] for obs in observations[: T + 1]]) for name in obs},
+            obs=cut(seen, i, slice(0, T + 1)),
             action=action[i, : decisions * H],
             success=success[i, :T],
             terminated=bool(ended[i]),
@@ -866,7 +821,8 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
 
 
 def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, stay: int = 0) -> None:
-    buffer.add(episode, reward_of(args), agent.hold_action(episode.action[-1]), stay)
+    hold = agent.hold_action(episode.action[-1])
+    buffer.add(episode, reward_of(args), hold, stay)
 
 
 def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: Args) -> None:
@@ -874,7 +830,7 @@ def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: A
     for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):
         episode = Episode(
             feature=torch.zeros(length + 1, agent.feature_dim),
-            obs={name: value[start : start + length + 1] for name, value in demos.obs.items()},
+            obs=cut(demos.obs, slice(start, start + length + 1)),
             action=agent.normalise(demos.action[start : start + length]),
             success=np.arange(1, steps + 1) == steps,
             terminated=True,
@@ -889,10 +845,11 @@ def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: A
 @torch.no_grad()
 def embed(buffer: ReplayBuffer, observations, rows: int, agent: Agent) -> None:
     """The first rows of a buffer go through the backbone; observations(rows [B]) is what was seen there."""
-    buffer.version += 1
+    features = []
     for some in torch.arange(rows).split(256):
         feature = agent.feature(observations(some))
-        buffer.data["feature"][some] = feature.cpu()
+        features.append(feature.cpu())
+    buffer.steps.rewrite("feature", torch.cat(features))
 
 
 def collect(env, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer) -> int:
@@ -921,7 +878,7 @@ def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
     seen = np.append(keep[:T], True)  # [T+1]
     return Episode(
         feature=episode.feature[seen],
-        obs={name: value[seen] for name, value in episode.obs.items()},
+        obs=cut(episode.obs, seen),
         action=episode.action[keep],
         success=episode.success[keep[:T]],
         terminated=episode.terminated,
@@ -934,7 +891,7 @@ def draw(
     """A batch and which of it is expert data: half and half, or demonstrations only while there are no rollouts."""
     size = args.batch_size
     device = args.device
-    own = size // 2 if len(policy.starts) else 0
+    own = size // 2 if policy.starts.rows else 0
     rows = expert.draw(size - own, rng["batch"])
     batch = expert.gather(rows, device)
     if own:
@@ -945,10 +902,18 @@ def draw(
     return batch, torch.arange(size, device=device) < size - own
 
 
+def observations(expert: ReplayBuffer, policy: ReplayBuffer, batch: Batch, is_expert: Tensor) -> dict[str, Tensor]:
+    """What the samples of a batch saw, for a backbone that learns."""
+    rows = batch.row.cpu()
+    shown = expert.observations(rows[is_expert.cpu()])
+    own = policy.observations(rows[~is_expert.cpu()])
+    return joined(shown, own)
+
+
 @torch.no_grad()
 def calibration(agent: Agent, policy: ReplayBuffer, args: Args) -> dict[str, Tensor]:
     """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
-    batch = policy.gather(policy.starts, args.device)
+    batch = policy.gather(policy.starts["row"], args.device)
     q = agent.critic(batch.feature, batch.chunk).mean(0)
     gap = q - batch.mc_return
     return {
@@ -969,7 +934,7 @@ def main(args: Args) -> Path:
     agent = Agent(args, demos).to(args.device)
     if args.sft_checkpoint:
         load_sft_weights(agent, args, head="consistency")
-    kept = demos.obs if args.online_finetune == "full" else {}
+    kept = demos.empty_obs() if args.online_finetune == "full" else {}
     expert = ReplayBuffer(agent, args, kept)  # demonstrations, successes
     policy = ReplayBuffer(agent, args, kept)  # all rollouts
     add_demonstrations(expert, demos, agent, args)
@@ -990,8 +955,10 @@ def main(args: Args) -> Path:
     about = {"method": "FORCE", "weights": agent.weights}
     run = Run(args, __file__, stages, about, Evaluator(args, make_env, evaluate, agent))
     run.keep(  # what a checkpoint holds; a resumed run loads it here
-        agent, expert=expert, policy=policy, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
-        online_optimizer=online_optimizer, sft_optimizer=sft_optimizer, averaged=averaged,
+        agent, expert_steps=expert.steps, expert_seen=expert.seen, expert_starts=expert.starts,
+        policy_steps=policy.steps, policy_seen=policy.seen, policy_starts=policy.starts,
+        critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, online_optimizer=online_optimizer,
+        sft_optimizer=sft_optimizer, averaged=averaged,
     )  # fmt: skip
     noise = run.rng["update"]
     demos_at = partial(demos.at, window=agent.window)
@@ -1077,7 +1044,8 @@ def main(args: Args) -> Path:
             first = run.stage_updates
             last = int(args.utd_ratio * run.stage_env_steps)
             for step in run.updates_until(last):
-                online_optimizer.param_groups[0]["lr"] = online_lr(step - first, last - first, args)
+                lr = online_lr(step - first, last - first, args)
+                online_optimizer.param_groups[0]["lr"] = lr
                 for _ in range(args.critic_updates):
                     batch, is_expert = draw(expert, policy, agent, args, run.rng)
                     logs = update_critic(agent, critic_optimizer, batch, args, 0.0, noise)
@@ -1087,7 +1055,8 @@ def main(args: Args) -> Path:
                     logs |= found
                 feature = batch.feature
                 if args.online_finetune == "full":
-                    feature = agent.perturb(agent.feature(batch.obs), args.proprio_noise, noise)
+                    obs = observations(expert, policy, batch, is_expert)
+                    feature = agent.perturb(agent.feature(obs), args.proprio_noise, noise)
                 logs |= update_actor(
                     agent, online_optimizer, batch, feature, target, args, noise,
                     bc_weight=args.distill_weight, q_weight=q_weight, successes_only=args.success_filter,
@@ -1096,9 +1065,9 @@ def main(args: Args) -> Path:
                 run.tick(logs, may_save=False)
             if args.online_finetune == "full":  # pi_old <- pi, and what the critic reads is embedded by its backbone
                 agent.actor_ema.load_state_dict(agent.actor.state_dict())
-                embed(expert, expert.observations, expert.rows, agent)
-                embed(policy, policy.observations, policy.rows, agent)
-            run.log(run.recent_episodes() | {"buffer/size": policy.rows})
+                embed(expert, expert.observations, expert.steps.rows, agent)
+                embed(policy, policy.observations, policy.steps.rows, agent)
+            run.log(run.recent_episodes() | {"buffer/size": policy.steps.rows})
             run.save_if_due()
             between = run.stage_env_steps < args.online_steps
             if between and run.stage_env_steps // args.eval_freq > before // args.eval_freq:

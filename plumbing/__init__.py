@@ -11,12 +11,13 @@ from plumbing.flags import RunArgs, UserError, check_flags, check_octo, fill, pa
 from plumbing.idle import moving
 from plumbing.meshes import lighten
 from plumbing.run import Run, threads
+from plumbing.table import Table, cut, joined, stacked, windows
 from plumbing.tasks import TASKS, Task, camera_configs, simulator_errors
 from plumbing.wrappers import SPAWN, ObsWrapper, Spawn, prepare_process
 
 __all__ = [
     "EVAL_SEED", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Run", "RunArgs", "Spawn",
-    "Task", "UserError", "camera_configs", "check_flags", "check_octo", "fill", "film", "lighten", "load_demos",
-    "load_sft_weights", "moving", "parse_flags", "prepare_process", "run_script", "simulator_errors", "stored_args",
-    "success_metrics", "threads",
+    "Table", "Task", "UserError", "camera_configs", "check_flags", "check_octo", "cut", "fill", "film", "joined",
+    "lighten", "load_demos", "load_sft_weights", "moving", "parse_flags", "prepare_process", "run_script",
+    "simulator_errors", "stacked", "stored_args", "success_metrics", "threads", "windows",
 ]  # fmt: skip
