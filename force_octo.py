@@ -32,9 +32,9 @@ from __future__ import annotations
 import gc
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -45,9 +45,27 @@ from torch import Tensor, nn
 from backbones.octo_policy import OctoPolicy, random_shift
 from backbones.units import SIGMA_DATA
 from plumbing import (
-    EVAL_SEED, TASKS, TRAIN_SEED, Demos, ObsWrapper, Run, RunArgs, Task, UserError, camera_configs, check_flags,
-    check_octo, film, load_demos, load_sft_weights, parse_flags, run_script, simulator_errors, stored_args,
-    success_metrics, threads,
+    EVAL_SEED,
+    TASKS,
+    TRAIN_SEED,
+    Demos,
+    ObsWrapper,
+    Run,
+    RunArgs,
+    Task,
+    UserError,
+    camera_configs,
+    check_flags,
+    check_octo,
+    film,
+    load_demos,
+    load_sft_weights,
+    parse_flags,
+    run_script,
+    simulator_errors,
+    stored_args,
+    success_metrics,
+    threads,
 )  # fmt: skip
 
 
@@ -224,7 +242,26 @@ class Batch:
     success: Tensor  # [B] 1 if the whole trajectory succeeded
 
     def cat(self, other: Batch) -> Batch:
-        return Batch(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
+        pairs = zip(vars(self).values(), vars(other).values())
+        return Batch(*map(torch.cat, pairs))
+
+    def to(self, device: str) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+class Reward(NamedTuple):
+    """Reward of a step, by its success, and the discounted returns that are possible."""
+
+    fail: float
+    success: float
+    lowest: float
+    highest: float
+
+
+def reward_of(args: Args) -> Reward:
+    if args.reward == "binary":
+        return Reward(fail=0.0, success=1.0, lowest=0.0, highest=1.0)
+    return Reward(fail=-0.05, success=10.0, lowest=-0.05 / (1 - args.gamma), highest=10.0)
 
 
 def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failure: float) -> np.ndarray:
@@ -269,12 +306,14 @@ class ReplayBuffer:
         Shapes: feature [L+1, F], action [L, A] normalised, L >= T (actions recorded past the end of the episode fill
         up its last chunks), reward [T], hold [A] the action that keeps still and fills up after those.
         """
-        T, L, H = len(reward), len(action), self.chunk_len
+        T = len(reward)
+        L = len(action)
+        H = self.chunk_len
         row = self.rows + np.arange(L + 1)
 
         # Rows 0..T-1: chunks of n steps, n = H or fewer at the end.
         n = np.minimum(H, T - np.arange(T))
-        padded = np.concatenate([reward, np.zeros(H - 1, np.float32)])
+        padded = np.pad(reward, (0, H - 1))
         discounts = (self.gamma ** np.arange(H)).astype(np.float32)
         chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H) @ discounts
         ends_here = terminated & (np.arange(T) + n == T)
@@ -284,22 +323,24 @@ class ReplayBuffer:
         past = np.zeros(L + 1 - T, np.float32)
         past_reward = past.copy()
         past_reward[:stay] = reward[-1]
+        returns = mc_returns(reward, terminated, self.gamma, reward_failure)
 
         new = {
             "feature": feature,
             "action": np.concatenate([action, hold[None]]),
             "reward": np.concatenate([chunk_reward, past_reward]),
             "bootstrap": np.concatenate([bootstrap, past]),
-            "mc_return": np.concatenate([mc_returns(reward, terminated, self.gamma, reward_failure), past_reward]),
+            "mc_return": np.concatenate([returns, past_reward]),
             "success": np.full(L + 1, success),
-            "next": np.concatenate([row[:T] + n, row[T:]]),
+            "next": np.append(row[:T] + n, row[T:]),
             "last": np.full(L + 1, row[-1]),
         }
         self.grow(self.rows + L + 1)
-        for name, value in new.items():
-            self.data[name][row] = torch.as_tensor(value).to(self.data[name].dtype)
+        for name, column in self.data.items():
+            column[row] = torch.as_tensor(new[name]).to(column.dtype)
         whole = T + stay if terminated else max(T - H + 1, 0)
-        self.starts = torch.cat([self.starts, torch.from_numpy(row[:whole])])
+        starts = torch.from_numpy(row[:whole])
+        self.starts = torch.cat([self.starts, starts])
         self.rows += L + 1
 
     def grow(self, rows: int) -> None:
@@ -307,18 +348,21 @@ class ReplayBuffer:
         room = len(self.data["reward"])
         if rows > room:
             more = max(rows, 2 * room, 1024) - room
-            self.data = {k: torch.cat([v, v.new_zeros(more, *v.shape[1:])]) for k, v in self.data.items()}
+            for name, column in self.data.items():
+                empty = column.new_zeros(more, *column.shape[1:])
+                self.data[name] = torch.cat([column, empty])
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` decisions, uniform with replacement: [size] int64."""
-        return self.starts[torch.randint(len(self.starts), (size,), generator=generator)]
+        chosen = torch.randint(len(self.starts), (size,), generator=generator)
+        return self.starts[chosen]
 
     def gather(self, rows: Tensor, device: str = "cpu") -> Batch:
         """The transitions that start at rows [B]."""
         data = self.data
         steps = rows[:, None] + torch.arange(self.chunk_len)  # [B, H]
         steps = torch.minimum(steps, data["last"][rows][:, None])
-        batch = Batch(
+        return Batch(
             feature=data["feature"][rows],
             chunk=data["action"][steps].flatten(1),
             reward=data["reward"][rows],
@@ -326,11 +370,13 @@ class ReplayBuffer:
             next_feature=data["feature"][data["next"][rows]],
             mc_return=data["mc_return"][rows],
             success=data["success"][rows],
-        )
-        return Batch(*(getattr(batch, f.name).to(device) for f in fields(batch)))
+        ).to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {k: v[: self.rows].clone() for k, v in self.data.items()} | {"starts": self.starts}
+        state = {"starts": self.starts}
+        for name, column in self.data.items():
+            state[name] = column[: self.rows]
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.starts = state["starts"]
@@ -345,7 +391,14 @@ SIGMA_MIN, SIGMA_MAX, RHO, NUM_SIGMAS = 0.002, 80.0, 7.0, 40  # ConRFT, as EDM; 
 def karras_sigmas() -> Tensor:
     """The 40 noise levels, descending from 80 to 0.002."""
     i = torch.arange(NUM_SIGMAS) / (NUM_SIGMAS - 1)
-    return (SIGMA_MAX ** (1 / RHO) + i * (SIGMA_MIN ** (1 / RHO) - SIGMA_MAX ** (1 / RHO))) ** RHO
+    high = SIGMA_MAX ** (1 / RHO)
+    low = SIGMA_MIN ** (1 / RHO)
+    return (high + i * (low - high)) ** RHO
+
+
+def gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise on the device of `like`."""
+    return torch.randn(shape, generator=generator, device=like.device)
 
 
 class ConsistencyActor(nn.Module):
@@ -355,35 +408,47 @@ class ConsistencyActor(nn.Module):
     The part of the first layer that reads the feature is computed once per state and shared by its N samples.
     """
 
-    def __init__(self, feature_dim: int, unit: Tensor, hidden: int, layers: int = 2, time_dim: int = 16):
+    def __init__(self, feature_dim: int, unit: Tensor, hidden: int, time_dim: int = 16):
         super().__init__()
         self.chunk_dim = len(unit)
         self.time_dim = time_dim
         self.register_buffer("unit", unit.clone())  # [D]
-        self.time = nn.Sequential(nn.Linear(time_dim, 2 * time_dim), nn.Tanh(), nn.Linear(2 * time_dim, time_dim))
+        widen = nn.Linear(time_dim, 2 * time_dim)
+        narrow = nn.Linear(2 * time_dim, time_dim)
+        self.time = nn.Sequential(widen, nn.Tanh(), narrow)
         self.feature_in = nn.Linear(feature_dim, hidden)
         self.sample_in = nn.Linear(self.chunk_dim + time_dim, hidden, bias=False)
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden, eps=1e-6) for _ in range(layers))
-        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
+        norms = [nn.LayerNorm(hidden, eps=1e-6) for _ in range(2)]
+        self.norms = nn.ModuleList(norms)
+        self.hidden = nn.ModuleList([nn.Linear(hidden, hidden)])
         self.out = nn.Linear(hidden, self.chunk_dim)
 
     def denoise(self, feature: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] within the action box, own units."""
         sigma = sigma[..., None]  # [B, N, 1]
         # Scalings with f(x, sigma_min) = x exactly.
-        c_skip = SIGMA_DATA**2 / ((sigma - SIGMA_MIN) ** 2 + SIGMA_DATA**2)
-        c_out = (sigma - SIGMA_MIN) * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2).sqrt()
-        c_in = 1 / (sigma**2 + SIGMA_DATA**2).sqrt()
+        above = sigma - SIGMA_MIN
+        both = (sigma**2 + SIGMA_DATA**2).sqrt()
+        c_skip = SIGMA_DATA**2 / (above**2 + SIGMA_DATA**2)
+        c_out = above * SIGMA_DATA / both
+        c_in = 1 / both
 
         half = self.time_dim // 2
-        frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))
-        angle = 250 * torch.log(sigma + 1e-44) * frequencies
-        time = self.time(torch.cat([angle.sin(), angle.cos()], -1)).expand(*x.shape[:2], -1)
+        steps = torch.arange(half, device=x.device)
+        decay = -math.log(10_000) / (half - 1)
+        frequency = torch.exp(decay * steps)
+        angle = 250 * torch.log(sigma + 1e-44) * frequency
+        waves = torch.cat([angle.sin(), angle.cos()], -1)
+        time = self.time(waves)
+        time = time.expand(*x.shape[:-1], -1)
 
-        h = self.feature_in(feature)[:, None] + self.sample_in(torch.cat([c_in * x, time], -1))  # [B, N, hidden]
-        for norm, layer in zip(self.norms, [*self.hidden, self.out]):
+        sample = torch.cat([c_in * x, time], -1)
+        h = self.feature_in(feature)[:, None] + self.sample_in(sample)  # [B, N, hidden]
+        layers = [*self.hidden, self.out]
+        for norm, layer in zip(self.norms, layers):
             h = layer(torch.tanh(norm(h)))
-        return (c_out * h + c_skip * x).clamp(-1 / self.unit, 1 / self.unit)
+        box = 1 / self.unit
+        return (c_out * h + c_skip * x).clamp(-box, box)
 
     def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0) -> Tensor:
         """Draw n chunks per state: [B, n, D] in [-1, 1].
@@ -392,46 +457,56 @@ class ConsistencyActor(nn.Module):
         second_sigma > 0 each one is re-noised to that level and denoised once more, which spreads them over what
         the policy knows; the first step is then shared by all n.
         """
-        shape = (len(feature), 1 if second_sigma else n, self.chunk_dim)
-        x = SIGMA_MAX * torch.randn(shape, generator=generator, device=feature.device)
-        x = self.denoise(feature, x, torch.full((1, 1), SIGMA_MAX, device=x.device))
+        first = 1 if second_sigma else n
+        noise = gaussian((len(feature), first, self.chunk_dim), feature, generator)
+        sigma = noise.new_full((1, 1), SIGMA_MAX)
+        x = self.denoise(feature, SIGMA_MAX * noise, sigma)
         if second_sigma:
-            noise = torch.randn((len(feature), n, self.chunk_dim), generator=generator, device=x.device)
-            x = self.denoise(feature, x + second_sigma * noise, torch.full((1, 1), second_sigma, device=x.device))
+            noise = gaussian((len(feature), n, self.chunk_dim), feature, generator)
+            sigma = noise.new_full((1, 1), second_sigma)
+            x = self.denoise(feature, x + second_sigma * noise, sigma)
         return self.unit * x
 
 
 class EnsembleCritic(nn.Module):
     """E critics Q(s, chunk) as one batched network; states are projected once, whatever the number of chunks."""
 
-    def __init__(self, num_critics: int, feature_dim: int, unit: Tensor, hidden: int, layers: int = 2):
+    def __init__(self, num_critics: int, feature_dim: int, unit: Tensor, hidden: int):
         super().__init__()
         self.register_buffer("unit", unit.clone())  # [D], as the actor's
 
-        def weight(fan_in: int, out: int) -> nn.Parameter:
+        def weight(fan_in: int, out: int) -> Tensor:
             bound = math.sqrt(6 / (fan_in + out))  # Xavier
-            return nn.Parameter(torch.empty(num_critics, fan_in, out).uniform_(-bound, bound))
+            return torch.empty(num_critics, fan_in, out).uniform_(-bound, bound)
 
-        joint = weight(feature_dim + len(unit), hidden).data
-        self.feature_in = nn.Parameter(joint[:, :feature_dim].clone())
-        self.chunk_in = nn.Parameter(joint[:, feature_dim:].clone())
-        self.hidden = nn.ParameterList([weight(hidden, hidden) for _ in range(layers - 1)] + [weight(hidden, 1)])
-        self.bias = nn.ParameterList(nn.Parameter(torch.zeros(num_critics, 1, n)) for n in [hidden] * layers + [1])
-        self.gain = nn.ParameterList(nn.Parameter(torch.ones(num_critics, 1, hidden)) for _ in range(layers))
-        self.shift = nn.ParameterList(nn.Parameter(torch.zeros(num_critics, 1, hidden)) for _ in range(layers))
+        first = weight(feature_dim + len(unit), hidden)
+        self.feature_in = nn.Parameter(first[:, :feature_dim].clone())
+        self.chunk_in = nn.Parameter(first[:, feature_dim:].clone())
+        self.hidden = nn.ParameterList([weight(hidden, hidden), weight(hidden, 1)])
+
+        def full(value: int, width: int) -> Tensor:
+            return torch.full((num_critics, 1, width), float(value))
+
+        biases = [full(0, hidden), full(0, hidden), full(0, 1)]
+        self.bias = nn.ParameterList(biases)
+        self.gain = nn.ParameterList([full(1, hidden), full(1, hidden)])
+        self.shift = nn.ParameterList([full(0, hidden), full(0, hidden)])
 
     def forward(self, feature: Tensor, chunk: Tensor) -> Tensor:
         """Shapes: feature [B, F], chunk [B, D] or [B, N, D] in [-1, 1] -> Q [E, B] or [E, B, N]."""
         B = len(feature)
-        N = 1 if chunk.dim() == 2 else chunk.shape[1]
-        h = ((chunk / self.unit).reshape(B * N, -1) @ self.chunk_in).unflatten(1, (B, N))
-        h = h + (feature @ self.feature_in + self.bias[0])[:, :, None]  # [E, B, N, hidden]
+        samples = (chunk / self.unit).flatten(0, -2)  # [B*N, D]
+        of_state = feature @ self.feature_in + self.bias[0]  # [E, B, hidden]
+        of_chunk = (samples @ self.chunk_in).unflatten(1, (B, -1))  # [E, B, N, hidden]
+        h = of_chunk + of_state[:, :, None]
         h = h.flatten(1, 2)  # [E, B*N, hidden]
-        for layer, (weight, bias) in enumerate(zip(self.hidden, list(self.bias)[1:])):
+        biases = list(self.bias)[1:]
+        layers = zip(self.gain, self.shift, self.hidden, biases)
+        for gain, shift, weight, bias in layers:
             h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
-            h = torch.tanh(torch.addcmul(self.shift[layer], h, self.gain[layer]))
+            h = torch.tanh(torch.addcmul(shift, h, gain))
             h = torch.baddbmm(bias, h, weight)
-        return h.view(-1, B) if chunk.dim() == 2 else h.view(-1, B, N)
+        return h.view(-1, *chunk.shape[:-1])
 
 
 class Agent(OctoPolicy):
@@ -439,9 +514,10 @@ class Agent(OctoPolicy):
 
     def __init__(self, args: Args, demos: Demos):
         """Raises: UserError if the weights of --checkpoint can't be had."""
+        resumed = bool(args.resume or args.eval_only)
         super().__init__(
-            args.backbone, args.checkpoint, bool(args.resume or args.eval_only), demos.obs, demos.taken(),
-            args.chunk_len, relative="delta" in args.control_mode,
+            args.backbone, args.checkpoint, resumed, demos.obs, demos.taken(), args.chunk_len,
+            relative="delta" in args.control_mode,
             instruction=TASKS.get(args.env_id, Task()).instruction,
         )  # fmt: skip
         sizes = (self.feature_dim, self.chunk_unit, args.hidden_dim)
@@ -455,7 +531,8 @@ class Agent(OctoPolicy):
 
     def act(self, feature: Tensor, generator: torch.Generator, push: float = 0.0) -> np.ndarray:
         """One chunk per state: [N, F] -> [N, H, A] normalised."""
-        chunk = self.push(self.actor_ema.sample(feature, 1, generator)[:, 0], push, generator)
+        chunk = self.actor_ema.sample(feature, 1, generator)[:, 0]
+        chunk = self.push(chunk, push, generator)
         return chunk.unflatten(1, (self.H, -1)).cpu().numpy()
 
     def candidates(self, feature: Tensor, args: Args, generator: torch.Generator) -> Tensor:
@@ -470,8 +547,10 @@ class Agent(OctoPolicy):
         """
         if not size:
             return chunk
-        noise = torch.randn((*chunk.shape[:-1], 1, self.action_dim), generator=generator, device=chunk.device)
-        return (chunk.unflatten(-1, (self.H, -1)) + size * noise).clamp(-1, 1).flatten(-2)
+        shape = (*chunk.shape[:-1], 1, self.action_dim)
+        noise = gaussian(shape, chunk, generator)
+        steps = chunk.unflatten(-1, (self.H, -1))  # [.., H, A]
+        return (steps + size * noise).clamp(-1, 1).flatten(-2)
 
 
 # === Losses: pure functions ==========================================================================================
@@ -496,8 +575,10 @@ def calql_loss(q_data: Tensor, q_sampled: Tensor, mc_return: Tensor) -> tuple[Te
     Source: Cal-QL (arXiv:2303.05479), in ConRFT's form (every sampled action is bounded).
     """
     bound = mc_return[None, :, None]
-    entries = torch.cat([torch.maximum(q_sampled, bound), q_data[..., None]], -1)
-    gap = torch.logsumexp(entries, -1) - math.log(entries.shape[-1]) - q_data  # over actions, never over the batch
+    bounded = torch.maximum(q_sampled, bound)
+    entries = torch.cat([bounded, q_data[..., None]], -1)
+    lse = torch.logsumexp(entries, -1)  # over actions, never over the batch
+    gap = lse - math.log(entries.shape[-1]) - q_data
     return gap.mean(), (q_sampled < bound).float().mean()
 
 
@@ -508,11 +589,15 @@ def consistency_loss(actor: ConsistencyActor, feature: Tensor, chunk: Tensor, ge
     Source: ConRFT's L_BC (there n = 1; more share the feature, which is what costs time while the backbone is trained);
     w(sigma) = sigma^-2 + sigma_data^-2 makes it flat in the raw network output.
     """
-    sigmas = karras_sigmas()[:-1].to(chunk.device)  # sigma_min itself is the identity
-    sigma = sigmas[torch.randint(len(sigmas), (len(chunk), n), generator=generator, device=chunk.device)]  # [B, n]
+    B, D = chunk.shape
+    device = chunk.device
+    sigmas = karras_sigmas()[:-1].to(device)  # sigma_min itself is the identity
+    level = torch.randint(len(sigmas), (B, n), generator=generator, device=device)
+    sigma = sigmas[level]  # [B, n]
     clean = (chunk / actor.unit)[:, None]  # [B, 1, D]
-    noise = torch.randn((len(chunk), n, chunk.shape[1]), generator=generator, device=chunk.device)
-    denoised = actor.denoise(feature, clean + sigma[..., None] * noise, sigma)  # [B, n, D]
+    noise = gaussian((B, n, D), chunk, generator)
+    noisy = clean + sigma[..., None] * noise
+    denoised = actor.denoise(feature, noisy, sigma)  # [B, n, D]
     error = (denoised - clean).square().mean(-1)  # [B, n]
     weight = sigma**-2 + SIGMA_DATA**-2
     return (weight * error).mean(-1)
@@ -540,7 +625,8 @@ def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool)
     With `adaptive` the temperature is in units of the state's own standard deviation of Q over candidates.
     Shapes: q [B, K], q_buffer [B] -> w [B, K] summing to 1, zeta [B] bool.
     """
-    mean = q.mean(-1, keepdim=True).minimum(q.amax(-1, keepdim=True))  # Eq. (13); rounding may lift it past equal Q
+    best = q.amax(-1, keepdim=True)
+    mean = q.mean(-1, keepdim=True).minimum(best)  # Eq. (13); rounding may lift it past equal Q
     if adaptive:
         temperature = temperature * q.std(-1, keepdim=True, correction=0).clamp_min(1e-6)
     logits = (q / temperature).masked_fill(q < mean, -torch.inf)  # the best candidate always passes
@@ -548,21 +634,16 @@ def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool)
 
 
 # === Updates =========================================================================================================
-def return_bounds(args: Args) -> tuple[float, float, float, float]:
-    """reward of a failing step, reward of success, lowest and highest return."""
-    fail, success = (0.0, 1.0) if args.reward == "binary" else (-0.05, 10.0)
-    return fail, success, fail / (1 - args.gamma), success
-
-
-def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: float, generator) -> dict[str, Tensor]:
+def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: float, generator) -> dict:
     """One step on Eq. (1), or on Eq. (8) with cql_alpha = 0, and the Polyak step of the targets."""
-    B, D = batch.chunk.shape
     n = args.cql_samples
+    device = batch.chunk.device
     with torch.no_grad():
         next_chunks = agent.actor.sample(batch.next_feature, n if cql_alpha else 1, generator)  # [B, n, D]
-        two = torch.randperm(args.num_critics, generator=generator, device=batch.chunk.device)[:2]
+        two = torch.randperm(args.num_critics, generator=generator, device=device)[:2]
         next_q = agent.target_critic(batch.next_feature, next_chunks[:, 0])[two]
-        target = td_target(batch, next_q, args.return_mix, *return_bounds(args)[2:])
+        reward = reward_of(args)
+        target = td_target(batch, next_q, args.return_mix, reward.lowest, reward.highest)
     q_data = agent.critic(batch.feature, batch.chunk)  # [E, B]
     loss_td = (q_data - target).square().mean()
     loss = loss_td
@@ -575,9 +656,11 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
     }
     if cql_alpha:
         with torch.no_grad():
-            random = torch.rand((B, n, D), generator=generator, device=batch.chunk.device) * 2 - 1
+            shape = (len(batch.chunk), n, batch.chunk.shape[1])
+            uniform = torch.rand(shape, generator=generator, device=device)
             current = agent.actor.sample(batch.feature, n, generator)
-        q_sampled = agent.critic(batch.feature, torch.cat([random, current, next_chunks], 1))  # all evaluated at s
+        sampled = torch.cat([uniform * 2 - 1, current, next_chunks], 1)  # [B, 3n, D], all evaluated at s
+        q_sampled = agent.critic(batch.feature, sampled)
         loss_cql, logs["calib/bound_rate"] = calql_loss(q_data, q_sampled, batch.mc_return)
         logs["losses/calql"] = loss_cql
         loss = loss_td + cql_alpha * loss_cql  # Eq. (1)
@@ -604,7 +687,7 @@ def self_distilled(agent: Agent, batch: Batch, expert: Tensor, args: Args, gener
     weight, zeta = vgpd_target(q, q_buffer, args.temperature, args.temperature_adaptive)
     # Eq. (14) asks for the w-weighted sum of losses; one k ~ w per state has the same expected gradient.
     k = torch.multinomial(weight, 1, generator=generator)[:, 0]
-    chosen = candidates[torch.arange(len(rows), device=rows.device), k]  # [B', D]
+    chosen = candidates.take_along_dim(k[:, None, None], 1)[:, 0]  # [B', D]
     target = batch.chunk.clone()
     target[rows] = torch.where(zeta[:, None], chosen, chunk)
     logs = {
@@ -628,7 +711,8 @@ def update_actor(
     logs = {"losses/bc": loss_bc}
     if q_weight:
         agent.critic.requires_grad_(False)
-        q = agent.critic(batch.feature, agent.actor.sample(batch.feature, 1, generator)[:, 0])  # [E, B]
+        own = agent.actor.sample(batch.feature, 1, generator)[:, 0]  # [B, D]
+        q = agent.critic(batch.feature, own)  # [E, B]
         agent.critic.requires_grad_(True)
         loss_q = q_loss(q, args.q_normalize)
         loss = loss + q_weight * loss_q
@@ -666,20 +750,25 @@ def rollout(env, agent: Agent, args: Args, seeds, generator, training: bool, pus
     training=True ends an episode at success or failure and keeps features; otherwise episodes run to the time limit,
     so that success at the end can be told from success on the way. `frames` collects the first environment's video.
     """
-    N, H, limit = len(seeds), agent.H, args.max_episode_steps
+    N = len(seeds)
+    H = agent.H
+    limit = args.max_episode_steps
     every = 1 if training or agent.window > 1 else H  # replay stores each step's observation
     obs, _ = env.reset(seed=list(seeds), options={"every": every})
     seen = [obs]  # the last observations, as many as Octo looks back at
     ended = np.zeros(N, dtype=bool)
     length = np.full(N, limit)
-    features, actions, successes = [], [], []
+    features = []
+    actions = []
+    successes = []
     for t in range(limit):
         if t % every == 0:
             features.append(agent.feature(agent.recent(seen)))
         if t % H == 0:
             chunk = agent.act(features[-1], generator, push)  # [N, H, A]
         actions.append(chunk[:, t % H])
-        obs, success, _, _, info = env.step(agent.denormalise(actions[-1]))
+        action = agent.denormalise(actions[-1])
+        obs, success, _, _, info = env.step(action)
         seen = [*seen, obs][-agent.window :]
         successes.append(success > 0)
         if frames is not None:
@@ -694,11 +783,18 @@ def rollout(env, agent: Agent, args: Args, seeds, generator, training: bool, pus
         feature = torch.stack(features, 1).cpu()  # [N, T+1, F]
     else:
         feature = torch.empty(N, 0)
-    action, success = np.stack(actions, 1), np.stack(successes, 1)  # [N, T, A], [N, T]
-    return [
-        Episode(feature[i, : T + 1], action[i, :T], success[i, :T], terminated=bool(ended[i]))
-        for i, T in enumerate(length)
-    ]
+    action = np.stack(actions, 1)  # [N, T, A]
+    success = np.stack(successes, 1)  # [N, T]
+    episodes = []
+    for i, T in enumerate(length):
+        episode = Episode(
+            feature=feature[i, : T + 1],
+            action=action[i, :T],
+            success=success[i, :T],
+            terminated=bool(ended[i]),
+        )
+        episodes.append(episode)
+    return episodes
 
 
 def evaluate(env, agent: Agent, args: Args) -> dict[str, float]:
@@ -710,17 +806,22 @@ def evaluate(env, agent: Agent, args: Args) -> dict[str, float]:
     success = []
     with torch.random.fork_rng(devices=[]):
         for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
-            episodes = rollout(env, agent, args, range(first, first + args.num_envs), generator, training=False)
+            seeds = range(first, first + args.num_envs)
+            episodes = rollout(env, agent, args, seeds, generator, training=False)
             success += [episode.success for episode in episodes]
-    return success_metrics(np.stack(success[: args.eval_episodes]), reward=return_bounds(args)[:2])
+    reward = reward_of(args)
+    success = np.stack(success[: args.eval_episodes])
+    return success_metrics(success, reward.fail, reward.success)
 
 
 def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, stay: int = 0) -> None:
-    fail, success, _, _ = return_bounds(args)
-    reward = np.where(episode.success, success, fail).astype(np.float32)
+    step = reward_of(args)
+    reward = np.where(episode.success, step.success, step.fail)
     hold = agent.hold_action(episode.action[-1])
-    succeeded = bool(episode.success.any())
-    buffer.add(episode.feature, episode.action, reward, episode.terminated, succeeded, fail, hold, stay)
+    buffer.add(
+        episode.feature, episode.action, reward.astype(np.float32), episode.terminated,
+        success=bool(episode.success.any()), reward_failure=step.fail, hold=hold, stay=stay,
+    )  # fmt: skip
 
 
 def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: Args) -> None:
@@ -731,7 +832,8 @@ def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: A
         success = np.arange(1, steps + 1) == steps
         stay = 0
         if args.stay:  # the recorded steps past the success, as long as it lasts
-            stay = int(demos.success[start + steps : start + length].cumprod().sum())
+            past = demos.success[start + steps : start + length]
+            stay = int(past.cumprod().sum())
         add_episode(buffer, Episode(empty, action, success, terminated=True), agent, args, stay)
 
 
@@ -739,32 +841,39 @@ def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: A
 def embed_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent) -> None:
     """Each observation of the demonstrations goes through the backbone once, into the expert buffer."""
     for rows in torch.arange(len(demos.action)).split(256):
-        buffer.data["feature"][rows] = agent.feature(demos.at(rows, agent.window)).cpu()
+        obs = demos.at(rows, agent.window)
+        buffer.data["feature"][rows] = agent.feature(obs).cpu()
 
 
 def collect(env, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer) -> int:
     """An episode per environment into the policy buffer, successes into the expert buffer too. Returns steps."""
     first = TRAIN_SEED + 1_000_000 * args.seed + run.episodes
     seeds = range(first, first + args.num_envs)
-    episodes = rollout(env, agent, args, seeds, run.rng["rollout"], training=True, push=args.explore_noise)
+    generator = run.rng["rollout"]
+    episodes = rollout(env, agent, args, seeds, generator, training=True, push=args.explore_noise)
     for episode in episodes:
         add_episode(policy, episode, agent, args)
         if episode.success.any():
             add_episode(expert, episode, agent, args)
-        run.recent = [*run.recent, (float(episode.success.any()), len(episode.action))][-20:]
+        run.ended(episode.success.any(), len(episode.action))
     steps = sum(len(episode.action) for episode in episodes)
     run.episodes += args.num_envs
     run.env_steps += steps
     return steps
 
 
-def draw(expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> tuple[Batch, Tensor]:
+def draw(
+    expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict[str, torch.Generator]
+) -> tuple[Batch, Tensor]:
     """A batch and which of it is expert data: half and half, or demonstrations only while there are no rollouts."""
-    size, device = args.batch_size, args.device
+    size = args.batch_size
+    device = args.device
     own = size // 2 if len(policy.starts) else 0
-    batch = expert.gather(expert.draw(size - own, rng["batch"]), device)
+    rows = expert.draw(size - own, rng["batch"])
+    batch = expert.gather(rows, device)
     if own:
-        batch = batch.cat(policy.gather(policy.draw(own, rng["batch"]), device))
+        rows = policy.draw(own, rng["batch"])
+        batch = batch.cat(policy.gather(rows, device))
     batch.feature = agent.perturb(batch.feature, args.proprio_noise, rng["update"])
     batch.next_feature = agent.perturb(batch.next_feature, args.proprio_noise, rng["update"])
     return batch, torch.arange(size, device=device) < size - own
@@ -797,7 +906,9 @@ def main(args: Args) -> Path:
     expert = ReplayBuffer(agent.feature_dim, agent.action_dim, args.chunk_len, args.gamma)  # demonstrations, successes
     policy = ReplayBuffer(agent.feature_dim, agent.action_dim, args.chunk_len, args.gamma)  # all rollouts
     add_demonstrations(expert, demos, agent, args)
-    cloned = nn.ModuleList([agent.actor] if args.finetune == "head" else [agent.backbone, agent.actor])
+    cloned = nn.ModuleList([agent.actor])
+    if args.finetune == "full":
+        cloned = nn.ModuleList([agent.backbone, agent.actor])
     sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
@@ -820,14 +931,14 @@ def main(args: Args) -> Path:
             embed_demonstrations(expert, demos, agent)
         with threads(args, many="primary" in demos.obs):
             for step in run.updates_until(args.sft_updates, "[0/3] SFT"):
-                progress = step / args.sft_updates
-                lr = args.sft_lr * min((step + 1) / (0.05 * args.sft_updates), (1 + math.cos(math.pi * progress)) / 2)
+                lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
                 sft_optimizer.param_groups[0]["lr"] = lr
                 rows = demos.draw(args.sft_batch_size, run.rng["batch"])
                 batch = expert.gather(rows, args.device)
                 feature = batch.feature
                 if args.finetune == "full":
-                    feature = agent.feature(random_shift(demos.at(rows, agent.window), run.rng["batch"]))
+                    obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])
+                    feature = agent.feature(obs)
                 feature = agent.perturb(feature, args.proprio_noise, noise)
                 loss = consistency_loss(agent.actor, feature, batch.chunk, noise, args.noise_levels).mean()
                 sft_optimizer.zero_grad()
@@ -883,8 +994,8 @@ def main(args: Args) -> Path:
         while run.stage_env_steps < args.online_steps:
             before = run.stage_env_steps
             bar.update(collect(env, agent, args, run, expert, policy))
-            done = run.stage_env_steps / args.online_steps
-            q_weight = args.q_weight + min(done, 1.0) * (args.q_weight_end - args.q_weight)
+            done = min(run.stage_env_steps / args.online_steps, 1.0)
+            q_weight = args.q_weight + done * (args.q_weight_end - args.q_weight)
             for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):
                 for _ in range(args.critic_updates):
                     batch, is_expert = draw(expert, policy, agent, args, run.rng)
@@ -898,8 +1009,7 @@ def main(args: Args) -> Path:
                     bc_weight=args.distill_weight, q_weight=q_weight, successes_only=args.success_filter,
                 )  # fmt: skip
                 run.tick(logs, may_save=False)
-            success, length = np.mean(run.recent, 0)
-            run.log({"train/success_once": success, "train/episode_len": length, "buffer/size": policy.rows})
+            run.log(run.recent_episodes() | {"buffer/size": policy.rows})
             run.save_if_due()
             between = run.stage_env_steps < args.online_steps
             if between and run.stage_env_steps // args.eval_freq > before // args.eval_freq:
@@ -911,6 +1021,14 @@ def main(args: Args) -> Path:
     film_policy(agent, args, run.folder)
     env.close()
     return run.folder
+
+
+def warmup_cosine(step: int, total: int) -> float:
+    """Share of the peak learning rate: linear over the first 5 %, then a cosine to zero."""
+    warmup = (step + 1) / (0.05 * total)
+    progress = step / total
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return min(warmup, cosine)
 
 
 def forget(*optimizers: torch.optim.Optimizer) -> None:

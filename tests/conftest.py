@@ -2,10 +2,14 @@
 
 import csv
 import dataclasses
+import functools
 import importlib
+import itertools
+import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -58,28 +62,100 @@ def planned(place) -> Path:
 
 
 # --- runs ---
+# Long enough to reach and push the cube, so that an episode depends on all that the simulator remembers.
+REACHING = dict(max_episode_steps=40, online_steps=150, eval_freq=60, q_weight_end=0.2)
 
 
-def whole_run(name: str, place: Path):
-    """A run of a whole script: its folder, the updates of each stage, and the weights where a stage began."""
-    script = importlib.import_module(name)
-    updates, starts = {}, {}
-    enter, tick = Run.enter, Run.tick
+def reaching_args(place: Path, script, **changes):
+    own = {field.name for field in dataclasses.fields(script.Args)}
+    return tiny_args(place, script, **{k: v for k, v in REACHING.items() if k in own} | changes)
+
+
+def policy_class(script):
+    """The script's own class that acts."""
+    (found,) = [c for c in vars(script).values() if isinstance(c, type) and "act" in vars(c)]
+    return found
+
+
+def follow_demonstrations(patch: pytest.MonkeyPatch, script, place: Path) -> None:
+    """Make policies do what the nearest demonstrated state did, and a little of what they learned."""
+    cls = policy_class(script)
+    real, demos = cls.act, load_demos(tiny_args(place, script), script.make_env)
+
+    def act(self, feature, *rest, **more):
+        own = real(self, feature, *rest, **more)
+        known = self.normalise_proprio(torch.as_tensor(demos.obs["proprio"]))
+        near = torch.cdist(feature[:, -known.shape[1] :], known).argmin(1)
+        steps = (near[:, None] + torch.arange(own.shape[1])).clamp_max(len(known) - 1)
+        return (0.9 * self.normalise(demos.action[steps.numpy()]) + 0.1 * own).clip(-1, 1).astype(np.float32)
+
+    patch.setattr(cls, "act", act)
+
+
+@dataclasses.dataclass
+class Whole:
+    """An undisturbed run, and what was seen of it."""
+
+    folder: Path
+    updates: dict  # stage: how many
+    starts: dict  # stage, or "end": the weights then
+    saves: list  # (stage, its updates) of each checkpoint
+    evaluations: list  # actions of each evaluation, in controller units
+    asked: list  # (during an evaluation?, arguments) of each call of `act`
+
+
+def whole_run(script, place: Path) -> Whole:
+    seen = Whole(None, {}, {}, [], [], [])
+    enter, tick, save, evaluate = Run.enter, Run.tick, Run.save, script.evaluate
+    evaluating = []
 
     def watched_enter(self, stage):
         going_in = enter(self, stage)
-        starts[stage] = {k: v.clone() for k, v in self.agent.state_dict().items()}
+        seen.starts[stage] = {k: v.clone() for k, v in self.agent.state_dict().items()}
         return going_in
 
     def watched_tick(self, *rest, **more):
         tick(self, *rest, **more)
-        updates[self.stage] = self.stage_updates
+        seen.updates[self.stage] = self.stage_updates
+
+    def watched_save(self):
+        seen.saves.append((self.stage, self.stage_updates))
+        save(self)
+
+    def watched_evaluate(env, *rest, **more):
+        step, actions = env.step, []
+        env.step = lambda action: (actions.append(np.array(action)), step(action))[1]
+        evaluating.append(True)
+        try:
+            return evaluate(env, *rest, **more)
+        finally:
+            evaluating.pop()
+            del env.step
+            seen.evaluations.append(np.stack(actions))
 
     with pytest.MonkeyPatch.context() as patch:
+        follow_demonstrations(patch, script, place)
+        cls = policy_class(script)
+        act = cls.act
+
+        def watched_act(self, feature, *rest, **more):
+            seen.asked.append((bool(evaluating), rest))
+            return act(self, feature, *rest, **more)
+
+        patch.setattr(cls, "act", watched_act)
         patch.setattr(Run, "enter", watched_enter)
         patch.setattr(Run, "tick", watched_tick)
-        folder = script.main(tiny_args(place, script, run_name=f"whole-{name}"))
-    return folder, updates, starts | {"end": weights(folder)}
+        patch.setattr(Run, "save", watched_save)
+        patch.setattr(script, "evaluate", watched_evaluate)
+        seen.folder = script.main(reaching_args(place, script, run_name=f"whole-{script.__name__}"))
+    seen.starts["end"] = weights(seen.folder)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def whole(place):
+    """whole(script name): its undisturbed run, made once."""
+    return functools.cache(lambda name: whole_run(importlib.import_module(name), place))
 
 
 def rows(folder: Path) -> list[tuple[int, int, str, str]]:
@@ -88,6 +164,28 @@ def rows(folder: Path) -> list[tuple[int, int, str, str]]:
         found = list(csv.reader(file))
     assert found[0] == ["global_step", "update_step", "name", "value"]
     return [(int(g), int(u), name, value) for g, u, name, value in found[1:] if not name.startswith("time/")]
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """In what two runs' results differ: logged values, evaluations, weights, and what a run would go on with."""
+    found = [f"metrics.csv: {a} {b}" for a, b in itertools.zip_longest(rows(one), rows(two)) if a != b]
+    results = [json.loads((folder / "summary.json").read_text())["evaluations"] for folder in (one, two)]
+    found += ["evaluations"] if results[0] != results[1] else []
+    states = [torch.load(latest(folder) / "training.pt", weights_only=True) for folder in (one, two)]
+    for state, folder in zip(states, (one, two)):
+        state |= {"weights": weights(folder)}
+        del state["seconds"], state["log_size"]
+    return found + unequal("checkpoint", *states)
+
+
+def unequal(name: str, one, two) -> list[str]:
+    """Paths of the leaves in which two nested states differ."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        keys = sorted(one.keys() | two.keys(), key=str)
+        return [path for key in keys for path in unequal(f"{name}/{key}", one.get(key), two.get(key))]
+    if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
+        return [] if torch.equal(one, two) else [name]
+    return [] if type(one) is type(two) and one == two else [name]
 
 
 def latest(folder: Path) -> Path:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import force_octo as script
-from backbones.consistency import SIGMA_MIN, consistency_scalings
+from plumbing import TASKS, Demos, Task
 
 SIGMAS = {0: 80.0, 1: 69.5, 2: 60.1, 5: 38.3, 10: 16.8, 15: 6.59, 20: 2.24, 25: 0.625, 30: 0.131, 35: 0.0175, 38: 0.0037, 39: 0.002}  # fmt: skip  # noqa: E501
 FLATNESS = {80.0: 1.000, 16.8: 0.9998, 2.24: 0.998, 0.13: 0.97, 0.0175: 0.78, 0.0037: 0.21}  # w(sigma) * c_out(sigma)^2
@@ -66,9 +66,10 @@ def test_mc_returns():
     assert mixed.tolist() == pytest.approx([3.0 + g * -0.5, -0.5])
 
 
-@pytest.mark.parametrize("reward, bounds", [("binary", (0.0, 1.0, 0.0, 1.0)), ("conrft", (-0.05, 10.0, -2.5, 10.0))])
-def test_return_bounds(reward, bounds):
-    assert script.return_bounds(script.Args(reward=reward, gamma=0.98)) == pytest.approx(bounds)
+@pytest.mark.parametrize("reward, numbers", [("binary", (0.0, 1.0, 0.0, 1.0)), ("conrft", (-0.05, 10.0, -2.5, 10.0))])
+def test_rewards_and_possible_returns(reward, numbers):
+    found = script.reward_of(script.Args(reward=reward, gamma=0.98))
+    assert (found.fail, found.success, found.lowest, found.highest) == pytest.approx(numbers)
 
 
 # --- the conservative term ---
@@ -121,19 +122,28 @@ def test_karras_sigmas():
     assert sigmas == pytest.approx(by_hand, rel=1e-4)
 
 
+def scalings(sigma: float) -> tuple[float, float]:
+    """c_skip and c_out, by hand."""
+    return 0.25 / ((sigma - 0.002) ** 2 + 0.25), (sigma - 0.002) * 0.5 / math.sqrt(sigma**2 + 0.25)
+
+
 @pytest.mark.parametrize("sigma", [80.0, 2.24, 0.5, 0.0037, 0.002])
 def test_consistency_scalings(sigma):
-    skip, out, scale = (x.item() for x in consistency_scalings(torch.tensor(sigma)))
-    assert skip == pytest.approx(0.25 / ((sigma - 0.002) ** 2 + 0.25))
-    assert out == pytest.approx((sigma - 0.002) * 0.5 / math.sqrt(sigma**2 + 0.25), rel=1e-5, abs=1e-9)
-    assert scale == pytest.approx(1 / math.sqrt(sigma**2 + 0.25))
+    """A head whose network says 3 whatever it sees: what comes out is c_out * 3 + c_skip * x."""
+    actor = script.ConsistencyActor(1, torch.full((1,), 1e-3), hidden=4)  # a large box: nothing is cut
+    nn.init.zeros_(actor.out.weight)
+    nn.init.constant_(actor.out.bias, 3.0)
+    skip, out = scalings(sigma)
+    for x in (0.0, 0.7, -5.0):
+        denoised = actor.denoise(torch.zeros(1, 1), torch.full((1, 1, 1), x), torch.full((1, 1), sigma))
+        assert denoised.item() == pytest.approx(3 * out + skip * x, rel=1e-5, abs=1e-6)
 
 
 def test_the_least_noise_is_the_identity():
     unit = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 0.25])
-    actor = script.ConsistencyActor(5, unit, hidden=16, layers=2)
+    actor = script.ConsistencyActor(5, unit, hidden=16)
     x = (torch.rand(3, 4, 6, generator=rng()) * 2 - 1) / unit
-    feature, least = torch.randn(3, 5, generator=rng(1)), torch.full((1, 1), SIGMA_MIN)
+    feature, least = torch.randn(3, 5, generator=rng(1)), torch.full((1, 1), script.SIGMA_MIN)
     assert torch.equal(actor.denoise(feature, x, least), x)
     assert not torch.allclose(actor.denoise(feature, x, torch.full((1, 1), 0.5)), x, atol=0.01)
     far = actor.denoise(feature, 9 * x, torch.full((1, 1), 0.1))
@@ -193,8 +203,8 @@ def test_consistency_loss_is_in_units_of_the_spread():
 def test_loss_weight_is_flat_in_the_raw_output(sigma, monkeypatch):
     """weight(sigma) * c_out(sigma)^2, from the loss of a denoiser that is off by c_out."""
     monkeypatch.setattr(script, "karras_sigmas", lambda: torch.tensor([sigma, 0.002]))
-    c_out = consistency_scalings(torch.tensor(sigma))[1]
-    loss = script.consistency_loss(StubActor(c_out), torch.zeros(1, 1), torch.zeros(1, 3), rng())
+    c_out = scalings(sigma)[1]
+    loss = script.consistency_loss(StubActor(torch.tensor(c_out)), torch.zeros(1, 1), torch.zeros(1, 3), rng())
     assert loss.item() == pytest.approx(FLATNESS[sigma], abs=0.006)
 
 
@@ -217,7 +227,7 @@ def one_by_one(actor, feature, x, sigma):
 def test_samples_equal_one_by_one_denoising(second):
     torch.manual_seed(0)
     unit = torch.tensor([1.0, 0.5, 2.0, 0.8])
-    actor = script.ConsistencyActor(5, unit, hidden=16, layers=3)
+    actor = script.ConsistencyActor(5, unit, hidden=16)
     with torch.no_grad():
         for norm in actor.norms:
             norm.weight.uniform_(0.5, 1.5)
@@ -240,7 +250,7 @@ def test_samples_equal_one_by_one_denoising(second):
 
 def test_two_steps_spread_and_one_step_does_not():
     """A head that knows two modes, and says the mean of what its noisy input leaves possible."""
-    actor = script.ConsistencyActor(1, torch.ones(1), hidden=8, layers=2)
+    actor = script.ConsistencyActor(1, torch.ones(1), hidden=8)
 
     def posterior_mean(feature, x, sigma):
         far = (x[..., None] - torch.tensor([-0.8, 0.8])).square() / (2 * sigma[..., None, None] ** 2)
@@ -334,7 +344,7 @@ def test_polyak_update():
 def test_ensemble_equals_separate_critics():
     torch.manual_seed(0)
     unit = torch.tensor([0.5, 2.0, 1.0, 0.25])
-    ensemble = script.EnsembleCritic(3, feature_dim=5, unit=unit, hidden=8, layers=2)
+    ensemble = script.EnsembleCritic(3, feature_dim=5, unit=unit, hidden=8)
     with torch.no_grad():
         for parameter in (*ensemble.bias, *ensemble.gain, *ensemble.shift):
             parameter.uniform_(-1, 1)
@@ -363,21 +373,27 @@ def test_ensemble_equals_separate_critics():
 
 
 def toy_policy(obs_mode="state"):
-    """Octo and units on two demonstrations of four steps; actions of different spreads, the last one a gripper."""
+    """Everything that is learned, on two demonstrations of four steps; actions of different spreads, and a gripper."""
     action = np.array([[0.2, 0.01, 1], [-0.2, 0.01, 1], [0.2, 0.01, -1], [-0.2, 0.01, -1], [9, 9, 9]] * 2, np.float32)
     obs = {"proprio": np.random.default_rng(0).normal(size=(10, 5)).astype(np.float32)}
     if obs_mode == "rgb":
         obs["primary"] = np.zeros((10, 32, 32, 3), np.uint8)
-    demos = script.Demos(obs, action, np.array([4, 4]), np.array([4, 4]), "toy")
-    return script.TaskPolicy(script.Args(obs_mode=obs_mode, image_size=32, chunk_len=2), demos), demos
+    demos = Demos(obs, action, np.array([4, 4]), np.array([4, 4]), "toy")
+    args = script.Args(obs_mode=obs_mode, image_size=32, chunk_len=2, hidden_dim=8, device="cpu")
+    return script.Agent(args, demos), demos
 
 
 def test_networks_see_chunks_in_units_of_twice_the_spread():
     policy, _ = toy_policy()
     # In the box, actions are +-1/1.5 in every dimension. Spread: 0.667 is cut at a quarter of the box, 0 raised to 0.02.
     assert policy.chunk_unit.tolist() == pytest.approx([0.5, 0.04, 0.5] * 2)
-    actor = script.ConsistencyActor(policy.feature_dim, policy.chunk_unit, 8, 1)
-    assert actor.chunk_dim == 6
+    for net in (policy.actor, policy.actor_ema, policy.critic, policy.target_critic):
+        assert torch.equal(net.unit, policy.chunk_unit)
+
+
+def test_the_instruction_is_the_task_s():
+    policy, _ = toy_policy()
+    assert policy.instruction == TASKS["StackCube-v1"].instruction != Task().instruction
 
 
 def test_proprio_noise_touches_proprio_alone():
@@ -394,16 +410,18 @@ def test_proprio_noise_touches_proprio_alone():
     assert torch.equal(moved[:, :-5], feature[:, :-5]) and not torch.equal(moved[:, -5:], feature[:, -5:])
 
 
-def test_demonstrations_go_on_past_the_success_while_it_holds(tmp_path):
-    _, demos = toy_policy()
+def test_demonstrations_go_on_past_the_success_while_it_holds():
+    policy, demos = toy_policy()
     demos.steps = np.array([2, 2])
     demos.success = np.array([0, 1, 1, 0, 0, 0, 1, 1, 1, 0], bool)  # the first one loses it again
     for stay, starts in (True, [0, 1, 2, 5, 6, 7, 8]), (False, [0, 1, 5, 6]):
-        run = script.Run(
-            script.Args(obs_mode="state", image_size=32, chunk_len=2, device="cpu", stay=stay), tmp_path, demos
-        )
-        assert run.expert.starts.tolist() == starts
-        assert run.expert.rows == 10  # as in `demos`, which embeddings go by
+        expert = script.ReplayBuffer(policy.feature_dim, 3, 2, 0.9)
+        script.add_demonstrations(expert, demos, policy, script.Args(stay=stay, gamma=0.9, chunk_len=2))
+        assert expert.starts.tolist() == starts
+        assert expert.rows == 10  # as in `demos`, which embeddings go by
+        batch = expert.gather(expert.starts[:2])
+        np.testing.assert_allclose(batch.chunk[0], policy.normalise(demos.action[:2]).flatten())
+        assert batch.reward.tolist() == pytest.approx([0.9, 1.0]) and batch.bootstrap.tolist() == [0, 0]
 
 
 # --- updates on stubs whose numbers can be followed ---
@@ -443,7 +461,8 @@ def stub_agent():
         actor=FixedActor(2), actor_ema=FixedActor(2), critic=Recorder([1.0, 0.5]), target_critic=Recorder([2.0, 3.0]),
         H=1, action_dim=2,
     )  # fmt: skip
-    agent.push, agent.candidates = (partial(getattr(script.Agent, name), agent) for name in ("push", "candidates"))
+    for name in ("push", "candidates", "act"):
+        setattr(agent, name, partial(getattr(script.Agent, name), agent))
     batch = script.Batch(
         feature=torch.tensor([[0.1], [0.2]]), chunk=torch.tensor([[0.3, 0.3], [-0.2, 0.1]]),
         reward=torch.tensor([0.05, 0.1]), bootstrap=torch.tensor([0.5, 0.0]),
@@ -505,28 +524,67 @@ def test_target_uses_two_critics_of_many():
     assert seen == {1.0, 2.0, 3.0}
 
 
-def actor_step(monkeypatch, stage="online", expert=(True, False), **flags):
-    """One actor update; returns the agent, the logs and the chunks that the policy was made to imitate."""
+def imitate(monkeypatch, target=None, bc_weight=2.0, q_weight=0.0, successes_only=False, **flags):
+    """One actor update on two samples, of which the second one's trajectory failed: the agent, the logs, the batch."""
     agent, batch = stub_agent()
-    targets = []
 
     def surrogate(actor, feature, chunk, generator, n):
-        assert n == script.Args().noise_levels
-        targets.append(chunk)
+        assert n == args.noise_levels and torch.equal(feature, batch.feature)
         return (actor.shift - chunk).square().mean(-1)
 
     monkeypatch.setattr(script, "consistency_loss", surrogate)
-    args = script.Args(
-        **{"K": 5, "candidate_noise": 0.0, "actor_ema": 0.75, "bc_weight": 2.0, "distill_weight": 3.0, "q_weight": 0.0}
-        | flags
-    )
+    args = script.Args(**dict(actor_ema=0.75, noise_levels=3) | flags)
     optimizer = torch.optim.SGD(agent.actor.parameters(), lr=1.0)
-    logs = script.update_actor(agent, optimizer, batch, torch.tensor(expert), args, stage, rng())
-    return agent, logs, targets[0], batch
+    target = batch.chunk if target is None else target
+    logs = script.update_actor(agent, optimizer, batch, target, args, rng(), bc_weight, q_weight, successes_only)
+    return agent, logs, batch
 
 
-def test_actor_update_distils_the_better_candidates(monkeypatch):
-    agent, logs, target, batch = actor_step(monkeypatch)
+BC = [(0.1 - 0.3) ** 2, ((0.1 + 0.2) ** 2 + 0) / 2]  # of the two samples of `stub_agent`, by `surrogate`
+
+
+def test_the_actor_imitates_its_target(monkeypatch):
+    agent, logs, _ = imitate(monkeypatch)
+    assert logs["losses/bc"].item() == pytest.approx(sum(BC) / 2, rel=1e-4)
+    assert logs["losses/actor"].item() == pytest.approx(2 * sum(BC) / 2, rel=1e-4)
+    # d/dshift of the mean over two samples of two dimensions, times bc_weight
+    gradient = 2 * 2 * ((0.1 - 0.3) * 2 + (0.1 + 0.2) + 0) / 4
+    moved = 0.1 - gradient
+    assert agent.actor.shift.item() == pytest.approx(moved, rel=1e-4)
+    assert agent.actor_ema.shift.item() == pytest.approx(0.75 * 0.1 + 0.25 * moved, rel=1e-4)
+    assert agent.critic.slope.grad is None and not agent.critic.asked and "losses/q" not in logs
+
+
+def test_the_actor_can_imitate_successes_only(monkeypatch):
+    _, logs, _ = imitate(monkeypatch, successes_only=True)
+    assert logs["losses/bc"].item() == pytest.approx(BC[0], rel=1e-4)
+    assert logs["losses/actor"].item() == pytest.approx(2 * BC[0], rel=1e-4)
+
+
+def test_the_q_loss_raises_the_actor_and_spares_the_critic(monkeypatch):
+    agent, logs, _ = imitate(monkeypatch, bc_weight=0.0, q_weight=2.0, q_normalize=False)
+    # Q(s, pi(s)) = slope * (s + 2 * (s + shift)); d/dshift of its mean over critics: 0.75 * 2
+    q = 0.75 * ((0.1 + 0.4) + (0.2 + 0.6)) / 2
+    assert logs["values/q_policy"].item() == pytest.approx(q, rel=1e-4)
+    assert logs["losses/q"].item() == pytest.approx(-q, rel=1e-4)
+    assert logs["losses/actor"].item() == pytest.approx(-2 * q, rel=1e-4)
+    assert agent.actor.shift.item() == pytest.approx(0.1 + 2 * 1.5, rel=1e-4)
+    assert agent.critic.slope.grad is None and agent.critic.slope.requires_grad
+    agent, logs, _ = imitate(monkeypatch, bc_weight=0.0, q_weight=2.0, q_normalize=True)
+    assert logs["losses/q"].item() == pytest.approx(-1, rel=1e-4)
+    assert agent.actor.shift.item() == pytest.approx(0.1 + 2 * 1.5 / q, rel=1e-4)
+
+
+def distilled(expert=(True, False), agent_and_batch=None, **flags):
+    agent, batch = agent_and_batch or stub_agent()
+    args = script.Args(**dict(K=5, candidate_noise=0.0) | flags)
+    expert = torch.tensor(expert) if isinstance(expert, tuple) else expert
+    target, logs = script.self_distilled(agent, batch, expert, args, rng())
+    return agent, target, logs, batch
+
+
+def test_the_policy_half_imitates_the_better_proposals():
+    agent, target, logs, batch = distilled()
     assert torch.equal(target[0], batch.chunk[0])  # the expert half keeps its action, Eq. (12)
     # Candidates at s = 0.2: 0.30 ... 0.34 in both dimensions, the buffer's action sums to -0.1: the gate opens.
     chosen = [0.32, 0.33, 0.34]  # at or above the mean
@@ -535,111 +593,49 @@ def test_actor_update_distils_the_better_candidates(monkeypatch):
     q = [0.75 * (0.2 + 2 * (0.3 + 0.01 * k)) for k in range(5)]
     weight = weights_by_hand(q, 1.0, True)
     assert logs["vgpd/ess"].item() == pytest.approx(1 / sum(w * w for w in weight), rel=1e-3)
-    for name, unit in (("vgpd/candidate_std", 0.01), ("values/q_std", 0.015)):  # over 5 or over 4
-        assert min(abs(logs[name].item() / unit - math.sqrt(n)) for n in (2, 2.5)) < 1e-3
+    assert logs["vgpd/candidate_std"].item() == pytest.approx(0.01 * math.sqrt(2), rel=1e-3)
+    assert logs["values/q_std"].item() == pytest.approx(0.015 * math.sqrt(2), rel=1e-3)
     feature, number, sigma = agent.actor_ema.calls[0]  # pi_old proposes
     assert number == 5 and sigma == script.Args().candidate_sigma and not agent.actor.calls
     assert feature.tolist() == batch.feature[1:].tolist()  # only policy states
-    loss = sum((0.1 - x) ** 2 for x in target.flatten().tolist()) / 4
-    assert logs["losses/distill"].item() == pytest.approx(loss, rel=1e-4)
-    assert logs["losses/actor"].item() == pytest.approx(3 * loss, rel=1e-4)
-    moved = 0.1 - 3 * sum(2 * (0.1 - x) for x in target.flatten().tolist()) / 4
-    assert agent.actor.shift.item() == pytest.approx(moved, rel=1e-4)
-    assert agent.actor_ema.shift.item() == pytest.approx(0.75 * 0.1 + 0.25 * moved, rel=1e-4)
-    assert agent.critic.slope.grad is None
+    assert not target.requires_grad and batch.chunk[1].tolist() == pytest.approx([-0.2, 0.1])  # the batch stays
 
 
-def test_candidate_choice_follows_the_weights(monkeypatch):
+def test_the_choice_of_a_proposal_follows_the_weights():
     agent, batch = stub_agent()
-    many = [torch.cat([getattr(batch, f)[1:]] * 3000) for f in batch.__dataclass_fields__]
-    batch, targets = script.Batch(*many), []
-    monkeypatch.setattr(script, "consistency_loss", lambda a, f, c, g, n: (targets.append(c), a.shift + 0 * c[:, 0])[1])
-    args = script.Args(K=5, temperature=0.5, candidate_noise=0.0, q_weight=0.0, actor_ema=0.9)
-    optimizer = torch.optim.SGD(agent.actor.parameters(), lr=0.0)
-    script.update_actor(agent, optimizer, batch, torch.zeros(3000, dtype=torch.bool), args, "online", rng())
+    many = script.Batch(*(torch.cat([value[1:]] * 3000) for value in vars(batch).values()))
+    nobody = torch.zeros(3000, dtype=torch.bool)
+    _, target, _, _ = distilled(nobody, (agent, many), temperature=0.5)
     weight = weights_by_hand([0.75 * (0.2 + 2 * (0.3 + 0.01 * k)) for k in range(5)], 0.5, True)
     for k in range(5):
-        share = (targets[0][:, 0] - (0.3 + 0.01 * k)).abs().lt(1e-4).float().mean().item()
+        share = (target[:, 0] - (0.3 + 0.01 * k)).abs().lt(1e-4).float().mean().item()
         assert share == pytest.approx(weight[k], abs=0.04), k
 
 
-def test_gate_keeps_a_better_buffer_action(monkeypatch):
-    agent, logs, target, batch = actor_step(monkeypatch, expert=(False, False))
+def test_the_gate_keeps_a_better_buffer_action():
+    _, target, logs, batch = distilled(expert=(False, False))
     # State 0: candidates 0.2 ... 0.24 sum to less than the buffer's 0.6. State 1: the other way round.
     assert torch.equal(target[0], batch.chunk[0]) and target[1, 0] > 0.31
     assert logs["vgpd/zeta"].item() == 0.5
 
 
-def test_expert_filter_gates_the_expert_half(monkeypatch):
-    _, logs, target, batch = actor_step(monkeypatch, expert=(False, True), expert_filter="filter")
-    assert target[1, 0] > 0.31 and logs["vgpd/zeta_expert"] == 1 and logs["vgpd/zeta"] == 0
-    _, logs, target, batch = actor_step(monkeypatch, expert=(False, True), expert_filter="bc")
-    assert torch.equal(target, batch.chunk) and "vgpd/zeta_expert" not in logs
-
-
-def test_no_vgpd_is_bc_on_both_halves(monkeypatch):
-    _, logs, target, batch = actor_step(monkeypatch, expert=(False, False), vgpd=False)
-    assert torch.equal(target, batch.chunk) and not [name for name in logs if name.startswith("vgpd/")]
-
-
-def test_warmup_imitates_successes_only(monkeypatch):
-    agent, logs, target, batch = actor_step(monkeypatch, stage="warmup")
-    assert torch.equal(target, batch.chunk)
-    loss = ((0.1 - 0.3) ** 2 + (0.1 - 0.3) ** 2) / 2  # sample 0; sample 1's trajectory failed
-    assert logs["losses/bc"].item() == pytest.approx(loss, rel=1e-4)
-    assert logs["losses/actor"].item() == pytest.approx(2 * loss, rel=1e-4)
-    _, logs, _, _ = actor_step(monkeypatch, stage="offline")
-    assert logs["losses/bc"].item() == pytest.approx((loss + ((0.1 + 0.2) ** 2 + 0) / 2) / 2, rel=1e-4)
-
-
-def test_success_filter_leaves_failures_out_of_the_distillation(monkeypatch):
-    _, logs, target, _ = actor_step(monkeypatch, success_filter=True)
-    assert target[1, 0] > 0.29  # sample 1's trajectory failed; it has a target, but no weight
-    assert logs["losses/distill"].item() == pytest.approx((0.1 - 0.3) ** 2, rel=1e-4)
-
-
-def test_q_loss_raises_the_actor_and_spares_the_critic(monkeypatch):
-    agent, logs, _, _ = actor_step(monkeypatch, stage="offline", offline_q_weight=1.0, bc_weight=0.0, q_normalize=False)
-    # Q(s, pi(s)) = slope * (s + 2 * (s + shift)); d/dshift of its mean over critics: 0.75 * 2
-    assert logs["losses/q"].item() == pytest.approx(-0.75 * ((0.1 + 0.4) + (0.2 + 0.6)) / 2, rel=1e-4)
-    assert agent.actor.shift.item() == pytest.approx(0.1 + 1.5, rel=1e-4)
-    assert agent.critic.slope.grad is None and agent.critic.slope.requires_grad
-    _, logs, _, _ = actor_step(monkeypatch, stage="offline", offline_q_weight=0.0)
-    assert "losses/q" not in logs
-
-
-@torch.no_grad()
-def test_best_of_k_takes_the_candidate_that_the_critic_prefers():
-    agent, batch = stub_agent()
-    agent.H, agent.action_dim = 2, 1
-    args = script.Args(K=5, select="best-of-k", candidate_noise=0.0)
-    best = script.Agent.act(agent, batch.feature, agent.actor, args, rng())
-    assert best.shape == (2, 2, 1)
-    assert best[:, 0, 0].tolist() == pytest.approx([0.1 + 0.1 + 0.04, 0.2 + 0.1 + 0.04])
-    agent.critic.slope.data.neg_()
-    best = script.Agent.act(agent, batch.feature, agent.actor, args, rng())
-    assert best[:, 0, 0].tolist() == pytest.approx([0.2, 0.3])
-    agent.critic.asked.clear()
-    one = script.Agent.act(agent, batch.feature, agent.actor, script.Args(K=5), rng())
-    assert one[:, 0, 0].tolist() == pytest.approx([0.2, 0.3]) and not agent.critic.asked
-
-
 @torch.no_grad()
 def test_exploration_pushes_a_chunk_as_a_whole():
     agent, _ = stub_agent()
-    agent.H, agent.actor.dim, agent.action_dim = 3, 6, 2
+    agent.H, agent.actor_ema.dim, agent.action_dim = 3, 6, 2
     feature = torch.full((4000, 1), 0.2)
-    calm = script.Agent.act(agent, feature, agent.actor, script.Args(), rng())
-    pushed = script.Agent.act(agent, feature, agent.actor, script.Args(), rng(), 0.1)
+    calm = agent.act(feature, rng())
+    pushed = agent.act(feature, rng(), 0.1)
     assert calm.shape == pushed.shape == (4000, 3, 2) and calm.std() < 1e-6
+    assert not agent.actor.calls  # pi_old acts
     push = pushed - calm
     assert np.abs(push - push[:, :1]).max() < 1e-6  # the same at every step
     push = push[:, 0]
     assert push.mean(0) == pytest.approx([0, 0], abs=0.01) and push.std(0) == pytest.approx([0.1, 0.1], rel=0.1)
     assert abs(np.corrcoef(push.T)[0, 1]) < 0.1  # but not in every direction
-    assert np.abs(script.Agent.act(agent, feature, agent.actor, script.Args(), rng(), 5.0)).max() == 1
+    assert np.abs(agent.act(feature, rng(), 5.0)).max() == 1
     args = script.Args(K=50, candidate_sigma=0.0, candidate_noise=0.1)
-    candidates = script.Agent.candidates(agent, feature[:100], agent.actor, args, rng()).unflatten(-1, (3, 2))
+    candidates = agent.candidates(feature[:100], args, rng()).unflatten(-1, (3, 2))
     push = candidates - (0.3 + 0.01 * torch.arange(50))[:, None, None]
     assert (push - push[:, :, :1]).abs().max() < 1e-6  # candidates are pushed likewise, each on its own
     assert push[:, :, 0].std((0, 1)).tolist() == pytest.approx([0.1, 0.1], rel=0.1)

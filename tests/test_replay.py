@@ -1,5 +1,7 @@
 """Chunked transitions, returns and rewards of the replay buffer, worked out by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -145,19 +147,13 @@ def test_batches_join_in_order():
 
 @pytest.mark.parametrize("reward, success, failure", [("binary", 1.0, 0.0), ("conrft", 10.0, -0.05)])
 def test_rewards_of_an_episode(reward, success, failure):
-    """The reward model turns success flags into rewards; the chunk after the end keeps still, gripper as it was."""
-
-    class Stub:
-        args = script.Args(reward=reward, gamma=G)
-
-        class agent:
-            def hold_action(last):
-                return np.array([0.0, last[-1]], np.float32)
-
+    """Success flags become rewards; the chunk after the end keeps still, gripper as it was."""
+    agent = SimpleNamespace(hold_action=lambda last: np.array([0.0, last[-1]], np.float32))
+    args = script.Args(reward=reward, gamma=G)
     replay = script.ReplayBuffer(1, 2, 2, G)
     action = np.array([[0.1, 1.0], [0.2, 1.0], [0.3, -1.0]], np.float32)
     episode = script.Episode(torch.zeros(4, 1), action, np.array([False, False, True]), True)
-    script.Run.add_episode(Stub, replay, episode)
+    script.add_episode(replay, episode, agent, args)
     batch = everything(replay)
     rewards = [failure + G * failure, failure + G * success, success]
     assert batch.reward.tolist() == pytest.approx(rewards)
@@ -165,7 +161,7 @@ def test_rewards_of_an_episode(reward, success, failure):
     assert batch.success.tolist() == [1, 1, 1] and batch.bootstrap.tolist() == pytest.approx([G**2, 0, 0])
     failed = script.Episode(torch.zeros(4, 1), action, np.zeros(3, bool), False)
     replay = script.ReplayBuffer(1, 2, 2, G)
-    script.Run.add_episode(Stub, replay, failed)
+    script.add_episode(replay, failed, agent, args)
     batch = everything(replay)
     assert batch.reward.tolist() == pytest.approx([failure * (1 + G)] * 2) and batch.success.tolist() == [0, 0]
     assert batch.mc_return.tolist() == pytest.approx([failure / (1 - G)] * 2)
