@@ -50,9 +50,9 @@ class Data:
     def __init__(self, results: Path):
         """Raises: UserError."""
         path = results / "diagnostics.csv"
-        self.diagnostics = stats.by_run(read_csv(path, ("row", "seed")) if path.exists() else [])
-        self.texts = stats.by_run(read_csv(results / "runs.csv"))
         self.runs = stats.by_run(read_results(results))
+        self.texts = stats.by_run(read_csv(results / "runs.csv"))
+        self.diagnostics = stats.by_run(read_csv(path, ("row", "seed")) if path.exists() else [])
 
     def of(self, row: Row) -> dict[int, stats.Lines]:
         """The row's runs by seed."""
@@ -121,40 +121,37 @@ def legend(figure, looks: dict[str, dict]) -> None:
 
 
 def draw_mean(ax, runs: list[Series], points: int = 2 * KEEP, band: bool = True, **look):
-    """Mean over runs (x, y) of different x, within the range that all have; `band` is from the least to the greatest."""
+    """The line of the mean over runs (x, y) of different x, where all have one; `band`: from the least to the greatest."""
     runs = [(x, y) for x, y in runs if len(x)]
     if not runs:
-        return
+        return None
     grid = np.linspace(max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs), points)
     stacked = np.stack([np.interp(grid, x, y) for x, y in runs])
-    ax.plot(grid, stacked.mean(0), **look)
     if band:
         ax.fill_between(grid, stacked.min(0), stacked.max(0), color=look["color"], alpha=0.15, lw=0)
+    return ax.plot(grid, stacked.mean(0), **look)[0]
 
 
 # ---- figures: each returns one, or None if there is nothing to draw ----
 def draw_curves(ax, row: Row, look: dict, data: Data, right: float) -> dict:
-    """A row's learning curves in one panel; returns how its mean looks."""
+    """A row's learning curves in one panel; returns how their mean looks."""
+    colour = look["color"]
+    runs = []
     for run in data.of(row).values():
         start = stats.after_sft(run)
         if start:
-            mark = dict(ms=3.5, mfc="white", mec=look["color"], mew=0.9, clip_on=False)
-            ax.plot(-0.09 * right, 100 * start["success_once"], "D", **mark)
-    online = data.curves(row)
-    for x, y in online:
-        ax.plot(x, y, lw=0.6, alpha=0.6, color=look["color"], ls=look["ls"])
-    runs = []
-    for run in data.of(row).values():
+            rate = 100 * start["success_once"]
+            ax.plot(-0.09 * right, rate, "D", ms=3.5, mfc="white", mec=colour, mew=0.9, clip_on=False)
         x, y = stats.curve(run)
-        if len(x) < 2:  # without online steps: the final success as a level
-            x, y = np.array([0.0, right]), np.full(2, stats.result(run)["success_once"])
+        if len(x) > 1:
+            ax.plot(x, 100 * y, lw=0.6, alpha=0.6, color=colour, ls=look["ls"])
+        else:  # without online steps: the final success as a level
+            x = np.array([0.0, right])
+            y = np.full(2, stats.result(run)["success_once"])
         runs.append((x, 100 * y))
-    grid = np.linspace(0, min(x[-1] for x, _ in runs), 201)
-    stacked = np.stack([np.interp(grid, x, y) for x, y in runs])
-    ax.fill_between(grid, stacked.min(0), stacked.max(0), color=look["color"], alpha=0.15, lw=0)
-    look = look | (dict(lw=1.6, ms=4) if online else dict(marker=None, lw=1.0))
-    every = [int(i) for i in np.searchsorted(grid, runs[0][0]).clip(0, 200)]
-    ax.plot(grid, stacked.mean(0), **look, markevery=every, clip_on=False)
+    look = look | (dict(lw=1.6, ms=4) if data.curves(row) else dict(marker=None, lw=1.0))
+    line = draw_mean(ax, runs, points=201, **look, clip_on=False)
+    line.set_markevery([int(i) for i in np.searchsorted(line.get_xdata(), runs[0][0]).clip(0, 200)])
     return look
 
 
@@ -174,7 +171,7 @@ def plot_curves(file: CommandFile, data: Data):
         for row in mine:
             look = draw_curves(ax, row, style[row.label], data, right)
             looks.setdefault(row.label, look)
-        ax.set(title=title(task), ylim=(-3, 103), xlim=(-0.171 * right, 1.02 * right), xlabel=STEPS)
+        ax.set(title=title(task), ylim=(-3, 103), xlim=(1.9 * -0.09 * right, 1.02 * right), xlabel=STEPS)
         ax.xaxis.set_major_locator(plt.MaxNLocator(4))
         ax.axvline(0, color="#999999", lw=0.6, ls=":", zorder=0)
     axes[0][0].set_ylabel("success, %")

@@ -68,6 +68,10 @@ class Row:
         """The command with a seed, and a folder of runs where it names another run."""
         return self.command.replace("$runs/", f"{runs}/").replace("$seed", str(seed)).split()
 
+    def alone(self) -> list[str]:
+        """Its flags, but for the run that it starts from."""
+        return re.sub(rf"{ORIGIN} \S+", "", self.command).split()[2:]
+
     def flag(self, name: str, default: str = "") -> str:
         """What the command itself says; `flags_of` knows all flags."""
         words = self.command.split()
@@ -152,7 +156,8 @@ def read_commands(path: Path) -> CommandFile:
             seeds = [int(seed) for seed in loop[1].split()]
         elif line == "done":
             runs += [(row, seed) for seed in seeds for row in rows]
-            seeds, rows = [], []
+            seeds = []
+            rows = []
         elif seeds:
             rows.append(read_row(line, where, about))
         else:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import cells, stats  # noqa: E402
 from benchmark.cells import WORDS, Papers, Runs, caption, fill, interval, percent, shown, signed, table  # noqa: E402
 from benchmark.collect import RESULTS, mixed, read_results  # noqa: E402
-from benchmark.rows import EARLIER, ORIGIN, ROOT, CommandFile, Row, UserError, all_commands, bars  # noqa: E402
+from benchmark.rows import EARLIER, ROOT, CommandFile, Row, UserError, all_commands, bars  # noqa: E402
 from benchmark.rows import command_line, flags_of, read_csv  # noqa: E402
 
 MADE = "<!-- made by benchmark/tables.py from benchmark/results/runs.csv: edits here are lost -->"
@@ -114,19 +114,13 @@ def judge(row: Row, own: Runs, name: str, value: float) -> tuple[str, bool]:
     return f"{bar.form(got)} {bar.unit}", met
 
 
-def online_budget(row: Row) -> int | None:
-    """Control steps of online learning, wherever the run starts from. Raises: UserError."""
-    _, script, *words = re.sub(rf"{ORIGIN} \S+", "", row.command).split()
-    return flags_of(script, *words).get("online_steps")
-
-
 def bar_rows(row: Row, own: Runs, wanted: int) -> list[list[str]]:
     """[task, method, bar, measured, verdict] for each bar of a row. Raises: UserError."""
     made = []
     for name, value in bars().get(row.name, {}).items():
         if name not in WORDS["bars"]:
             raise UserError(f"bars.csv: {row.name} has an unknown bar, {name}")
-        steps = online_budget(row) if name == "success" else None
+        steps = flags_of(row.script, *row.alone()).get("online_steps") if name == "success" else None
         text = WORDS["bars"][name].format(
             value=f"{value:g}" if name == "minutes" else percent(value),
             within=f" within {steps:,} online env steps" if steps else "",
