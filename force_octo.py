@@ -882,6 +882,8 @@ def draw(
 @torch.no_grad()
 def calibration(agent: Agent, policy: ReplayBuffer, args: Args) -> dict[str, Tensor]:
     """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
+    if not len(policy.starts):
+        return {}
     batch = policy.gather(policy.starts, args.device)
     q = agent.critic(batch.feature, batch.chunk).mean(0)
     gap = q - batch.mc_return

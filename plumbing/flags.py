@@ -71,6 +71,8 @@ def check_flags(args, limits: dict) -> None:
     if args.max_episode_steps is None:
         seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
         args.max_episode_steps = round(seconds * args.control_freq)
+    if args.max_episode_steps < args.chunk_len:
+        raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
