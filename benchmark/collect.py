@@ -29,31 +29,10 @@ from benchmark.rows import load_script, misfit, read_commands, read_csv, read_js
 
 RESULTS = ROOT / "benchmark" / "results"
 EVALUATION = ("num_episodes", "success_once", "success_at_end", "episode_len")  # of a run's "eval/..."
-COLUMNS = (
-    "row", "method", "ablation", "backbone", "obs_mode", "env_id", "seed",
-    "stage",  # the stage that had been trained; "online" from hand-over to online learning on
-    "select",  # earlier CO-RFT: which of its policies was evaluated
-    "spawn",  # where objects started in it (CO-RFT)
-    "final",  # 1: the run's result
-    "global_step",  # control steps taken in training, summed over environments
-    "update_step",
-    *EVALUATION,  # episode_len: mean control steps to success, over successes
-    "wall_s", "eval_s",  # earlier runs: seconds since the first log entry, and of this evaluation
-    "seconds",  # of the whole run, by its own clock
-    "demo_steps_to_success", "git_commit",
-    "code",  # hash of the script and of what it imports from here, at that commit
-    "config_hash",  # of all flags but those that say which run it is
-    "versions", "device", "demonstrations",
-    "settings",  # flags that differ from the script's defaults
-    "command", "notes",
-)  # fmt: skip
-DIAGNOSTICS = (
-    "calib/q_minus_return", "calib/abs_error", "calib/correlation", "calib/bound_rate", "values/q_data",
-    "values/mc_return", "values/q_std", "vgpd/zeta", "vgpd/candidate_std", "vgpd/ess", "intervention/rate",
-    "train/success_once", "train/episode_len", "val/td_error", "val/q_policy", "val/mc_return",
-)  # fmt: skip
+COLUMNS = {"runs": [], "diagnostics": []}  # of the two files; columns.csv says what they mean
+for line in read_csv(RESULTS / "columns.csv", ("file", "column", "meaning")):
+    COLUMNS[line["file"]].append(line["column"])
 METRICS = ("global_step", "update_step", "name", "value")  # columns of a run's metrics.csv
-PLACE = ("row", "seed", "global_step", "update_step")  # of a line of diagnostics.csv
 FILES = ("demo_path", "checkpoint", "sft_checkpoint", "critic_weights", "record_demos")  # flags that name one
 KEEP = 40  # values of a diagnostic per run
 SAME = ("code", "settings", "versions", "device", "demonstrations")  # within a row, over its seeds
@@ -158,26 +137,17 @@ def read_run(row: Row, folder: Path) -> stats.Lines:
         args = config["args"]
         versions = {"python": config.get("python")} | config["packages"]
         common = {
-            "row": row.name,
-            "method": row.method,
-            "ablation": row.ablation,
-            "backbone": args.get("backbone"),
-            "obs_mode": args["obs_mode"],
-            "env_id": args["env_id"],
-            "seed": args["seed"],
-            "seconds": summary.get("seconds"),
-            "demo_steps_to_success": summary.get("demo_steps_to_success"),
-            "git_commit": config["git_commit"],
-            "code": code_of(config["git_commit"], row.script),
+            "row": row.name, "method": row.method, "ablation": row.ablation, "command": row.command,
+            "backbone": args.get("backbone"), "obs_mode": args["obs_mode"], "env_id": args["env_id"], "seed": args["seed"],
+            "seconds": summary.get("seconds"), "demo_steps_to_success": summary.get("demo_steps_to_success"),
+            "git_commit": config["git_commit"], "code": code_of(config["git_commit"], row.script),
             "config_hash": hashlib.sha1(json.dumps(without_places(args), sort_keys=True).encode()).hexdigest()[:12],
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
             "device": config["gpu"] if args["device"] == "cuda" else "cpu",
-            "demonstrations": Path(summary["demonstrations"]).name,
-            "settings": settings_of(args, row.script),
-            "command": row.command,
-        }
+            "demonstrations": Path(summary["demonstrations"]).name, "settings": settings_of(args, row.script),
+        }  # fmt: skip
         lines = [common | line for line in evaluations_of(args, config["script"], summary, folder)]
-        lines = [{name: number(line.get(name)) for name in COLUMNS} for line in lines]
+        lines = [{name: number(line.get(name)) for name in COLUMNS["runs"]} for line in lines]
         notes = notes_on(row, config, summary, lines)
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise UserError(f"{folder}: config.json or summary.json is torn or another program's ({error!r})") from error
@@ -188,7 +158,7 @@ def read_diagnostics(row: Row, seed: int, folder: Path) -> stats.Lines:
     """A run's diagnostics as lines of diagnostics.csv: at most KEEP values of each, evenly spaced, ends included."""
     series: dict[str, list[dict[str, str]]] = {}
     for line in read_metrics(folder):
-        if line["name"] in DIAGNOSTICS:
+        if line["name"] in COLUMNS["diagnostics"]:
             series.setdefault(line["name"], []).append(line)
     merged: dict[tuple[int, int], dict[str, str]] = {}
     for name, lines in series.items():
@@ -207,7 +177,7 @@ def read_diagnostics(row: Row, seed: int, folder: Path) -> stats.Lines:
 def read_results(results: Path) -> stats.Lines:
     """runs.csv with numbers. Raises: UserError if there is nothing in it."""
     path = results / "runs.csv"
-    lines = stats.typed(read_csv(path, COLUMNS), str(path))
+    lines = stats.typed(read_csv(path, COLUMNS["runs"]), str(path))
     if not lines:
         raise UserError(f"{path} holds no runs: collect them first (benchmark/collect.py)")
     return lines
@@ -224,7 +194,7 @@ def merged(path: Path, found: dict[tuple[str, int], stats.Lines]) -> dict[tuple[
     return stats.by_run(read_csv(path, ("row", "seed")) if path.exists() else []) | found
 
 
-def write_csv(path: Path, columns: tuple[str, ...], runs: dict[tuple[str, int], stats.Lines]) -> None:
+def write_csv(path: Path, columns: list[str], runs: dict[tuple[str, int], stats.Lines]) -> None:
     """Ordered by row and seed. Atomic: the file is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
@@ -280,8 +250,8 @@ def main(
     if problems and not allow_mixed:
         print("nothing written; --allow-mixed takes these runs, and the tables say so", file=sys.stderr)
         return 1
-    write_csv(results / "diagnostics.csv", (*PLACE, *DIAGNOSTICS), merged(results / "diagnostics.csv", diagnostics))
-    write_csv(results / "runs.csv", COLUMNS, everything)
+    write_csv(results / "diagnostics.csv", COLUMNS["diagnostics"], merged(results / "diagnostics.csv", diagnostics))
+    write_csv(results / "runs.csv", COLUMNS["runs"], everything)
     print(f"{len(found)} runs found; runs.csv now holds {len(everything)}")
     return 0
 

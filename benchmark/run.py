@@ -113,14 +113,9 @@ class Job:
             return
         print(f"$ {shlex.join(command)}", file=log, flush=True)
         self.process = subprocess.Popen(
-            [sys.executable, *command[1:]],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        )
+            [sys.executable, *command[1:]], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
         log.close()
 
     def finished(self) -> bool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,53 +64,33 @@ class Book:
 
 
 # ---- what rows must reach ----
-@dataclass(frozen=True)
-class Bar:
-    """A bar of bars.csv: what is measured of a row, and on which side of the bar it must be."""
-
-    measure: Callable[[Row, Runs], float | None]
-    least: bool  # the bar is a lower limit
-    unit: str = "%"
-    form: Callable[[float], str] = percent
-
-
-def steps_ratio(row: Row, own: Runs) -> float | None:
+def measure(name: str, row: Row, own: Runs) -> float | None:
+    """What a bar is about, in its unit; rates as fractions."""
+    if name == "success":
+        return cells.mean_of(own, cells.final("success_once"))
+    if name == "sft":
+        found = [line["success_once"] for line in cells.cloned(row, own)]
+        return float(np.mean(found)) if found else None
+    if name == "drop":
+        return max(cells.values_of(own, stats.largest_drop).values(), default=None)
+    if name == "minutes":
+        return max(cells.values_of(own, cells.final("seconds")).values()) / 60
     mine = cells.mean_of(own, cells.final_steps)
-    return None if mine is None else mine / cells.mean_of(own, cells.final("demo_steps_to_success"))
+    return mine and mine / cells.mean_of(own, cells.final("demo_steps_to_success"))
 
 
-def success_after_sft(row: Row, own: Runs) -> float | None:
-    found = [line["success_once"] for line in cells.cloned(row, own)]
-    return float(np.mean(found)) if found else None
-
-
-BARS = {
-    "success": Bar(lambda row, own: cells.mean_of(own, cells.final("success_once")), least=True),
-    "sft": Bar(success_after_sft, least=True),
-    "steps_ratio": Bar(steps_ratio, least=False),
-    "drop": Bar(lambda row, own: max(cells.values_of(own, stats.largest_drop).values(), default=None), False, "points"),
-    "minutes": Bar(
-        lambda row, own: max(cells.values_of(own, cells.final("seconds")).values()) / 60,
-        least=False,
-        unit="minutes",
-        form="{:.1f}".format,
-    ),
-}
-
-
-def judge(row: Row, own: Runs, name: str, value: float) -> tuple[str, bool]:
+def judge(name: str, value: float, row: Row, own: Runs) -> tuple[str, bool]:
     """What was measured for a bar, as text, and whether it is met."""
     if name == "above_sft":
         before = stats.pooled(cells.cloned(row, own))
         after = stats.pooled([stats.result(run) for run in own.values()])
-        apart = before is not None and after[1] > before[2]
-        return f"{interval(before)} to {interval(after)}", apart
-    bar = BARS[name]
-    got = bar.measure(row, own)
+        return f"{interval(before)} to {interval(after)}", before is not None and after[1] > before[2]
+    got = measure(name, row, own)
     if got is None:
         return "–", False
-    met = got >= value - 1e-9 if bar.least else got <= value + 1e-5
-    return f"{bar.form(got)} {bar.unit}", met
+    met = got >= value - 1e-9 if name in ("success", "sft") else got <= value + 1e-5
+    units = {"drop": "points", "minutes": "minutes"}
+    return f"{f'{got:.1f}' if name == 'minutes' else percent(got)} {units.get(name, '%')}", met
 
 
 def bar_rows(row: Row, own: Runs, wanted: int) -> list[list[str]]:
@@ -129,7 +108,7 @@ def bar_rows(row: Row, own: Runs, wanted: int) -> list[list[str]]:
         measured = "–"
         verdict = "not run"
         if own:
-            measured, met = judge(row, own, name, value)
+            measured, met = judge(name, value, row, own)
             verdict = ("met" if met else "**not met**") + cells.missing(len(own), wanted)
         made.append([row.env_id, row.label, text, measured, verdict])
     return made
