@@ -14,13 +14,15 @@ import torch
 from conftest import SCRIPTS
 from torch import nn
 
-from plumbing import fill
+from plumbing import Demos, fill
 from test_layout import TREES, definitions
 
 OWN_FORM = {  # (name, script): what differs on purpose
     ("td_target", "co_rft_chunked"): "one target for each prefix of a chunk",
     ("mc_returns", "co_rft_chunked"): "rewards start at 0, so nothing has to stand for what follows a truncation",
     ("Batch", "co_rft_chunked"): "prefixes of chunks",
+    ("draw", "co_rft_chunked"): "from one data set, by its rows",
+    ("warmup_cosine", "bc"): "the same up to the last bit: rounded in another order",
 }
 ELSEWHERE = {  # names that scripts share, and what holds their behaviour
     "Args": "test_layout.py: flags",
@@ -196,7 +198,8 @@ def warmup_cosine(s):
 def forget(s):
     net = seeded(nn.Linear, 2, 3)
     optimizer = torch.optim.Adam(net.parameters())
-    net(torch.ones(2)).sum().backward()
+    with torch.enable_grad():
+        net(torch.ones(2)).sum().backward()
     optimizer.step()
     s.forget(optimizer)
     return optimizer.state_dict()["state"]
@@ -244,6 +247,9 @@ class Player:
     def denormalise(self, action):
         return action * 2
 
+    def normalise(self, action):
+        return action / 2
+
     def hold_action(self, last):
         return last * 0
 
@@ -276,13 +282,47 @@ def Episode(s):
 
 @probe
 def add_episode(s):
+    return played(s, [3, 6]).state_dict()
+
+
+def played(s, seeds):
+    """A replay buffer with what came of these episodes."""
     buffer = s.ReplayBuffer(1, 1, 3, 0.9)
-    episodes = by_name(
-        s.rollout, env=Env(), agent=Player(), args=PLAY, seeds=[3, 6], generator=rng(), training=True, operator=None
-    )
-    for episode in episodes:
+    known = dict(env=Env(), agent=Player(), args=PLAY, generator=rng(), training=True, operator=None)
+    for episode in by_name(s.rollout, seeds=seeds, **known):
         s.add_episode(buffer, episode, Player(), PLAY)
-    return buffer.state_dict()
+    return buffer
+
+
+@probe
+def draw(s):
+    agent = SimpleNamespace(perturb=lambda feature, noise, g: feature + noise * torch.randn(feature.shape, generator=g))
+    args = SimpleNamespace(batch_size=7, device="cpu", proprio_noise=0.1)
+    found = []
+    for policy in (s.ReplayBuffer(1, 1, 3, 0.9), played(s, [5, 6])):
+        batch, is_expert = s.draw(played(s, [3, 4]), policy, agent, args, {"batch": rng(), "update": rng(1)})
+        found.append([vars(batch), is_expert])
+    return found
+
+
+@probe
+def add_demonstrations(s):
+    action = np.linspace(-0.5, 0.5, 9, dtype=np.float32)[:, None]
+    success = np.array([0, 1, 1, 0, 0, 0, 1, 0, 0], bool)
+    demos = Demos({}, action, np.array([4, 3]), np.array([2, 2]), "toy", success)
+    found = []
+    for stay in (True, False):
+        buffer = s.ReplayBuffer(1, 1, 3, 0.9)
+        args = SimpleNamespace(reward="conrft", gamma=0.9, stay=stay)
+        s.add_demonstrations(buffer, demos, Player(), args)
+        found.append(buffer.state_dict())
+    return found
+
+
+@probe
+def calibration(s):
+    agent = SimpleNamespace(critic=seeded(s.EnsembleCritic, 3, 1, torch.ones(3), 8))
+    return [s.calibration(agent, policy, PLAY) for policy in (s.ReplayBuffer(1, 1, 3, 0.9), played(s, [3, 5]))]
 
 
 @probe
