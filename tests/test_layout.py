@@ -131,22 +131,17 @@ def test_what_learns_is_found(source):
 
 
 # --- every script is whole, and in one order ---
-SECTIONS = (
-    "Arguments", "Environment", "Replay", "Networks", "Losses: pure functions", "Updates", "Episodes and buffers",
-    "Training",
-)  # fmt: skip
-HOLDS = {  # what stands in each section of every script, as patterns of names
+SECTIONS = {  # title: what stands there in every script, as patterns of names
     "Arguments": ("Args", "TABLES", "LIMITS", "validate"),
     "Environment": ("make_env",),
-    "Replay": ("ReplayBuffer|ChunkData|Chunks",),
-    "Networks": (r"\w*(Actor|Head)", "Agent"),
+    "Replay|Demonstrations": ("ReplayBuffer|ChunkData|Chunks",),
+    "Networks": (r"\w*(Actor|Head)", r"\w*Critic", "Agent"),
     "Losses: pure functions": (r"\w*_loss",),
-    "Updates": (r"update_\w+",),
-    "Episodes and buffers": ("Episode", "rollout", "evaluate"),
+    "Updates": (r"update_critic", "update_actor"),
+    "Episodes( and buffers)?": ("rollout", "evaluate"),
     "Training": ("main",),
 }
-WITHOUT = {"bc": ("Updates",)}  # what a script has no use for
-CRITICS = {"co_rft_chunked": "ChunkCritic"}  # by default EnsembleCritic
+WITHOUT = {"bc": ("Updates", r"\w*Critic")}  # what a script has no use for: a section, or what stands in it
 
 
 def definitions(tree: ast.Module) -> dict[str, int]:
@@ -175,17 +170,16 @@ def sections(source: str) -> dict[str, dict[str, int]]:
 def missing(name: str, source: str) -> list[str]:
     """What a script lacks or has in the wrong place."""
     found = sections(source)
-    wanted = [title for title in SECTIONS if title not in WITHOUT.get(name, ())]
-    if [title for title in found] != wanted:
-        return [f"sections {list(found)}, not {wanted}"]
-    holds = dict(HOLDS)
-    if name != "bc":
-        holds["Networks"] += (CRITICS.get(name, "EnsembleCritic"),)
+    without = WITHOUT.get(name, ())
+    wanted = [title for title in SECTIONS if title not in without]
+    titles = [title for title in found if title]  # "": what stands before the first
+    if len(titles) != len(wanted) or not all(map(re.fullmatch, wanted, titles)):
+        return [f"sections {titles}, not {wanted}"]
     return [
         f"{pattern} in {title}"
-        for title in wanted
-        for pattern in holds[title]
-        if not any(re.fullmatch(pattern, own) for own in found[title])
+        for title, own in zip(wanted, titles)
+        for pattern in SECTIONS[title]
+        if pattern not in without and not any(re.fullmatch(pattern, defined) for defined in found[own])
     ]
 
 
@@ -201,13 +195,13 @@ def test_what_is_missing_is_found():
     own = SOURCES["force_octo"]
     assert missing("force_octo", own) == []
     assert missing("force_octo", own.replace("def make_env(", "def build(")) == ["make_env in Environment"]
-    assert missing("force_octo", own.replace("class EnsembleCritic(", "class Judge("))
+    assert missing("force_octo", own.replace("class EnsembleCritic(", "class Judge(")) == [r"\w*Critic in Networks"]
     one, two = "# === Losses: pure functions ===", "# === Updates ==="
     swapped = own.replace(one, "# here").replace(two, one).replace("# here", two)
     assert missing("force_octo", swapped)[0].startswith("sections")
-    moved = own.replace("def polyak_update(", "def polyak(") + "\ndef update_more():\n    pass\n"
-    assert missing("force_octo", moved) == []
-    assert missing("force_octo", re.sub(r"def (update_\w+)", r"def x\1", own)) == [r"update_\w+ in Updates"]
+    late = own.replace("def rollout(", "def play(") + "\ndef rollout():\n    pass\n"
+    assert missing("force_octo", late) == ["rollout in Episodes( and buffers)?"]
+    assert missing("bc", own)[0].startswith("sections")
 
 
 class Names(ast.NodeVisitor):
