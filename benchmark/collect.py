@@ -24,8 +24,19 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import stats  # noqa: E402
-from benchmark.rows import BOOKKEEPING, ROOT, Row, UserError, all_commands, command_line  # noqa: E402
-from benchmark.rows import load_script, misfit, read_commands, read_csv, read_json  # noqa: E402
+from benchmark.rows import (  # noqa: E402  # noqa: E402
+    BOOKKEEPING,
+    ROOT,
+    Row,
+    UserError,
+    all_commands,
+    command_line,
+    load_script,
+    misfit,
+    read_commands,
+    read_csv,
+    read_json,
+)
 
 RESULTS = ROOT / "benchmark" / "results"
 EVALUATION = ("num_episodes", "success_once", "success_at_end", "episode_len")  # of a run's "eval/..."

@@ -22,8 +22,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import cells, stats  # noqa: E402
 from benchmark.cells import WORDS, Papers, Runs, caption, fill, interval, percent, shown, signed, table  # noqa: E402
 from benchmark.collect import RESULTS, mixed, read_results  # noqa: E402
-from benchmark.rows import EARLIER, ROOT, CommandFile, Row, UserError, all_commands, bars  # noqa: E402
-from benchmark.rows import command_line, flags_of, read_csv  # noqa: E402
+from benchmark.rows import (  # noqa: E402  # noqa: E402
+    EARLIER,
+    ROOT,
+    CommandFile,
+    Row,
+    UserError,
+    all_commands,
+    bars,
+    command_line,
+    flags_of,
+    read_csv,
+)
 
 MADE = "<!-- made by benchmark/tables.py from benchmark/results/runs.csv: edits here are lost -->"
 
