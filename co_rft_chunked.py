@@ -100,7 +100,7 @@ class Args(RunArgs):
     upsample_steps: int = 8  # reward upsampling: control steps recorded, and rewarded, after the first success
     lasting: bool = True  # the last of them counts as success for ever (1 in all); --no-lasting: each is worth 1
     actor_until: Literal["success", "rest", "end"] = "rest"  # its decisions end at success, at rest after it, or never
-    holdout: float = 0.1  # share of the demonstrations kept out of training, for val/*
+    holdout: float = 0.1  # share of the demonstrations that is kept out of training, for the validation loss
 
     # --- model ---
     backbone: Literal["octo-compact", "octo-small", "octo-base"] = "octo-compact"  # size of the Octo backbone
@@ -125,7 +125,7 @@ class Args(RunArgs):
     gamma: float = 0.98  # discount per control step
     reinforce_lr: float = 3e-4  # learning rate of the critics (Adam, constant)
     actor_lr: float = 1e-4  # learning rate of the actor in stage 2 (Adam, constant)
-    batch_size: int = 128  # decisions per batch
+    batch_size: int = 128  # transitions per batch
     tau: float = 0.01  # Polyak step of the target networks
     critic_updates: int = 2  # critic updates per actor update (TD3's delay)
     return_mix: float = 0.5  # share of the Monte-Carlo return in the critic's target (0 = the paper's TD)
@@ -138,8 +138,8 @@ class Args(RunArgs):
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
 
     # --- evaluation ---
-    eval_elsewhere: bool = False  # evaluate outside the task's rectangle (--spawn ood) as well; eval/*_ood
-    val_freq: int = 100  # updates of stage 2 between rows on the held-out demonstrations
+    eval_elsewhere: bool = False  # evaluate where no demonstration starts as well (--spawn ood): eval/*_ood
+    val_freq: int = 100  # updates between validation losses (with --holdout)
 
 
 # The defaults above are for cameras. What else a choice changes; flags on the command line always win.
@@ -233,7 +233,7 @@ def make_env(args: Args, num_envs: int, render: bool = False):
     return gym.vector.AsyncVectorEnv(make, context="spawn", autoreset_mode=never)
 
 
-# === Data ============================================================================================================
+# === Demonstrations ==================================================================================================
 @dataclass
 class Batch:
     """B decisions with the K prefixes of their chunks that the critic scores."""
@@ -334,7 +334,8 @@ class ChunkData:
         shown = row < rows(np.array(stops))
         counts = row < rows(finals)
         trained = np.ones(len(ends), dtype=bool)
-        trained[len(ends) - held_demos(args.holdout, len(ends)) :] = False
+        first_held = len(ends) - held_demos(args.holdout, len(ends))
+        trained[first_held:] = False
         trained = rows(trained)
         self.shown = torch.from_numpy(shown)
         self.cloned_rows = torch.from_numpy(row[shown & trained])
@@ -492,6 +493,8 @@ class Agent(OctoPolicy):
         )  # fmt: skip
         self.actor = ChunkActor(self.feature_dim, self.chunk_unit, args.hidden_dim)
         self.target_actor = ChunkActor(self.feature_dim, self.chunk_unit, args.hidden_dim)
+        for _ in range(2):  # earlier versions' copies for --select: critics begin with the same numbers as theirs
+            ChunkActor(self.feature_dim, self.chunk_unit, args.hidden_dim)
         unit = self.chunk_unit.view(self.H, -1)  # [H, A]
         unit = unit[: args.critic_len]
         sizes = (self.feature_dim, unit, args.critic_dim, args.critic_layers)
@@ -546,7 +549,7 @@ def calql_gap(q_data: Tensor, q_policy: Tensor, mc_return: Tensor, valid: Tensor
 
 
 def q_loss(q: Tensor, normalise: bool) -> Tensor:
-    """Eq. (9): minus the mean Q over prefixes, optionally over the mean |Q| (as TD3+BC). Shapes: q [.., K] -> scalar."""
+    """Eq. (9): minus the mean Q over prefixes, optionally over the mean |Q| (as TD3+BC). q [.., K] -> scalar."""
     scale = q.abs().mean().detach() + 1e-6 if normalise else 1.0
     return -q.mean() / scale
 
@@ -621,15 +624,15 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-# === Episodes and data ===============================================================================================
+# === Episodes ========================================================================================================
 @torch.no_grad()
 def rollout(env, agent: Agent, args: Args, seeds, frames=None) -> np.ndarray:
     """One episode per environment, side by side, to the time limit; the policy is asked once a chunk.
 
-    Returns: success at each step [N, T]. `frames` collects the first environment's video.
+    `frames` collects the first environment's video. Returns: success [N, T] at each step.
     """
     H = agent.H
-    every = 1 if agent.window > 1 else H  # an image is needed where the policy is asked, unless Octo looks back
+    every = 1 if agent.window > 1 else H
     obs, _ = env.reset(seed=list(seeds), options={"every": every})
     seen = [obs]  # the last observations, as many as Octo looks back at
     successes = []
@@ -638,7 +641,7 @@ def rollout(env, agent: Agent, args: Args, seeds, frames=None) -> np.ndarray:
             feature = agent.feature(agent.recent(seen))
             chunk = agent.act(feature)  # [N, H, A]
         action = agent.denormalise(chunk[:, t % H])
-        obs, success, *_ = env.step(action)
+        obs, success, _, _, _ = env.step(action)
         seen = [*seen, obs][-agent.window :]
         successes.append(success > 0)
         if frames is not None:
@@ -646,22 +649,25 @@ def rollout(env, agent: Agent, args: Args, seeds, frames=None) -> np.ndarray:
     return np.stack(successes, 1)
 
 
-def evaluate(places: dict, agent: Agent, args: Args) -> dict[str, float]:
+def evaluate(env, agent: Agent, args: Args) -> dict[str, float]:
     """Success over the fixed evaluation episodes: the same initial states every time.
 
-    `places` holds environments by what their metrics' names end in. It leaves torch's global generator and those of
-    training alone, so training doesn't depend on when it is called.
+    It leaves torch's global generator and those of training alone, so training doesn't depend on when it is called.
     """
-    metrics = {}
-    for ending, env in places.items():
-        success = []
-        with torch.random.fork_rng(devices=[]):
-            for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
-                seeds = range(first, first + args.num_envs)
-                success += list(rollout(env, agent, args, seeds))
-        success = np.stack(success[: args.eval_episodes])
-        for name, value in success_metrics(success).items():
-            metrics[name + ending] = value
+    success = []
+    with torch.random.fork_rng(devices=[]):
+        for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
+            seeds = range(first, first + args.num_envs)
+            success.append(rollout(env, agent, args, seeds))
+    return success_metrics(np.concatenate(success)[: args.eval_episodes])
+
+
+def evaluate_places(env, elsewhere, agent: Agent, args: Args) -> dict[str, float]:
+    """Success where objects start as in the demonstrations, and where none does so (--eval-elsewhere): eval/*_ood."""
+    metrics = evaluate(env, agent, args)
+    if elsewhere:
+        unseen = evaluate(elsewhere, agent, args)
+        metrics |= {f"{name}_ood": value for name, value in unseen.items()}
     return metrics
 
 
@@ -698,11 +704,12 @@ def held_out(data: ChunkData, agent: Agent, args: Args) -> dict[str, Tensor]:
     chunks = torch.stack([batch.chunk, chunk], 1)
     q = agent.critic(batch.feature, chunks)  # [2, B, 2, K]
     target = batch_target(agent, batch, args, 0.0, torch.Generator(args.device))
+    of_chunks = q.mean(0)[..., -1]  # [B, 2]
     shown = data.shown[data.held_rows]
     return {
         "val/td_error": td_loss(q[:, :, 0], target, batch.valid),
-        "val/q_data": q[:, :, 0, -1].mean(),
-        "val/q_policy": q[:, :, 1, -1].mean(),
+        "val/q_data": of_chunks[:, 0].mean(),
+        "val/q_policy": of_chunks[:, 1].mean(),
         "val/mc_return": batch.mc_return.mean(),
         "val/bc": mse_loss(chunk[shown], batch.chunk[shown], agent.actor.unit),
     }
@@ -714,9 +721,8 @@ def main(args: Args) -> Path:
     args = stored_args(args, __file__, beside="eval_episodes eval_elsewhere")
     validate(args)
     demos = load_demos(args, make_env)
-    places = {"": make_env(args, args.num_envs)}
-    if args.eval_elsewhere:
-        places["_ood"] = make_env(replace(args, spawn="ood"), args.num_envs)
+    env = make_env(args, args.num_envs)
+    elsewhere = make_env(replace(args, spawn="ood"), args.num_envs) if args.eval_elsewhere else None
     torch.manual_seed(args.seed)
     agent = Agent(args, demos).to(args.device)
     if args.sft_checkpoint:
@@ -741,7 +747,7 @@ def main(args: Args) -> Path:
     )  # fmt: skip
     noise = run.rng["update"]
     if args.eval_only:
-        print(json.dumps(evaluate(places, agent, args), indent=2))
+        print(json.dumps(evaluate_places(env, elsewhere, agent, args), indent=2))
         return run.folder
     data = ChunkData(demos, agent, args)  # in the units of the loaded policy
 
@@ -766,7 +772,7 @@ def main(args: Args) -> Path:
                 cloned.load_state_dict(averaged.module.state_dict())
             agent.target_actor.load_state_dict(agent.actor.state_dict())
         run.drop("sft_optimizer", "averaged")
-        run.evaluated(evaluate(places, agent, args))
+        run.evaluated(evaluate_places(env, elsewhere, agent, args))
 
     # Stage 2: Cal-QL over the prefixes of chunks, and the actor that follows it, Eqs. (3-6), (8) and (9)
     if run.enter("offline"):
@@ -782,12 +788,13 @@ def main(args: Args) -> Path:
             if args.holdout and run.stage_updates % args.val_freq == 0:
                 run.log(held_out(data, agent, args))
             run.save_if_due()
-        run.evaluated(evaluate(places, agent, args))
+        run.evaluated(evaluate_places(env, elsewhere, agent, args))
 
     run.finish(spawn=args.spawn, demonstrations=demos.source, demo_steps_to_success=demos.mean_steps())
     film_policy(agent, args, run.folder)
-    for env in places.values():
-        env.close()
+    env.close()
+    if elsewhere:
+        elsewhere.close()
     return run.folder
 
 
