@@ -139,7 +139,7 @@ def by_hand(critic, k, feature, action):
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
 
     x = np.stack([dense("state_in", feature), *(dense("action_in", a) for a in action / critic.unit.numpy())])
-    x, d = x + weights["position"][k, 0], x.shape[1] // critic.heads
+    x, d = x + weights["position"][k, 0], x.shape[1] // critic.blocks[0].heads
     for b in range(len(critic.blocks)):
         q, key, value = np.split(dense(f"blocks.{b}.qkv", norm(x)), 3, axis=1)
         mixed = np.zeros_like(x)
