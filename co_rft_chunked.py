@@ -493,7 +493,7 @@ class Agent(OctoPolicy):
         )  # fmt: skip
         self.actor = ChunkActor(self.feature_dim, self.chunk_unit, args.hidden_dim)
         self.target_actor = ChunkActor(self.feature_dim, self.chunk_unit, args.hidden_dim)
-        for _ in range(2):  # earlier versions' copies for --select: critics begin with the same numbers as theirs
+        for _ in range(2):  # drawn and dropped: so the critics of a seed begin as those of benchmark/results
             ChunkActor(self.feature_dim, self.chunk_unit, args.hidden_dim)
         unit = self.chunk_unit.view(self.H, -1)  # [H, A]
         unit = unit[: args.critic_len]
