@@ -233,7 +233,7 @@ def make_env(args: Args, num_envs: int, render: bool = False):
     return gym.vector.AsyncVectorEnv(make, context="spawn", autoreset_mode=never)
 
 
-# === Demonstrations ==================================================================================================
+# === Replay ==========================================================================================================
 @dataclass
 class Batch:
     """B decisions with the K prefixes of their chunks that the critic scores."""
@@ -342,6 +342,11 @@ class ChunkData:
         self.actor_rows = torch.from_numpy(row[shown & counts & trained])
         self.critic_rows = torch.from_numpy(row[counts & trained])
         self.held_rows = torch.from_numpy(row[counts & ~trained])
+
+    def draw(self, rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
+        """`size` of the rows, uniform with replacement: [size] int64."""
+        chosen = torch.randint(len(rows), (size,), generator=generator)
+        return rows[chosen]
 
     def chunk(self, rows: Tensor) -> Tensor:
         """The chunks recorded from rows [B] on: [B, H*A]."""
@@ -624,7 +629,7 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-# === Episodes ========================================================================================================
+# === Episodes and buffers ============================================================================================
 @torch.no_grad()
 def rollout(env, agent: Agent, args: Args, seeds, frames=None) -> np.ndarray:
     """One episode per environment, side by side, to the time limit; the policy is asked once a chunk.
@@ -679,15 +684,9 @@ def embed_demonstrations(data: ChunkData, demos: Demos, agent: Agent) -> None:
         data.feature[rows] = agent.feature(obs).cpu()
 
 
-def draw(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """`size` of the rows, uniform with replacement: [size] int64."""
-    chosen = torch.randint(len(rows), (size,), generator=generator)
-    return rows[chosen]
-
-
-def draw_batch(data: ChunkData, rows: Tensor, agent: Agent, args: Args, generator, noise: torch.Generator) -> Batch:
+def draw(data: ChunkData, rows: Tensor, agent: Agent, args: Args, generator, noise: torch.Generator) -> Batch:
     """A batch of decisions at some of the rows, proprio noisy beside a camera."""
-    chosen = draw(rows, args.batch_size, generator)
+    chosen = data.draw(rows, args.batch_size, generator)
     batch = data.gather(chosen, args.device)
     batch.feature = agent.perturb(batch.feature, args.proprio_noise, noise)
     after = batch.next_feature.flatten(0, 1)  # [B*K, F]
@@ -757,7 +756,7 @@ def main(args: Args) -> Path:
             for step in run.updates_until(args.sft_updates, "[1/2] SFT"):
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
                 sft_optimizer.param_groups[0]["lr"] = lr
-                rows = draw(data.cloned_rows, args.sft_batch_size, run.rng["batch"])
+                rows = data.draw(data.cloned_rows, args.sft_batch_size, run.rng["batch"])
                 obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])
                 feature = agent.perturb(agent.feature(obs), args.proprio_noise, noise)
                 chunk = data.chunk(rows).to(args.device)
@@ -779,10 +778,10 @@ def main(args: Args) -> Path:
         embed_demonstrations(data, demos, agent)
         for step in run.updates_until(args.critic_first + args.offline_updates, "[2/2] CO-RFT"):
             for _ in range(args.critic_updates):
-                batch = draw_batch(data, data.critic_rows, agent, args, run.rng["critic"], noise)
+                batch = draw(data, data.critic_rows, agent, args, run.rng["critic"], noise)
                 logs = update_critic(agent, critic_optimizer, batch, args, noise)
             if step >= args.critic_first:  # until then the actor stays the cloned one
-                batch = draw_batch(data, data.actor_rows, agent, args, run.rng["actor"], noise)
+                batch = draw(data, data.actor_rows, agent, args, run.rng["actor"], noise)
                 logs |= update_actor(agent, actor_optimizer, batch, args)
             run.tick(logs, may_save=False)
             if args.holdout and run.stage_updates % args.val_freq == 0:
