@@ -800,8 +800,8 @@ def main(args: Args) -> Path:
 def warmup_cosine(step: int, total: int) -> float:
     """Share of the peak learning rate: linear over the first 5 %, then a cosine to zero."""
     warmup = (step + 1) / (0.05 * total)
-    progress = step / total
-    cosine = (1 + math.cos(math.pi * progress)) / 2
+    angle = math.pi * step / total
+    cosine = (1 + math.cos(angle)) / 2
     return min(warmup, cosine)
 
 
