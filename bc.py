@@ -81,7 +81,7 @@ class Args(RunArgs):
     head: Literal["consistency", "diffusion", "mse-chunk"] = "consistency"  # action head
     hidden_dim: int = 256  # width of the head
     noise_levels: int = 8  # noise levels drawn per sample in the policy's loss
-    chunk_len: int = 4  # H: actions per decision, executed open loop (1 = single steps)
+    chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
 
     # --- training ---
     updates: int = 6000  # gradient steps
@@ -156,7 +156,7 @@ def make_env(args: Args, num_envs: int, render: bool = False):
     return gym.vector.AsyncVectorEnv(make, context="spawn", autoreset_mode=never)
 
 
-# === Demonstrations ==================================================================================================
+# === Replay ==========================================================================================================
 class Chunks:
     """The demonstrations as (observation, action chunk) pairs, split into training and held-out episodes."""
 
@@ -374,7 +374,7 @@ def action_error(predicted: Tensor, chunk: Tensor, spread: Tensor) -> Tensor:
     return ((predicted - chunk) / spread).square().mean((0, 1))
 
 
-# === Episodes ========================================================================================================
+# === Episodes and buffers ============================================================================================
 @torch.no_grad()
 def rollout(env, agent: Agent, args: Args, seeds, generator, frames=None) -> np.ndarray:
     """One episode per environment, side by side, to the time limit; the policy is asked once a chunk.
@@ -459,7 +459,7 @@ def main(args: Args) -> Path:
     acting = averaged.module  # what is evaluated, and what other scripts start from
 
     run = Run(args, __file__, stages=("bc",), about={"weights": agent.weights})
-    run.keep(acting, agent=agent, averaged=averaged, optimizer=optimizer)  # a resumed run loads it here
+    run.keep(acting, raw=agent, averaged=averaged, optimizer=optimizer)  # a resumed run loads it here
     noise = run.rng["update"]
     if args.eval_only:
         print(json.dumps(evaluate(env, acting, args), indent=2))
