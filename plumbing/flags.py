@@ -96,8 +96,9 @@ def fill(cls, tables: dict[str, dict], **explicit):
     args = cls(**explicit)
     for flags, table in tables.items():
         values = tuple(getattr(args, flag) for flag in flags.split())
-        args = replace(args, **table.get(values if len(values) > 1 else values[0], {}))
-    return replace(args, **explicit)
+        found = table.get(values if len(values) > 1 else values[0], {})
+        args = replace(args, **found | explicit)
+    return args
 
 
 def parse_flags(cls, doc: str, tables: dict[str, dict], argv: list[str] | None = None):
@@ -107,27 +108,30 @@ def parse_flags(cls, doc: str, tables: dict[str, dict], argv: list[str] | None =
     """
     argv = sys.argv[1:] if argv is None else argv
     words = [word for word in argv if word not in ("-h", "--help")]
-    check_names(cls, words)
+    names = given_names(cls, words)
     given = tyro.cli(cls, args=words)
-    choices = {flag: getattr(given, flag) for flags in tables for flag in flags.split()}
-    defaults = fill(cls, tables, **choices)
+    args = fill(cls, tables, **{name: getattr(given, name) for name in names})
     if len(words) < len(argv):
-        print(f"usage: {Path(sys.argv[0]).name} [flags]\n\n{wrapped(doc)}\n{flags_help(defaults)}")
+        print(f"usage: {Path(sys.argv[0]).name} [flags]\n\n{wrapped(doc)}\n{flags_help(args)}")
         sys.exit()
-    return tyro.cli(cls, args=words, default=defaults)
+    return args
 
 
-def check_names(cls, words: list[str]) -> None:
-    """Refuse a flag that doesn't exist with one line that suggests those of nearly the same name."""
-    known = [as_flag(field.name) for field in fields(cls)]
-    known += [as_flag(f"no-{field.name}") for field in fields(cls) if isinstance(field.default, bool)]
+def given_names(cls, words: list[str]) -> set[str]:
+    """Fields whose flags are among `words`. An unknown flag ends the program with one line that suggests near misses."""
+    known = {as_flag(field.name): field.name for field in fields(cls)}
+    known |= {as_flag(f"no-{field.name}"): field.name for field in fields(cls) if isinstance(field.default, bool)}
+    found = set()
     for word in words:
         flag = word.split("=")[0].replace("_", "-")
-        if flag.startswith("--") and flag not in known:
+        if flag in known:
+            found.add(known[flag])
+        elif flag.startswith("--"):
             near = difflib.get_close_matches(flag, known, cutoff=0.75)
             hint = f"did you mean {' or '.join(near)}?" if near else "--help names them all"
             print(f"error: unknown flag {flag}; {hint}", file=sys.stderr)
             sys.exit(2)
+    return found
 
 
 def run_script(main, args) -> None:

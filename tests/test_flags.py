@@ -146,5 +146,13 @@ def test_tables_and_explicit_flags():
     assert fill(Args, TABLES, head="two", weight=0.5) == Args(head="two", gate=False)
 
 
+def test_a_table_may_choose_for_later_tables_unless_the_user_has():
+    tables = {"preset": {"paper": dict(head="two", limit=3)}, "head": {"two": dict(weight=0.1)}}
+    assert parse_flags(Args, DOC, tables, ["--preset", "paper"]) == fill(Args, tables, preset="paper")
+    assert fill(Args, tables, preset="paper") == Args(preset="paper", head="two", limit=3, weight=0.1)
+    asked = parse_flags(Args, DOC, tables, ["--preset", "paper", "--head", "one"])
+    assert asked == Args(preset="paper", head="one", limit=3)
+
+
 def test_underscores_will_do():
     assert parsed("--eval_episodes", "3").eval_episodes == 3
