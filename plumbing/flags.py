@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
+
+from plumbing.help import as_flag, flags_help, wrapped
 
 THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
 
@@ -21,6 +25,7 @@ class UserError(Exception):
 class RunArgs:
     """The flags of a run that have nothing to do with its algorithm."""
 
+    # --- experiment ---
     env_id: str = "StackCube-v1"  # ManiSkill task
     seed: int = 1  # seed of networks, batches, exploration and training episodes
     runs: str = "runs"  # folder for runs
@@ -30,10 +35,14 @@ class RunArgs:
     track: bool = False  # log to Weights & Biases too (works offline)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks live
     torch_threads: int = 0  # CPU threads; 0: one, but OMP_NUM_THREADS or all cores (up to 8) for stage 0 with a camera
+
+    # --- demonstrations ---
     demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
     demo_dir: str = "demos"  # cache for demonstrations
     num_demos: int = 300  # demonstrations to make or to use
     skip_idle: float = 0.0  # leave out their first steps in which the arm moves less (actions reach 1); 0: none
+
+    # --- evaluation and logging ---
     eval_episodes: int = 100  # episodes of an evaluation
     video_episodes: int = 4  # episodes filmed after training (0 = none)
     log_freq: int = 100  # updates between logged rows
@@ -87,15 +96,42 @@ def fill(cls, tables: dict[str, dict], **explicit):
     args = cls(**explicit)
     for flags, table in tables.items():
         values = tuple(getattr(args, flag) for flag in flags.split())
-        args = replace(args, **table.get(values if len(values) > 1 else values[0], {}))
-    return replace(args, **explicit)
+        found = table.get(values if len(values) > 1 else values[0], {})
+        args = replace(args, **found | explicit)
+    return args
 
 
 def parse_flags(cls, doc: str, tables: dict[str, dict], argv: list[str] | None = None):
-    """The command line over the defaults that `fill` finds for the task, observation mode and preset given there."""
-    given = tyro.cli(cls, args=argv, description=doc)
-    defaults = fill(cls, tables, **{flag: getattr(given, flag) for flags in tables for flag in flags.split()})
-    return tyro.cli(cls, args=argv, description=doc, default=defaults)
+    """The command line over the defaults that `fill` finds for the task, observation mode and preset given there.
+
+    --help shows `doc` and all flags, with those defaults. Ends the program, with code 0 or, for bad flags, 2.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    words = [word for word in argv if word not in ("-h", "--help")]
+    names = given_names(cls, words)
+    given = tyro.cli(cls, args=words)
+    args = fill(cls, tables, **{name: getattr(given, name) for name in names})
+    if len(words) < len(argv):
+        print(f"usage: {Path(sys.argv[0]).name} [flags]\n\n{wrapped(doc)}\n{flags_help(args)}")
+        sys.exit()
+    return args
+
+
+def given_names(cls, words: list[str]) -> set[str]:
+    """Fields whose flags are among `words`. An unknown flag ends the program with one line that suggests near misses."""
+    known = {as_flag(field.name): field.name for field in fields(cls)}
+    known |= {as_flag(f"no-{field.name}"): field.name for field in fields(cls) if isinstance(field.default, bool)}
+    found = set()
+    for word in words:
+        flag = word.split("=")[0].replace("_", "-")
+        if flag in known:
+            found.add(known[flag])
+        elif flag.startswith("--"):
+            near = difflib.get_close_matches(flag, known, cutoff=0.75)
+            hint = f"did you mean {' or '.join(near)}?" if near else "--help names them all"
+            print(f"error: unknown flag {flag}; {hint}", file=sys.stderr)
+            sys.exit(2)
+    return found
 
 
 def run_script(main, args) -> None:
