@@ -55,9 +55,27 @@ from backbones.octo_policy import random_shift
 from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher
 from backbones.units import SIGMA_DATA
 from plumbing import (
-    EVAL_SEED, TASKS, TRAIN_SEED, Demos, ObsWrapper, Run, RunArgs, Task, UserError, camera_configs, check_flags,
-    check_pi0, film, load_demos, load_sft_weights, parse_flags, run_script, simulator_errors, stored_args,
-    success_metrics, threads,
+    EVAL_SEED,
+    TASKS,
+    TRAIN_SEED,
+    Demos,
+    ObsWrapper,
+    Run,
+    RunArgs,
+    Task,
+    UserError,
+    camera_configs,
+    check_flags,
+    check_pi0,
+    film,
+    load_demos,
+    load_sft_weights,
+    parse_flags,
+    run_script,
+    simulator_errors,
+    stored_args,
+    success_metrics,
+    threads,
 )  # fmt: skip
 
 
@@ -82,16 +100,16 @@ class Args(RunArgs):
     head: Literal["consistency", "flow"] = "consistency"  # the policy: a one-step head, or pi0's own action expert
     flow_times: int = 2  # times drawn per sample in the flow's loss: each is a pass of the expert, on one prefix
     bf16: bool = False  # keep the vision-language part in bfloat16 (with --finetune expert or head, which freeze it)
-    hidden_dim: int = 256  # width of one-step head and critic
+    hidden_dim: int = 256  # width of actor and critic
     num_critics: int = 4  # critics in the ensemble; TD targets take the minimum of two random ones
-    noise_levels: int = 8  # noise levels drawn per sample in the one-step head's loss
+    noise_levels: int = 8  # noise levels drawn per sample in the policy's loss
     chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
 
     # --- stage 0: supervised fine-tuning ---
     sft_checkpoint: str | None = None  # run folder of this script to start from in the place of stage 0
-    sft_updates: int = 3000  # updates of pi0 and head
+    sft_updates: int = 3000  # updates of stage 0
     sft_head_updates: int = 2000  # further updates of the head alone: one-step from the flow's samples, flow from data
-    finetune: Literal["full", "lora", "expert", "head"] = "full"  # what is trained of pi0; head: its projections
+    finetune: Literal["full", "lora", "expert", "head"] = "full"  # stage 0: what is trained of pi0; head: projections
     sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
     proprio_noise: float = 0.1  # noise on proprio in every update, in standard deviations of the demonstrations
@@ -125,7 +143,7 @@ class Args(RunArgs):
     temperature: float = 1.0  # tau of Eq. (15), in units of reward or (adaptive) of the candidates' Q spread
     temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
     success_filter: bool = True  # stage 3: the actor learns from successful trajectories only
-    candidate_sigma: float = 0.3  # one-step head: noise level of a second denoising step for candidates (0 = none)
+    candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
     candidate_noise: float = 0.02  # Gaussian push on candidates, in units of the action box
     explore_noise: float = 0.0  # the same push on the chunks of training episodes
     actor_ema: float = 0.999  # decay of pi_old, which acts and proposes (0: off)
@@ -628,7 +646,7 @@ def bc_loss(agent: Agent, feature: Tensor, chunk: Tensor, args: Args, generator)
     return flow_loss(agent.actor, agent.actor.unpack(feature), chunk, generator, args.flow_times)
 
 
-def clone_losses(agent: Agent, obs: dict, chunk: Tensor, args: Args, generator) -> dict[str, Tensor]:
+def clone_losses(agent: Agent, obs: dict, chunk: Tensor, args: Args, generator) -> dict:
     """Stage 0's losses on observations of B states and chunks [B, D], each a scalar; they are added."""
     seen = agent.observe(obs, args.proprio_noise, generator)
     flow = flow_loss(agent.flow_policy, seen.context, chunk, generator, args.flow_times).mean()
@@ -930,6 +948,8 @@ def draw(
 @torch.no_grad()
 def calibration(agent: Agent, policy: ReplayBuffer, args: Args) -> dict[str, Tensor]:
     """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
+    if not len(policy.starts):
+        return {}
     batch = policy.gather(policy.starts, args.device)
     q = agent.critic(batch.feature, batch.chunk).mean(0)
     gap = q - batch.mc_return
