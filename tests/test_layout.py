@@ -320,6 +320,9 @@ OWN_MEANING = {  # flags whose type or help differs on purpose, and why
     "checkpoint": "Octo or pi0",
     "preset": "what a paper sets",
     "head": "the heads that a method can have",
+    "finetune": "the parts that Octo or pi0 has",
+    "image_size": "what Octo's or pi0's released weights saw",
+    "sft_checkpoint": "bc.py clones on Octo; pi0 starts from its own runs",
 }
 
 
