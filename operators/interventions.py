@@ -21,7 +21,7 @@ class Interventions:
     steps: int = 0  # of the operator
     planner_failures: int = 0  # episodes in which the planner was asked and had no plan
     recent: list[tuple[float, int]] = field(default_factory=list)  # share of steps, take-overs; last 20 episodes
-    recorded: list[tuple[int, Tensor]] = field(default_factory=list)  # seed and actions [T, A] of successes with help
+    recorded: dict[int, Tensor] = field(default_factory=dict)  # seed: actions [T, A] of a success with help
 
     def ended(self, taken: np.ndarray, planner_failures: int) -> None:
         """A training episode is over; taken [T] bool: steps at which the operator acted."""
@@ -33,7 +33,7 @@ class Interventions:
         self.recent = [*self.recent, (float(taken.mean()), number)][-20:]
 
     def record(self, seed: int, executed: np.ndarray) -> None:
-        self.recorded.append((seed, torch.from_numpy(executed)))
+        self.recorded[seed] = torch.from_numpy(executed)
 
     def metrics(self) -> dict[str, float]:
         """Means over the last 20 training episodes, and failures so far."""
@@ -67,14 +67,14 @@ def check_recording(args) -> None:
         raise UserError(f"--record-demos {path} exists: choose another name, or move it away")
 
 
-def write_demonstrations(args, episodes: list[tuple[int, Tensor]]) -> None:
-    """Write episodes (seed, actions [T, A]) to --record-demos as ManiSkill does, by doing them once more."""
+def write_demonstrations(args, episodes: dict[int, Tensor]) -> None:
+    """Write episodes (seed: actions [T, A]) to --record-demos as ManiSkill does, by doing them once more."""
     from mani_skill.utils.wrappers.record import RecordEpisode
 
     path = Path(args.record_demos)
     env = bare_env(args, args.control_mode)
     env = RecordEpisode(env, str(path.parent), trajectory_name=path.stem, save_video=False, save_on_reset=False)
-    for seed, actions in episodes:
+    for seed, actions in episodes.items():
         env.reset(seed=seed)
         success = False
         for action in actions.numpy():

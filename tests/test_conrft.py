@@ -245,7 +245,7 @@ def test_interventions_go_to_both_buffers():
             stored = buffer.data["action"][first + i].numpy()
             np.testing.assert_allclose(t.agent.denormalise(stored), action, atol=1e-6)
     assert (helped.number, helped.steps, helped.recent) == (2, 5, [(5 / 7, 2)])  # two onsets
-    ((seed, actions),) = helped.recorded
+    ((seed, actions),) = helped.recorded.items()
     assert seed == watched.operator.seed and np.array_equal(actions.numpy(), np.stack(watched.env.actions))
     assert script.draw(t.demo, t.replay, t.agent, t.args, t.rng)[1].tolist() == [True] * 4 + [False] * 4
 
@@ -285,7 +285,7 @@ def test_the_planner_rescues_a_policy_that_knows_nothing(helped):
     assert summary["planner_failures"] + summary["interventions"] == summary["episodes"]
     found = interventions(helped)
     assert len(found.recorded) >= 1  # it solved the task
-    for (rate, number), (_, actions) in zip((r for r in found.recent if r[1]), found.recorded, strict=False):
+    for (rate, number), actions in zip((r for r in found.recent if r[1]), found.recorded.values(), strict=False):
         assert number == 1 and rate == pytest.approx((len(actions) - 5) / len(actions))  # to the end of the episode
     names = {name for _, _, name, _ in rows(helped)}
     assert {
@@ -302,7 +302,7 @@ def test_recorded_interventions_are_demonstrations(helped, place, tmp_path):
     script.validate(args)
     demos = load_demos(args, script.make_env)
     assert len(demos.lengths) == len(recorded) >= 1
-    for start, length, (_, actions) in zip(demos.starts(), demos.lengths, recorded, strict=True):
+    for start, length, actions in zip(demos.starts(), demos.lengths, recorded.values(), strict=True):
         np.testing.assert_allclose(demos.action[start : start + length], actions.numpy(), atol=1e-6)
     assert (demos.steps == demos.lengths).all()  # episodes end with the success
     with pytest.raises(UserError, match="kept.h5 exists"):
