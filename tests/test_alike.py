@@ -22,6 +22,11 @@ OWN_FORM = {  # (name, script): what differs on purpose
     ("mc_returns", "co_rft_chunked"): "rewards start at 0, so nothing has to stand for what follows a truncation",
     ("Batch", "co_rft_chunked"): "prefixes of chunks",
     ("draw", "co_rft_chunked"): "from one data set, by its rows",
+    ("ConsistencyActor__second_step", "conrft"): "one step, as in its paper",
+    ("td_target__mixed", "co_rft_chunked"): "one target for each prefix of a chunk",
+    ("td_target__mixed", "conrft"): "plain TD, as in its paper",
+    ("calql_loss__rate", "conrft"): "of the policy's actions, not of the random ones",
+    ("add_demonstrations__stay", "conrft"): "no steps past the success, no column for it",
     ("warmup_cosine", "bc"): "the same up to the last bit: rounded in another order",
 }
 ELSEWHERE = {  # names that scripts share, and what holds their behaviour
@@ -69,13 +74,23 @@ def by_name(function, **known):
     return function(**{name: value for name, value in known.items() if name in own})
 
 
-# --- what is compared: {name in the scripts: function of a script that gives tensors, arrays, or numbers} ---
+def common(columns) -> dict:
+    """What every script's batches and buffers hold; those that imitate successes only have a column for it."""
+    columns = columns if isinstance(columns, dict) else vars(columns)
+    return {name: value for name, value in columns.items() if name != "success"}
+
+
+# --- what is compared: functions of a script that give tensors, arrays, or numbers, by the name that they are about ---
 PROBES = {}
 
 
 def probe(function):
-    PROBES[function.__name__] = function
+    PROBES[function.__name__] = function  # NAME__ASPECT: one more look at NAME
     return function
+
+
+def about(name: str) -> str:
+    return name.split("__")[0]
 
 
 @probe
@@ -93,8 +108,12 @@ def ConsistencyActor(s):
     net = seeded(s.ConsistencyActor, 5, UNIT, hidden=8)
     sigma = torch.tensor([[0.002, 0.3, 80.0]])
     noisy = CHUNK[:, None].expand(-1, 3, -1)
-    samples = [net.sample(FEATURE, 3, rng()), net.sample(FEATURE, 3, rng(), 0.4)]
-    return [net.state_dict(), net.denoise(FEATURE, noisy, sigma), *samples]
+    return [net.state_dict(), net.denoise(FEATURE, noisy, sigma), net.sample(FEATURE, 3, rng())]
+
+
+@probe
+def ConsistencyActor__second_step(s):
+    return seeded(s.ConsistencyActor, 5, UNIT, hidden=8).sample(FEATURE, 3, rng(), 0.4)
 
 
 @probe
@@ -105,9 +124,10 @@ def EnsembleCritic(s):
 
 @probe
 def Batch(s):
-    names = list(inspect.signature(s.Batch).parameters)
-    one, two = (s.Batch(*(torch.full((2,), float(i + k)) for i in range(len(names)))) for k in (0, 9))
-    return [names, vars(one.cat(two)), vars(one.to("cpu"))]
+    names = [name for name in inspect.signature(s.Batch).parameters if name != "success"]
+    extra = {"success": torch.zeros(2)} if "success" in inspect.signature(s.Batch).parameters else {}
+    one, two = (s.Batch(**{name: torch.full((2,), float(i + k)) for i, name in enumerate(names)}, **extra) for k in (0, 9))
+    return [names, common(one.cat(two)), common(one.to("cpu"))]
 
 
 @probe
@@ -119,15 +139,18 @@ def mc_returns(s):
 @probe
 def ReplayBuffer(s):
     buffer, hold = s.ReplayBuffer(2, 1, 3, 0.9), np.array([-7.0], np.float32)
-    for length, steps, ended, success, stay in ((8, 6, True, True, 1), (5, 5, False, False, 0), (2, 2, True, True, 0)):
+    for length, steps, ended in ((8, 6, True), (5, 5, False), (2, 2, True)):
         feature = torch.randn(length + 1, 2, generator=rng(length))
         reward = np.linspace(-0.05, 1, steps, dtype=np.float32)
         action = np.arange(length, dtype=np.float32)[:, None]
-        buffer.add(feature, action, reward, ended, success, -0.05, hold, stay)
+        by_name(
+            buffer.add, feature=feature, action=action, reward=reward, terminated=ended, success=True,
+            reward_failure=-0.05, hold=hold,
+        )  # fmt: skip
     copy = s.ReplayBuffer(2, 1, 3, 0.9)
     copy.load_state_dict(buffer.state_dict())
     copied = copy.gather(copy.draw(20, rng()))
-    return [buffer.starts, vars(buffer.gather(buffer.starts)), buffer.state_dict(), vars(copied)]
+    return [buffer.starts, common(buffer.gather(buffer.starts)), common(buffer.state_dict()), common(copied)]
 
 
 def batch(**more):
@@ -136,14 +159,25 @@ def batch(**more):
 
 @probe
 def td_target(s):
-    if "return_mix" not in inspect.signature(s.td_target).parameters:
-        return [s.td_target(batch(), Q, -0.5, 1.0), 0]
-    return [s.td_target(batch(), Q, 0.0, -0.5, 1.0), s.td_target(batch(), Q, 0.3, -0.5, 1.0)]
+    return by_name(s.td_target, batch=batch(), next_q=Q, return_mix=0.0, low=-0.5, high=1.0)
+
+
+@probe
+def td_target__mixed(s):
+    return s.td_target(batch(), Q, 0.3, -0.5, 1.0)
 
 
 @probe
 def calql_loss(s):
-    return s.calql_loss(Q, torch.randn(3, 6, 4, generator=rng(5)), Q[0])
+    """ConRFT's paper bounds the policy's actions only, and its code, as the others, all."""
+    sampled = torch.randn(3, 6, 4, generator=rng(5))
+    parts = dict(q_sampled=sampled, q_random=sampled[..., :2], q_policy=sampled[..., 2:], bound_random=True)
+    return by_name(s.calql_loss, q_data=Q, mc_return=Q[0], **parts)[0]
+
+
+@probe
+def calql_loss__rate(s):
+    return s.calql_loss(Q, torch.randn(3, 6, 4, generator=rng(5)), Q[0])[1]
 
 
 @probe
@@ -166,7 +200,8 @@ def success_weighted_bc(s):
 
 @probe
 def q_loss(s):
-    return [s.q_loss(Q, False), s.q_loss(Q, True)]
+    plain, normalised = ("raw", "mean-abs") if "scale" in inspect.signature(s.q_loss).parameters else (False, True)
+    return [s.q_loss(Q, plain), s.q_loss(Q, normalised)]
 
 
 @probe
@@ -255,8 +290,9 @@ class Player:
 
 
 PLAY = SimpleNamespace(
-    max_episode_steps=10, eval_episodes=5, num_envs=2, device="cpu", reward="binary", gamma=0.9, explore_noise=0.02
-)
+    max_episode_steps=10, eval_episodes=5, num_envs=2, device="cpu", reward="binary", gamma=0.9, explore_noise=0.02,
+    truncation="bootstrap",
+)  # fmt: skip
 
 
 @probe
@@ -282,7 +318,7 @@ def Episode(s):
 
 @probe
 def add_episode(s):
-    return played(s, [3, 6]).state_dict()
+    return common(played(s, [3, 6]).state_dict())
 
 
 def played(s, seeds):
@@ -297,26 +333,33 @@ def played(s, seeds):
 @probe
 def draw(s):
     agent = SimpleNamespace(perturb=lambda feature, noise, g: feature + noise * torch.randn(feature.shape, generator=g))
-    args = SimpleNamespace(batch_size=7, device="cpu", proprio_noise=0.1)
+    args = SimpleNamespace(batch_size=8, device="cpu", proprio_noise=0.1)
     found = []
     for policy in (s.ReplayBuffer(1, 1, 3, 0.9), played(s, [5, 6])):
-        batch, is_expert = s.draw(played(s, [3, 4]), policy, agent, args, {"batch": rng(), "update": rng(1)})
-        found.append([vars(batch), is_expert])
+        generators = {"batch": rng(), "update": rng(1)}
+        batch, is_expert = s.draw(played(s, [3, 4]), policy, agent, args, generators)
+        found.append([common(batch), is_expert])
     return found
+
+
+def demonstrated(s, **flags):
+    action = np.linspace(-0.5, 0.5, 9, dtype=np.float32)[:, None]
+    success = np.array([0, 1, 1, 0, 0, 0, 1, 0, 0], bool)
+    demos = Demos({}, action, np.array([4, 3]), np.array([2, 2]), "toy", success)
+    buffer = s.ReplayBuffer(1, 1, 3, 0.9)
+    args = SimpleNamespace(reward="conrft", gamma=0.9, truncation="bootstrap", **flags)
+    s.add_demonstrations(buffer, demos, Player(), args)
+    return buffer.state_dict()
 
 
 @probe
 def add_demonstrations(s):
-    action = np.linspace(-0.5, 0.5, 9, dtype=np.float32)[:, None]
-    success = np.array([0, 1, 1, 0, 0, 0, 1, 0, 0], bool)
-    demos = Demos({}, action, np.array([4, 3]), np.array([2, 2]), "toy", success)
-    found = []
-    for stay in (True, False):
-        buffer = s.ReplayBuffer(1, 1, 3, 0.9)
-        args = SimpleNamespace(reward="conrft", gamma=0.9, stay=stay)
-        s.add_demonstrations(buffer, demos, Player(), args)
-        found.append(buffer.state_dict())
-    return found
+    return common(demonstrated(s, stay=False))
+
+
+@probe
+def add_demonstrations__stay(s):
+    return [demonstrated(s, stay=True), demonstrated(s, stay=False)]
 
 
 @probe
@@ -353,12 +396,12 @@ def same(one, two) -> bool:
 
 
 DEFINED = {name: definitions(tree) for name, tree in TREES.items()}
-REFERENCES = {name: next(s for s in ("force_octo", *SCRIPTS) if name in DEFINED[s]) for name in PROBES}
+REFERENCES = {name: next(s for s in ("force_octo", *SCRIPTS) if about(name) in DEFINED[s]) for name in PROBES}
 PAIRS = [
     (name, script)
     for name in PROBES
     for script in SCRIPTS
-    if name in DEFINED[script] and script != REFERENCES[name] and name != "make_maniskill"
+    if about(name) in DEFINED[script] and script != REFERENCES[name] and name != "make_maniskill"
 ]
 
 
@@ -392,7 +435,7 @@ def test_equal_seeds_and_inputs_give_equal_tensors(name, script, found):
 def test_everything_that_scripts_share_is_compared():
     shared = {name for own in DEFINED.values() for name in own if sum(name in other for other in DEFINED.values()) > 1}
     assert shared - PROBES.keys() - ELSEWHERE.keys() == set()
-    assert {name for name, _ in OWN_FORM} | ELSEWHERE.keys() <= shared
+    assert {about(name) for name, _ in OWN_FORM} | ELSEWHERE.keys() <= shared
 
 
 def test_a_difference_is_seen():

@@ -17,7 +17,6 @@ from plumbing import RunArgs
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
 TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
 PACKAGES = {name: sorted(ROOT.glob(f"{name}/*.py")) for name in ("backbones", "operators", "plumbing")}
-PLUMBING = {path.stem: ast.parse(path.read_text()) for path in PACKAGES["plumbing"]}
 
 
 def walk(tree: ast.AST, kind) -> list:
@@ -317,12 +316,20 @@ def test_what_is_over_a_budget_is_found():
 # --- flags ---
 OWN_MEANING = {  # flags whose type or help differs on purpose, and why
     "backbone": "Octo or pi0",
-    "checkpoint": "Octo or pi0",
-    "preset": "what a paper sets",
-    "head": "the heads that a method can have",
-    "finetune": "the parts that Octo or pi0 has",
+    "bc_weight": "FORCE weighs a stage's imitation, CO-RFT adds some",
+    "checkpoint": "Octo's or pi0's weights",
+    "cql_alpha": "of FORCE's, or of CO-RFT's Eq. (8)",
+    "cql_samples": "of each kind, or in all",
+    "finetune": "pi0 has more parts",
+    "head": "what a method can have",
     "image_size": "what Octo's or pi0's released weights saw",
-    "sft_checkpoint": "bc.py clones on Octo; pi0 starts from its own runs",
+    "hidden_dim": "of a head, or of the critic too",
+    "offline_updates": "CO-RFT's have no stage's name",
+    "preset": "ConRFT has a paper and a code",
+    "reinforce_lr": "CO-RFT's actor has one of its own",
+    "sft_checkpoint": "the run and the head that a script can start from",
+    "sft_updates": "stage 0, or CO-RFT's stage 1",
+    "tau": "CO-RFT has a target actor too",
 }
 
 
@@ -342,11 +349,17 @@ COMMON = flags((ROOT / "plumbing/flags.py").read_text(), "RunArgs")
 FLAGS = {name: flags(source) for name, source in SOURCES.items() if "class Args" in source}
 
 
+def gist(meaning: tuple[str, str]) -> tuple[str, str]:
+    """Type and help without what is a paper's own: which stage it is, remarks in brackets or after a semicolon."""
+    kind, text = meaning
+    return kind, re.split(r"; | \(", re.sub(r"^stage \w+: ", "", text))[0]
+
+
 def disagreements(scripts: dict[str, dict]) -> dict[str, list]:
-    """Flags that have more than one type or help, and which."""
+    """Flags that have more than one type or gist, and which."""
     found = {}
     for flag in sorted({flag for own in scripts.values() for flag in own}):
-        meanings = {own[flag] for own in scripts.values() if flag in own}
+        meanings = {gist(own[flag]) for own in scripts.values() if flag in own}
         if len(meanings) > 1:
             found[flag] = sorted(meanings)
     return found
@@ -370,6 +383,7 @@ def test_disagreeing_flags_are_found():
     three = flags("class Args:\n    a: int = 1  # number of a\n    b: int = 2  # of the b\n")
     assert disagreements({"one": one, "two": two}).keys() == {"a"}
     assert disagreements({"one": one, "three": three}).keys() == {"b"}
+    assert gist(("int", "stage II: updates (ours; more); rest")) == ("int", "updates") != gist(("float", "updates"))
 
 
 def read(tree: ast.AST) -> set[str]:
@@ -389,16 +403,16 @@ def chosen_by(node: ast.Assign) -> list[str]:
     return " ".join(key.value for key in node.value.keys).split()
 
 
-BY_PLUMBING = set().union(*map(read, PLUMBING.values()))
+BY_PACKAGES = set().union(*(read(ast.parse(path.read_text())) for paths in PACKAGES.values() for path in paths))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_read(name):
-    assert FLAGS[name].keys() - read(TREES[name]) - BY_PLUMBING == set()
+    assert FLAGS[name].keys() - read(TREES[name]) - BY_PACKAGES == set()
 
 
 def test_every_common_flag_is_read():
-    assert COMMON.keys() - set.intersection(*map(read, TREES.values())) - BY_PLUMBING == set()
+    assert COMMON.keys() - set.intersection(*map(read, TREES.values())) - BY_PACKAGES == set()
 
 
 def test_an_unread_flag_is_found():
