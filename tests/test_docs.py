@@ -70,6 +70,7 @@ def test_commands_run_what_exists(page):
         if program.parent == ROOT:
             continue
         code = program.read_text()
+        assert "__main__" in code, f"{command}: that is no program"
         for other in re.findall(r"\b\w+\.py\b", command) + re.findall(r"from (\w+) import", code):
             script = ROOT / (other.removesuffix(".py") + ".py")
             code += script.read_text() if script.exists() else ""
