@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS
+from test_layout import TREES, definitions
 from torch import nn
 
 from plumbing import Demos, fill
-from test_layout import TREES, definitions
 
 OWN_FORM = {  # (name, script): what differs on purpose
     ("td_target", "co_rft_chunked"): "one target for each prefix of a chunk",
