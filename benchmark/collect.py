@@ -61,7 +61,7 @@ def number(value) -> str:
 def code_of(commit: str, script: str) -> str:
     """Hash of the script and of what it imports from here at `commit`: commits that differ elsewhere have the same."""
     found = []
-    for name in (script, "backbones", "make_demos.py", "operators", "plumbing"):
+    for name in (script, "backbones", "operators", "plumbing"):
         git = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", f"{commit.removesuffix('-dirty')}:{name}"]
         found.append(subprocess.run(git, capture_output=True, text=True).stdout)
     if not all(found[:2]):  # the others aren't in all commits

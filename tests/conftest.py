@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import force_octo
-import make_demos
+import plumbing.demos
 from plumbing import Demos, Run, fill, load_demos
 
 torch.set_num_threads(1)
@@ -200,14 +200,6 @@ def as_flags(args) -> list[str]:
     return flags
 
 
-def tool_args(args) -> make_demos.Args:
-    """The flags with which a script calls make_demos.py, writing beside its cache."""
-    names = {field.name for field in dataclasses.fields(make_demos.Args)} - {"torch_threads"}
-    return make_demos.Args(
-        **{k: v for k, v in vars(args).items() if k in names}, out=str(Path(args.demo_dir) / "out.npz")
-    )
-
-
 class InlinePool:
     """In the place of ProcessPoolExecutor: demonstration workers run in this process."""
 
@@ -226,8 +218,8 @@ class InlinePool:
 
 @pytest.fixture
 def inline(monkeypatch):
-    """make_demos.py's workers run in this process."""
-    monkeypatch.setattr(make_demos, "ProcessPoolExecutor", InlinePool)
+    """Demonstration workers run in this process."""
+    monkeypatch.setattr(plumbing.demos, "ProcessPoolExecutor", InlinePool)
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, SCRIPTS, as_flags, latest, tiny_args, tool_args
+from conftest import ROOT, SCRIPT, SCRIPTS, as_flags, latest, tiny_args
 
 import force_octo as script
-import make_demos
-from plumbing import UserError, fill, parse_flags
+import plumbing.demos
+from plumbing import UserError, fill, load_demos, make_demos, parse_flags
 from plumbing.run import load_checkpoint, save_checkpoint
 
 SHORT = dict(
@@ -88,7 +88,7 @@ def no_work(monkeypatch, tmp_path):
     def refuse(*_):
         raise AssertionError("accepted: it began to make demonstrations")
 
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(plumbing.demos, "make", refuse)
     monkeypatch.chdir(tmp_path)
 
 
@@ -107,23 +107,33 @@ BAD_DEMOS = {
     "--env-id PickSingleYCB-v1": "download_asset ycb",
     "--demo-path nowhere.h5": "nowhere.*doesn't exist",
     "--out .": r"--out \. can't be written",
+    "--out nowhere/demos.npz": r"--out nowhere/demos.npz can't be written",
     "--num-demos 0": "--num-demos",
-    "--upsample-steps -1": "--upsample-steps",
-    "--spawn ood --env-id PlaceSphere-v1": "--spawn moves",
-    "--spawn ood --env-id PushCube-v1 --demo-path a.h5": "--spawn moves",
 }
 
 
 @pytest.mark.parametrize("flags", BAD_DEMOS)
 def test_bad_flags_of_the_demonstration_program(flags, inline, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(make_demos.UserError, match=BAD_DEMOS[flags]) as caught:
-        make_demos.main(make_demos.parse_args(flags.split()))
+    with pytest.raises(UserError, match=BAD_DEMOS[flags]) as caught:
+        make_demos.main([str(SCRIPT), *flags.split()])
     assert "\n" not in str(caught.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_run_ends_with_the_one_line_of_the_demonstration_program(tmp_path):
+@pytest.mark.parametrize("words", [[], ["--out", "x.npz"], ["nowhere.py"]])
+def test_the_demonstration_program_needs_a_script(words):
+    with pytest.raises(UserError, match="name a script first"):
+        make_demos.main(words)
+
+
+def test_the_demonstration_program_copies_the_cache(place, tmp_path):
+    out = tmp_path / "push.npz"
+    make_demos.main([str(SCRIPT), "--out", str(out), *as_flags(tiny_args(place))])
+    assert out.read_bytes() == make_demos.cache_of(tiny_args(place)).read_bytes()
+
+
+def test_a_run_ends_with_one_line_where_demonstrations_can_not_be_made(tmp_path):
     flags = "--env-id PickSingleYCB-v1 --obs-mode state"
     done = subprocess.run([sys.executable, str(SCRIPT), *flags.split()], cwd=tmp_path, capture_output=True, text=True)
     one_error((done.returncode, done.stdout, done.stderr), "download_asset ycb")
@@ -195,14 +205,14 @@ def test_no_vulkan_with_demonstrations_at_hand(place, no_vulkan, command, tmp_pa
 
 
 def test_no_vulkan_while_making_demonstrations(no_vulkan, inline, tmp_path):
-    with pytest.raises(make_demos.UserError, match=r"simulator can't start .*setup\.sh"):
-        make_demos.main(tool_args(tiny_args(tmp_path)))
+    with pytest.raises(UserError, match=r"simulator can't start .*setup\.sh"):
+        load_demos(tiny_args(tmp_path), script.make_env)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 def test_a_robot_that_the_task_has_no_keyframe_for(inline, tmp_path):
-    with pytest.raises(make_demos.UserError, match=r"StackCube-v1 refuses these settings .*NotImplementedError"):
-        make_demos.main(tool_args(tiny_args(tmp_path, env_id="StackCube-v1", robot_uids="panda_stick")))
+    with pytest.raises(UserError, match=r"StackCube-v1 refuses these settings .*NotImplementedError"):
+        load_demos(tiny_args(tmp_path, env_id="StackCube-v1", robot_uids="panda_stick"), script.make_env)
 
 
 # --- run folders ---
