@@ -913,6 +913,8 @@ def observations(expert: ReplayBuffer, policy: ReplayBuffer, batch: Batch, is_ex
 @torch.no_grad()
 def calibration(agent: Agent, policy: ReplayBuffer, args: Args) -> dict[str, Tensor]:
     """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
+    if not policy.starts.rows:
+        return {}
     batch = policy.gather(policy.starts["row"], args.device)
     q = agent.critic(batch.feature, batch.chunk).mean(0)
     gap = q - batch.mc_return
@@ -1084,8 +1086,8 @@ def main(args: Args) -> Path:
 def warmup_cosine(step: int, total: int) -> float:
     """Share of the peak learning rate: linear over the first 5 %, then a cosine to zero."""
     warmup = (step + 1) / (0.05 * total)
-    progress = step / total
-    cosine = (1 + math.cos(math.pi * progress)) / 2
+    angle = math.pi * step / total
+    cosine = (1 + math.cos(angle)) / 2
     return min(warmup, cosine)
 
 

@@ -2,133 +2,121 @@
 
 The stages and equations of force_octo.py with another policy: pi0 is cloned from demonstrations by flow matching (stage
 0), a conservative critic is trained on the same data (stage 1), both are re-calibrated on the policy's own rollouts
-(stage 2), then the policy learns online from the better half of its own proposals (stage 3, VGPD). The vision-language
-model is trained in stage 0 only; afterwards an observation goes through it once, for all K candidates.
+(stage 2), and then the policy learns online from the better half of its own proposals (stage 3, VGPD). The
+vision-language model is trained in stage 0 only; afterwards an observation goes through it once, for all K candidates.
+
+Two policies, by --head:
+  consistency   the paper's one-step head on the pooled prefix; it is trained beside pi0's flow, then distilled from it
+  flow          pi0's own action expert, which reads the prefix' keys and values: K samples on one cached prefix
 
 Equations (numbers of the paper)                                             where
   (1)     critic: TD + alpha * (LSE over sampled actions - Q(data)), Cal-QL    td_target, calql_loss
-  (2-4)   stage 1 actor: bc_weight * BC + offline_q_weight * L_Q               Agent.bc_loss, q_loss, update_actor
+  (2-4)   stage 1 actor: bc_weight * BC + offline_q_weight * L_Q               bc_loss, q_loss, update_actor
   (5-7)   stage 2 actor: BC on successful trajectories only (1{y=1} / rho)     success_weighted_bc
   (8)     stage 3 critic: plain TD                                             td_target, update_critic
   (9)     stage 3 actor: q_weight * L_Q + distill_weight * L_distill           update_actor
-  (10-11) pi* ~ pi_old exp(Q / temperature), projected by weighted BC          vgpd_target, update_actor
-  (12)    expert half of the batch: BC                                         --expert-filter bc
+  (10-11) pi* ~ pi_old exp(Q / temperature), projected by weighted BC          vgpd_target, self_distilled
+  (12)    expert half of the batch: BC                                         self_distilled
   (13-15) mean baseline, gate zeta, candidate weights                          vgpd_target
-BC by --head: "consistency" is the paper's one-step head on the pooled prefix, distilled from the flow at the end of
-stage 0 (consistency_loss); "flow" is pi0's own action expert, K samples on one cached prefix (flow_loss).
+BC is consistency_loss or flow_loss, by --head (bc_loss).
 
 Commands
   python force_pi0.py --env-id StackCube-v1 --K 20                   # RGB, makes its demonstrations on the first run
   python force_pi0.py --env-id PushCube-v1 --obs-mode state          # privileged state, on one core
   python force_pi0.py --env-id PushCube-v1 --obs-mode state --head flow --backbone pi05-compact
-  python force_pi0.py --backbone pi0 --checkpoint hf://lerobot/pi0_base --finetune expert --preset paper --dry-run
+  python force_pi0.py --preset paper --env-id PickCube-v1            # the paper's reading, where it is known
   python force_pi0.py --sft-checkpoint runs/NAME                     # stage 0 from an earlier run of this script
-  python force_pi0.py --resume runs/NAME | --eval-only runs/NAME     # go on after a kill | evaluate the last checkpoint
+  python force_pi0.py --backbone pi0 --checkpoint hf://lerobot/pi0_base --image-size 224 --finetune expert
+  python force_pi0.py --resume runs/NAME                             # go on after a kill, with the same next losses
+  python force_pi0.py --eval-only runs/NAME                          # evaluate the last checkpoint
+  python benchmark/dry_run.py FLAGS                                  # parameters, memory and work of a run with FLAGS
 
-Where the default differs from the paper: points 1-10 of force_octo.py, and
-  11 the one-step head also learns from the demonstrations while pi0 does, and so trains the output that it reads
-  12 compact models have spatial soft-arg-max points beside a camera, and state mode has tokens for the state, in the prefix
-Measured: docs/force_pi0.md
+The default differs from the paper in the 15 points of docs/force.md, and in points 16 to 18 of docs/force_pi0.md.
+Flags, run folders, checkpoints, logs and demonstration files are in plumbing/, and hold no part of the algorithm.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
-import dataclasses
-import errno
 import gc
-import hashlib
-import io
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
-from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
-from safetensors.torch import load_file, save
-from scipy.stats import binomtest
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from backbones.consistency import SIGMA_DATA, ConsistencyActor, karras_sigmas
-from backbones.pi0 import Pi0Error
-from backbones.pi0_policy import FlowActor, Pi0Policy
+from backbones.octo_policy import random_shift
+from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher
+from backbones.units import SIGMA_DATA
+from plumbing import (
+    EVAL_SEED,
+    TASKS,
+    TRAIN_SEED,
+    Demos,
+    ObsWrapper,
+    Run,
+    RunArgs,
+    Task,
+    UserError,
+    camera_configs,
+    check_flags,
+    check_pi0,
+    film,
+    load_demos,
+    load_sft_weights,
+    parse_flags,
+    run_script,
+    simulator_errors,
+    stored_args,
+    success_metrics,
+    threads,
+)  # fmt: skip
 
 
 # === Arguments =======================================================================================================
 @dataclass
-class Args:
-    # --- experiment ---
-    env_id: str = "StackCube-v1"  # ManiSkill task
-    seed: int = 1  # seed of networks, batches, exploration and training episodes
-    K: int = 20  # K: candidate action chunks per state in VGPD
-    preset: Literal["default", "paper"] = "default"  # "paper": the paper's choices; other flags still win
-    runs: str = "runs"  # folder for runs
-    run_name: str | None = None  # name of the run's folder; default: task, observation mode, seed and time
-    resume: str | None = None  # run folder to go on with; all other flags are taken from its config.json
-    eval_only: str | None = None  # run folder to evaluate, without training; takes --eval-episodes and --select too
-    dry_run: bool = False  # print parameters, memory and work of these flags, from shapes alone, and end
-    track: bool = False  # log to Weights & Biases too (works offline)
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # "auto", "cpu" or "cuda"
-    torch_threads: int = 0  # CPU threads; 0: one, but OMP_NUM_THREADS or all cores (up to 8) for stage 0 with a camera
-
+class Args(RunArgs):
     # --- environment ---
     obs_mode: Literal["rgb", "state"] = "rgb"  # camera + proprio, or privileged state (fast)
     control_mode: str = "pd_ee_delta_pos"  # ManiSkill controller; the paper uses pd_ee_delta_pose
     control_freq: int = 10  # control steps per second (ManiSkill's default is 20, the paper's robot runs at 10)
-    max_episode_steps: int | None = None  # time limit in control steps; default: per task, see TASKS
+    max_episode_steps: int | None = None  # time limit in control steps; default: per task, see plumbing/tasks.py
     robot_uids: str = "panda"  # robot model
-    cameras: Literal["primary", "both"] | None = None  # looks at the table; on panda's hand too (default in rgb)
-    image_size: int | None = None  # pixels a side, a multiple of 32; default: 64, or 256 for released weights
+    cameras: Literal["primary", "both"] = "both"  # one that looks at the table, or one on panda's hand too (rgb)
+    image_size: int = 64  # pixels a side (hand: half of it, from 64 on); released weights need 224
     reward: Literal["binary", "conrft"] = "binary"  # 1 or 0 a step; ConRFT: +10 or -0.05
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
-    num_envs: int | None = None  # environments side by side (physx_cpu: a process each); default: 2 for rgb, else 1
-
-    # --- demonstrations ---
-    demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
-    num_demos: int = 300  # demonstrations to make or to use
-    skip_idle: float = 0.0  # leave out their first steps in which the arm moves less (actions reach 1); 0: none
-    demo_dir: str = "demos"  # cache for demonstrations
+    num_envs: int = 2  # environments side by side (physx_cpu: a process each)
 
     # --- model ---
     backbone: Literal["pi0-compact", "pi05-compact", "pi0", "pi05"] = "pi0-compact"  # model and size
-    checkpoint: str | None = None  # released weights to start from: hf://lerobot/pi0_base, a folder or a file
+    checkpoint: str | None = None  # released weights to start from: a folder or file, or hf://lerobot/pi0_base
     head: Literal["consistency", "flow"] = "consistency"  # the policy: a one-step head, or pi0's own action expert
-    flow_steps: int = 10  # Euler steps of a flow sample
-    finetune: Literal["full", "lora", "expert", "head"] = "full"  # what stage 0 trains of pi0; head: its projections
-    bf16: bool = False  # keep the vision-language part in bfloat16 (with --finetune expert or head, which freeze it)
-    hidden_dim: int = 256  # width of one-step head and critic
-    num_layers: int = 2  # hidden layers of one-step head and critic
-    num_critics: int = 4  # critics in the ensemble; TD targets take the minimum of two random ones
-    noise_levels: int = 8  # noise levels drawn per sample in the one-step head's loss
     flow_times: int = 2  # times drawn per sample in the flow's loss: each is a pass of the expert, on one prefix
+    bf16: bool = False  # keep the vision-language part in bfloat16 (with --finetune expert or head, which freeze it)
+    hidden_dim: int = 256  # width of actor and critic
+    num_critics: int = 4  # critics in the ensemble; TD targets take the minimum of two random ones
+    noise_levels: int = 8  # noise levels drawn per sample in the policy's loss
     chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
-    action_range: float = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
 
     # --- stage 0: supervised fine-tuning ---
-    sft_checkpoint: str | None = None  # run folder of this script whose last policy stands in for stage 0
-    sft_updates: int = 6000  # updates of backbone and head
+    sft_checkpoint: str | None = None  # run folder of this script to start from in the place of stage 0
+    sft_updates: int = 3000  # updates of stage 0
     sft_head_updates: int = 2000  # further updates of the head alone: one-step from the flow's samples, flow from data
+    finetune: Literal["full", "lora", "expert", "head"] = "full"  # stage 0: what is trained of pi0; head: projections
     sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
-    proprio_noise: float | None = None  # noise on proprio in every update; default: 0.1 std with a camera, else 0
+    proprio_noise: float = 0.1  # noise on proprio in every update, in standard deviations of the demonstrations
 
     # --- stages 1 to 3 ---
+    K: int = 20  # K: candidate action chunks per state in VGPD
+    preset: Literal["default", "paper"] = "default"  # "paper": the paper's choices; other flags still win
     gamma: float = 0.98  # discount per control step
     reinforce_lr: float = 3e-4  # learning rate of actor and critic after stage 0 (Adam, constant)
     batch_size: int = 128  # transitions per batch; stages 2 and 3: half expert, half policy buffer
@@ -137,345 +125,125 @@ class Args:
     tau: float = 0.01  # Polyak step of the target critics
     critic_updates: int = 2  # critic updates per actor update
     offline_updates: int = 300  # stage 1: actor updates
+    warmup: bool = True  # --no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")
     warmup_episodes: int = 30  # stage 2: rollouts of the current policy
     warmup_updates: int = 400  # stage 2: actor updates; the first half trains the critic only
-    warmup_train_actor: bool = True  # stage 2: train the actor by Eqs. (5-7); otherwise the critic only
-    warmup: bool = True  # --no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")
     online_steps: int = 10_000  # stage 3: control steps, summed over environments
+    eval_freq: int = 2000  # stage 3: control steps between evaluations
     utd_ratio: float = 0.5  # stage 3: actor updates per control step
     cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2
-    online_cql_alpha: float = 0.0  # the same in stage 3 (0 = the paper's Eq. 8)
     cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
     bc_weight: float = 1.0  # weight of BC in stages 1 and 2
+    offline_q_weight: float = 0.0  # weight of the Q loss in stages 1 and 2, where the critic isn't calibrated yet
     distill_weight: float = 1.0  # stage 3: weight of the distillation loss
-    q_weight: float | None = None  # stage 3: weight of the Q loss (more: faster, less safe); default: rgb 0, state 0.02
+    q_weight: float = 0.0  # stage 3: weight of the Q loss (more: faster, less safe)
     q_weight_end: float | None = None  # the same at the end of stage 3, reached evenly; default: --q-weight throughout
-    offline_q_weight: float = 0.0  # the same in stages 1 and 2, where the critic isn't calibrated yet
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
     temperature: float = 1.0  # tau of Eq. (15), in units of reward or (adaptive) of the candidates' Q spread
     temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
-    success_filter: bool | None = None  # stage 3: learn from successful trajectories only; default: VGPD with a camera
-    expert_filter: Literal["bc", "filter"] = "bc"  # expert half: plain BC (Eq. 12) or gated (Eq. 14)
-    candidate_sigma: float = 0.3  # one-step head: noise level of a second denoising step for candidates (0 = none)
+    success_filter: bool = True  # stage 3: the actor learns from successful trajectories only
+    candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
     candidate_noise: float = 0.02  # Gaussian push on candidates, in units of the action box
-    explore_noise: float | None = None  # the same push on the chunks of training episodes; default: rgb 0, state 0.02
-    actor_ema: float | None = None  # decay of pi_old, which acts and proposes (0: off); default: rgb 0.999, state 0.995
-    select: Literal["sample", "best-of-k"] = "sample"  # best of K by the critic isn't in the paper
-
-    # --- evaluation and logging ---
-    eval_episodes: int = 100  # episodes of an evaluation
-    eval_freq: int = 2000  # control steps between evaluations in stage 3
-    video_episodes: int = 4  # episodes filmed after training (0 = none)
-    log_freq: int = 100  # updates between logged rows
-    checkpoint_freq: int = 1000  # updates between checkpoints (also written at the end of each stage and evaluation)
+    explore_noise: float = 0.0  # the same push on the chunks of training episodes
+    actor_ema: float = 0.999  # decay of pi_old, which acts and proposes (0: off)
 
 
-PAPER = dict(
-    control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99,
-    chunk_len=1, num_critics=2, noise_levels=1, flow_times=1, sft_lr=2.5e-5, q_weight=1.0, offline_q_weight=0.1,
-    q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0,
-    candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, success_filter=False, cql_samples=10,
-    offline_updates=20_000, warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50, stay=False,
-)  # fmt: skip
+# The defaults above are for cameras. What else a choice changes; flags on the command line always win.
+BY_OBS_MODE = {  # without a camera updates are cheap, and the critic sees enough to push the policy a little
+    "state": dict(
+        num_envs=1, num_demos=50, proprio_noise=0.0, online_steps=8000, q_weight=0.02, actor_ema=0.995,
+        explore_noise=0.02, success_filter=False,
+    ),
+}  # fmt: skip
+FROM_IMAGES = dict(num_demos=100, online_steps=4000)
+BY_TASK = {  # as in the benchmark
+    ("PushCube-v1", "rgb"): FROM_IMAGES,
+    ("PickCube-v1", "rgb"): FROM_IMAGES,
+    ("PushCube-v1", "state"): dict(gamma=0.95, q_weight=0.05, explore_noise=0.1, candidate_noise=0.1),
+    ("PickCube-v1", "state"): dict(online_steps=5000),
+}
+BY_PRESET = {
+    "paper": dict(
+        control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99,
+        chunk_len=1, num_critics=2, noise_levels=1, flow_times=1, sft_lr=2.5e-5, q_weight=1.0, offline_q_weight=0.1,
+        q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0,
+        candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, success_filter=False, cql_samples=10,
+        offline_updates=20_000, warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50, stay=False,
+        sft_updates=6000,
+    ),
+}  # fmt: skip
+TABLES = {"obs_mode": BY_OBS_MODE, "env_id obs_mode": BY_TASK, "preset": BY_PRESET}
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
-    "at least 1": (lambda x: x >= 1, """K control_freq num_envs num_demos noise_levels hidden_dim num_layers
-        flow_steps flow_times num_critics chunk_len sft_batch_size critic_updates cql_samples eval_episodes
-        eval_freq log_freq checkpoint_freq"""),
+    "at least 1": (lambda x: x >= 1, """K control_freq noise_levels hidden_dim num_critics chunk_len
+        flow_times sft_batch_size critic_updates cql_samples eval_freq"""),
     "at least 2": (lambda x: x >= 2, "batch_size"),
-    "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature action_range"),
+    "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature"),
     "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
-    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma actor_ema skip_idle"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma actor_ema"),
     "a multiple of 32": (lambda x: x > 0 and x % 32 == 0, "image_size"),
-    "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
 }  # fmt: skip
 
 
 def validate(args: Args) -> None:
-    """Check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
+    """Fill in and check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
+    if args.q_weight_end is None:
+        args.q_weight_end = args.q_weight
     check_flags(args, LIMITS)
-    released, known = not args.backbone.endswith("compact"), args.resume or args.eval_only or args.dry_run
-    if args.checkpoint and not released:
-        raise UserError(f"--checkpoint has released weights, and --backbone {args.backbone} none: give --backbone pi0")
-    if released and not (args.checkpoint or args.sft_checkpoint or known):
-        weights = f"hf://lerobot/{args.backbone}_base"
-        raise UserError(f"--backbone {args.backbone} needs its weights: --checkpoint {weights} or a local folder")
-    if released and args.obs_mode == "state":
-        raise UserError(f"--backbone {args.backbone} needs --obs-mode rgb: privileged state is for compact models")
-    if args.bf16 and not (released and args.finetune in ("expert", "head")):
-        raise UserError("--bf16 needs a frozen, released model: --backbone pi0 or pi05, --finetune expert or head")
-    # A critic on camera features is worth less, so the policy leaves what it knows more slowly (docs/force.md, log).
-    args.q_weight = (0.0 if args.obs_mode == "rgb" else 0.02) if args.q_weight is None else args.q_weight
-    args.actor_ema = (0.999 if args.obs_mode == "rgb" else 0.995) if args.actor_ema is None else args.actor_ema
-    args.explore_noise = (0.0 if args.obs_mode == "rgb" else 0.02) if args.explore_noise is None else args.explore_noise
-    if args.success_filter is None:
-        args.success_filter = args.obs_mode == "rgb" and args.vgpd
+    check_pi0(args)
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
     if args.sft_checkpoint:
-        args.sft_updates = args.sft_head_updates = 0
-        if not (args.resume or args.eval_only):
-            check_origin(args, Path(args.sft_checkpoint))
-    if args.select == "best-of-k" and args.K < 2:
-        raise UserError(f"--select best-of-k needs --K of at least 2, got {args.K}")
-
-
-def check_origin(args: Args, folder: Path) -> None:
-    """A run can only start a run on the same task, seen and controlled alike, by the same policy. Raises: UserError."""
-    have, seen = load_config(Args, folder), "env_id robot_uids obs_mode cameras image_size"
-    for name in (*seen.split(), "control_mode", "control_freq", "chunk_len", "backbone", "head", "finetune"):
-        if getattr(have, name) != getattr(args, name):
-            was, want, flag = getattr(have, name), getattr(args, name), name.replace("_", "-")
-            raise UserError(f"--sft-checkpoint {folder} was trained with --{flag} {was}, not {want}")
-
-
-# --- shared: tasks ---
-class UserError(Exception):
-    """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a task needs beyond ManiSkill's registration: instruction, time limit in seconds, camera."""
-
-    instruction: str = "do the task"
-    seconds: float = 0.0  # 0: ManiSkill's time limit
-    eye: tuple[float, float, float] = (0.32, 0.0, 0.42)
-    target: tuple[float, float, float] = (0.0, 0.0, 0.06)
-    fov: float = 0.95
-
-
-TASKS = {
-    "PushCube-v1": Task("push the cube onto the round target", 5.0, (0.5, 0.0, 0.5), (0.05, 0.0, 0.0)),
-    "PullCube-v1": Task("pull the cube onto the round target", 5.0, (0.5, 0.0, 0.5), (-0.05, 0.0, 0.0)),
-    "PickCube-v1": Task("pick up the red cube and hold it at the goal position", 8.0),
-    "StackCube-v1": Task("stack the red cube on the green cube", 10.0, (0.42, 0.0, 0.48), (-0.02, 0.0, 0.04)),
-    "PlaceSphere-v1": Task("place the blue sphere into the bin", 10.0, (0.42, 0.0, 0.48)),
-    "PullCubeTool-v1": Task("pull the cube closer with the hook", 12.0, (0.7, 0.0, 0.7)),
-    "LiftPegUpright-v1": Task("lift the peg upright", 10.0, (0.5, 0.0, 0.5)),
-}
-
-
-# --- end shared ---
-
-
-# --- shared: flags ---
-THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
-
-
-def check_flags(args: Args, limits: dict) -> None:
-    """Check the flags that all scripts have, and fill in what depends on the task or the machine.
-
-    `limits` holds {what a number must be: (test, flags)}; other numbers must be at least 0. Raises: UserError.
-    """
-    import mani_skill.envs  # noqa: F401  registers the tasks
-    from mani_skill.utils.registration import REGISTERED_ENVS
-
-    if args.env_id not in REGISTERED_ENVS:
-        known = ", ".join(TASKS)
-        raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {known}")
-    rules = {name: (meaning, test) for meaning, (test, names) in limits.items() for name in names.split()}
-    for name, value in vars(args).items():
-        meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
-        if isinstance(value, int | float) and not test(value):
-            raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
-    if args.max_episode_steps is None:
-        seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
-        args.max_episode_steps = round(seconds * args.control_freq)
-    if args.max_episode_steps < args.chunk_len:
-        raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
-    camera = args.obs_mode == "rgb"
-    args.image_size = args.image_size or (64 if args.backbone.endswith("compact") else 256)
-    args.proprio_noise = (0.1 if camera else 0.0) if args.proprio_noise is None else args.proprio_noise
-    args.num_envs = args.num_envs or (2 if camera else 1)
-    args.cameras = args.cameras or ("both" if camera else "primary")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
-        raise UserError("no CUDA device found: use --device cpu --sim-backend physx_cpu")
-
-
-# --- end shared ---
+        args.sft_updates = 0
+        args.sft_head_updates = 0
 
 
 # === Environment =====================================================================================================
-# --- shared: environment ---
-class ObsWrapper(gym.Wrapper):
-    """ManiSkill observations as {"proprio": [N, P] float32, "primary": [N, H, H, 3] uint8 (rgb only)}, numpy.
-
-    --cameras both, or a robot with a camera on its hand, adds "wrist" [N, W, W, 3].
-
-    Proprio is joint positions, gripper pose, and what the task adds (PickCube's goal position); in state mode the task
-    adds its privileged state. Joint velocities are left out: a policy that sees them learns to go on with what it is
-    doing, and stops for good once it has slowed down (docs/force.md). The reward is the success flag. Episodes never
-    end here: `rollout` looks at info["ended"] and keeps the time limit, so that it can also run past a success.
-    After reset(options={"every": n}) only each n-th step is observed, and the others repeat what was seen last: most
-    of a step's time is rendering, and a policy that acts in chunks needs no image within one.
-    """
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.mode, self.every, self.steps = env.unwrapped.obs_mode, 1, 0
-        self.seen = self.observation(env.unwrapped._init_raw_obs)
-        env.unwrapped.update_obs_space(self.seen)
-
-    def observation(self, raw: dict) -> dict[str, np.ndarray]:
-        from mani_skill.utils.common import flatten_state_dict
-
-        agent = {k: v for k, v in raw["agent"].items() if k != "qvel"}
-        proprio = flatten_state_dict({"agent": agent, "extra": raw["extra"]}, use_torch=True)
-        obs = {"proprio": proprio.float().cpu().numpy()}
-        for name, data in raw.get("sensor_data", {}).items():
-            obs["wrist" if "hand" in name else "primary"] = data["rgb"].cpu().numpy()
-        return obs
-
-    def reset(self, *, seed=None, options=None):
-        self.every, self.steps, self.unwrapped._obs_mode = (options or {}).get("every", 1), 0, self.mode
-        self.seen = self.observation(self.env.reset(seed=seed)[0])
-        return self.seen, {}
-
-    def step(self, action):
-        self.steps += 1
-        look = self.steps % self.every == 0
-        self.unwrapped._obs_mode = self.mode if look else "none"
-        raw, _, terminated, _, info = self.env.step(action)
-        self.seen = self.observation(raw) if look else self.seen
-        success = info.get("success", torch.zeros_like(terminated)).bool().cpu().numpy()
-        never = np.zeros_like(success)
-        return self.seen, success, never, never, {"ended": terminated.cpu().numpy()}
-
-
-def hand_camera(robot) -> list:
-    """A camera on Panda's hand that sees both fingertips; `panda_wristcam`'s housing makes rendering much slower."""
-    from mani_skill.sensors.camera import CameraConfig
-    from mani_skill.utils.sapien_utils import look_at
-
-    pose, link = look_at([0.07, 0.0, 0.02], [0.0, 0.0, 0.12]), robot.robot.links_map["panda_hand"]  # metres, hand frame
-    return [CameraConfig("hand_camera", pose, 128, 128, fov=1.4, near=0.01, far=10.0, mount=link)]
-
-
 def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
-    """A batch of ManiSkill environments in this process (physx_cpu: of one).
-
-    Raises: UserError if the simulator can't start, which nearly always means Vulkan, or refuses the flags.
-    """
-    import mani_skill.envs  # registers the tasks
-    from mani_skill.agents.robots.panda.panda import Panda
-    from mani_skill.utils import sapien_utils
-
+    """A batch of ManiSkill environments in this process (physx_cpu: of one). Raises: UserError."""
     torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
-    mani_skill.logger.setLevel("ERROR")  # some tasks warn at every reset
     if not gc.get_freeze_count():  # ManiSkill collects garbage at every reset: spare it all that stands by now
         gc.freeze()
-    task, gpu, side = TASKS.get(args.env_id, Task()), args.sim_backend == "physx_cuda", args.image_size
-    cameras = dict(base_camera=dict(pose=sapien_utils.look_at(task.eye, task.target), fov=task.fov))
-    # Panda itself has no camera; the class is where ManiSkill looks for a robot's.
-    both, small = args.obs_mode == "rgb" and args.cameras == "both", min(side, max(side // 2, 64))
-    Panda._sensor_configs = property(hand_camera if both else lambda robot: [])
-    if "wristcam" in args.robot_uids or both and args.robot_uids == "panda":
-        cameras["hand_camera"] = dict(width=small, height=small)
-    try:
+    on_gpu = args.sim_backend == "physx_cuda"
+    with simulator_errors(args.env_id):
         env = gym.make(
-            args.env_id, num_envs=num_envs, obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
-            control_mode=args.control_mode, robot_uids=args.robot_uids, render_mode="rgb_array" if render else None,
-            sim_backend=args.sim_backend, render_backend="gpu" if gpu else "cpu", max_episode_steps=1_000_000,
-            reconfiguration_freq=0 if gpu else 1,  # PhysX on the CPU remembers contacts across resets
-            sensor_configs=dict(width=side, height=side, shader_pack="minimal", **cameras), reward_mode="none",
-            human_render_camera_configs=dict(width=256, height=256), sim_config=dict(control_freq=args.control_freq),
-        )  # fmt: skip
-    except (KeyError, AssertionError, NotImplementedError) as error:  # how ManiSkill refuses robots and controllers
-        raise UserError(f"{args.env_id} refuses these settings (robot, controller or camera): {error!r}") from error
-    except RuntimeError as error:
-        raise UserError(f"the simulator can't start ({error}); run setup.sh, which installs and checks it") from error
-    return ObsWrapper(args.place(env) if hasattr(args, "place") else env)  # some move objects
+            args.env_id,
+            num_envs=num_envs,
+            obs_mode="rgb" if args.obs_mode == "rgb" else "state_dict",
+            control_mode=args.control_mode,
+            robot_uids=args.robot_uids,
+            sensor_configs=camera_configs(args),
+            sim_config=dict(control_freq=args.control_freq),
+            sim_backend=args.sim_backend,
+            render_backend="gpu" if on_gpu else "cpu",
+            render_mode="rgb_array" if render else None,
+            human_render_camera_configs=dict(width=256, height=256),
+            reward_mode="none",
+            max_episode_steps=1_000_000,  # `rollout` keeps the time limit
+            reconfiguration_freq=0 if on_gpu else 1,  # PhysX on the CPU remembers contacts across resets
+        )
+    return ObsWrapper(env)
 
 
-# --- end shared ---
-
-
-# --- shared: vector environment ---
 def make_env(args: Args, num_envs: int, render: bool = False):
-    """num_envs environments without auto-reset, the same for every backend.
+    """num_envs environments without auto-reset, the same for every backend. Seeds decide the initial states.
 
-    reset(seed=[num_envs integers]) -> obs, {};  step(action [num_envs, A] in the controller's units) -> obs, success
-    [num_envs], unused, unused, {"ended": terminated by success or failure [num_envs]}. Seeds decide the initial states.
+    reset(seed=[num_envs integers]) -> obs, {}
+    step(action [num_envs, A] in the controller's units) -> obs, success [num_envs], unused, unused, {"ended": ...}
     """
     from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
 
     if args.sim_backend == "physx_cuda":
         return make_maniskill(args, num_envs, render)
-    make, mode = [lambda: CPUGymWrapper(make_maniskill(args, 1, render))] * num_envs, gym.vector.AutoresetMode.DISABLED
+    make = [lambda: CPUGymWrapper(make_maniskill(args, 1, render))] * num_envs
+    never = gym.vector.AutoresetMode.DISABLED
     if num_envs == 1:
-        return gym.vector.SyncVectorEnv(make, autoreset_mode=mode)
-    return gym.vector.AsyncVectorEnv(make, context="spawn", autoreset_mode=mode)
-
-
-# --- end shared ---
-
-
-# === Demonstrations ==================================================================================================
-# --- shared: demonstrations ---
-@dataclass
-class Demos:
-    """Successful demonstrations as this project's environment sees them; an episode of T steps has T + 1 rows."""
-
-    obs: dict[str, np.ndarray]  # "proprio" [M, P] float32, cameras [M, H, H, 3] uint8
-    action: np.ndarray  # [M, A] float32, controller's units; the row of an episode's last observation is unused
-    lengths: np.ndarray  # [episodes] T of each, to the end of the recording
-    steps: np.ndarray  # [episodes] steps to the first success: reinforcement learning episodes end there
-    source: str
-    success: np.ndarray | None = None  # [M] bool after each action; the reward of CO-RFT's longer recordings
-    idle: np.ndarray | int = 0  # [episodes] steps that --skip-idle left out before the first
-
-    def starts(self) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(self.lengths + 1)[:-1]])
-
-    def at(self, rows: Tensor, window: int) -> dict[str, Tensor]:
-        """Observations at rows [B], with what was seen in the steps before, as `OctoPolicy.feature` wants them."""
-        first = torch.from_numpy(np.repeat(self.starts(), self.lengths + 1))[rows][:, None]
-        step = rows[:, None] + torch.arange(1 - window, 1)  # [B, W]
-        seen = {k: torch.from_numpy(v)[step.maximum(first)] for k, v in self.obs.items() if k != "proprio"}
-        return {"proprio": torch.from_numpy(self.obs["proprio"])[rows], "real": step >= first} | seen
-
-
-def load_demos(args: Args) -> Demos:
-    """The demonstrations that the flags ask for: those of an earlier run, or of make_demos.py, a program of its own.
-
-    Raises: UserError; SystemExit where make_demos.py has said what is wrong.
-    """
-    flags = dict(
-        env_id=args.env_id, robot_uids=args.robot_uids, control_mode=args.control_mode, control_freq=args.control_freq,
-        obs_mode=args.obs_mode, image_size=args.image_size, sim_backend=args.sim_backend, num_demos=args.num_demos,
-        demo_path=args.demo_path, cameras=args.cameras, skip_idle=args.skip_idle,
-        **{k: getattr(args, k) for k in ("spawn", "upsample_steps") if hasattr(args, k)},
-    )  # fmt: skip
-    content = [flags, TASKS.get(args.env_id), "layout 4"]
-    if args.demo_path and os.path.exists(args.demo_path):
-        content += [os.path.getsize(args.demo_path), os.path.getmtime(args.demo_path)]
-    cache = Path(args.demo_dir) / f"{args.env_id}-{hashlib.sha1(repr(content).encode()).hexdigest()[:12]}.npz"
-    if not cache.exists():
-        flags |= {"out": cache, "demo_dir": args.demo_dir}
-        tool = [sys.executable, str(Path(__file__).resolve().with_name("make_demos.py"))]
-        tool += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None]
-        if (code := subprocess.run(tool).returncode) > 0:
-            sys.exit(code)
-        if code < 0:
-            raise UserError(f"make_demos.py was ended by signal {-code} (out of memory?); start again")
-    data = np.load(cache)
-    if str(data["task"]) != repr(TASKS.get(args.env_id)):
-        cache.unlink()
-        raise UserError("make_demos.py has another camera or instruction for this task: give both the same TASKS")
-    obs = {name.removeprefix("obs_"): data[name] for name in data.files if name.startswith("obs_")}
-    rest = {name: data[name] for name in ("action", "lengths", "steps", "success", "idle")}
-    return Demos(obs, source=str(data["source"]), **rest)
-
-
-# --- end shared ---
+        return gym.vector.SyncVectorEnv(make, autoreset_mode=never)
+    return gym.vector.AsyncVectorEnv(make, context="spawn", autoreset_mode=never)
 
 
 # === Replay ==========================================================================================================
-# --- shared: replay ---
 @dataclass
 class Batch:
     """Transitions between decisions. B samples, F features, H-step chunks of A-dimensional actions."""
@@ -489,7 +257,26 @@ class Batch:
     success: Tensor  # [B] 1 if the whole trajectory succeeded
 
     def cat(self, other: Batch) -> Batch:
-        return Batch(*(torch.cat([getattr(self, f.name), getattr(other, f.name)]) for f in dataclasses.fields(self)))
+        pairs = zip(vars(self).values(), vars(other).values())
+        return Batch(*map(torch.cat, pairs))
+
+    def to(self, device: str) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+class Reward(NamedTuple):
+    """Reward of a step, by its success, and the discounted returns that are possible."""
+
+    fail: float
+    success: float
+    lowest: float
+    highest: float
+
+
+def reward_of(args: Args) -> Reward:
+    if args.reward == "binary":
+        return Reward(fail=0.0, success=1.0, lowest=0.0, highest=1.0)
+    return Reward(fail=-0.05, success=10.0, lowest=-0.05 / (1 - args.gamma), highest=10.0)
 
 
 def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failure: float) -> np.ndarray:
@@ -497,24 +284,36 @@ def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failur
 
     Shapes: reward [T] -> [T]. Source: Cal-QL's rule for sparse rewards, extended to every truncation.
     """
-    value, out = (0.0 if terminated else reward_failure / (1 - gamma)), np.empty_like(reward)
+    value = 0.0 if terminated else reward_failure / (1 - gamma)
+    returns = np.empty_like(reward)
     for t in reversed(range(len(reward))):
-        value = out[t] = reward[t] + gamma * value
-    return out
+        value = returns[t] = reward[t] + gamma * value
+    return returns
 
 
 class ReplayBuffer:
     """Whole episodes, one row per observation; chunked transitions are put together when they are drawn."""
 
     def __init__(self, feature_dim: int, action_dim: int, chunk_len: int, gamma: float):
-        self.chunk_len, self.gamma, self.rows = chunk_len, gamma, 0
-        shapes = dict(feature=(feature_dim,), action=(action_dim,), reward=(), bootstrap=(), mc_return=(), success=())
-        self.data = {k: torch.empty(0, *shape) for k, shape in shapes.items()}
-        self.data |= {k: torch.empty(0, dtype=torch.long) for k in ("next", "last")}
+        self.chunk_len = chunk_len
+        self.gamma = gamma
+        self.rows = 0
+        self.data = {
+            "feature": torch.empty(0, feature_dim),
+            "action": torch.empty(0, action_dim),
+            "reward": torch.empty(0),  # of the chunk that starts here
+            "bootstrap": torch.empty(0),
+            "mc_return": torch.empty(0),
+            "success": torch.empty(0),
+            "next": torch.empty(0, dtype=torch.long),  # row at which that chunk ends
+            "last": torch.empty(0, dtype=torch.long),  # row of the episode's last observation
+        }
         self.starts = torch.empty(0, dtype=torch.long)  # rows from which a chunk may be drawn
 
-    def add(self, feature: Tensor, action: np.ndarray, reward: np.ndarray, terminated: bool, success: bool,
-            reward_failure: float, hold: np.ndarray, stay: int = 0) -> None:  # fmt: skip
+    def add(
+        self, feature: Tensor, action: np.ndarray, reward: np.ndarray, terminated: bool, success: bool,
+        reward_failure: float, hold: np.ndarray, stay: int = 0,
+    ) -> None:  # fmt: skip
         """Append one episode of T steps. Chunks that a time limit cuts short are left out.
 
         Of what was recorded past the success the first `stay` steps are episodes of their own: of one step, successful.
@@ -522,154 +321,260 @@ class ReplayBuffer:
         Shapes: feature [L+1, F], action [L, A] normalised, L >= T (actions recorded past the end of the episode fill
         up its last chunks), reward [T], hold [A] the action that keeps still and fills up after those.
         """
-        T, L, H, g = len(reward), len(action), self.chunk_len, self.gamma
-        steps = np.minimum(H, T - np.arange(T))  # n of each row
-        padded = np.concatenate([reward, np.zeros(H - 1, np.float32)])
-        chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H) @ (g ** np.arange(H)).astype(np.float32)
-        ends = terminated & (np.arange(T) + steps == T)
-        row, fill = np.arange(L + 1) + self.rows, np.zeros(L + 1 - T, np.float32)
-        again = np.append(np.full(stay, reward[-1]), fill[stay:])
-        new = dict(
-            feature=feature, action=np.concatenate([action, hold[None]]), reward=np.append(chunk_reward, again),
-            bootstrap=np.append(np.where(ends, 0.0, g**steps), fill), success=np.full(L + 1, success),
-            mc_return=np.append(mc_returns(reward, terminated, g, reward_failure), again),
-            next=np.append(row[:T] + steps, row[T:]), last=np.full(L + 1, row[-1]),
-        )  # fmt: skip
-        starts = row[: T + stay] if terminated else row[: max(T - H + 1, 0)]
-        end = self.rows + L + 1
-        if end > len(self.data["reward"]):  # grow by doubling
-            size = max(end, 2 * len(self.data["reward"]), 1024)
-            self.data = {k: torch.cat([v, v.new_zeros(size - len(v), *v.shape[1:])]) for k, v in self.data.items()}
-        for key, value in new.items():
-            self.data[key][self.rows : end] = torch.as_tensor(value)
-        self.starts, self.rows = torch.cat([self.starts, torch.as_tensor(starts)]), end
+        T = len(reward)
+        L = len(action)
+        H = self.chunk_len
+        row = self.rows + np.arange(L + 1)
+
+        # Rows 0..T-1: chunks of n steps, n = H or fewer at the end.
+        n = np.minimum(H, T - np.arange(T))
+        padded = np.pad(reward, (0, H - 1))
+        discounts = (self.gamma ** np.arange(H)).astype(np.float32)
+        chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H) @ discounts
+        ends_here = terminated & (np.arange(T) + n == T)
+        bootstrap = np.where(ends_here, 0.0, self.gamma**n)
+
+        # Rows T..L: recorded past the end. The first `stay` are successes, the others are never drawn.
+        past = np.zeros(L + 1 - T, np.float32)
+        past_reward = past.copy()
+        past_reward[:stay] = reward[-1]
+        returns = mc_returns(reward, terminated, self.gamma, reward_failure)
+
+        new = {
+            "feature": feature,
+            "action": np.concatenate([action, hold[None]]),
+            "reward": np.concatenate([chunk_reward, past_reward]),
+            "bootstrap": np.concatenate([bootstrap, past]),
+            "mc_return": np.concatenate([returns, past_reward]),
+            "success": np.full(L + 1, success),
+            "next": np.append(row[:T] + n, row[T:]),
+            "last": np.full(L + 1, row[-1]),
+        }
+        self.grow(self.rows + L + 1)
+        for name, column in self.data.items():
+            column[row] = torch.as_tensor(new[name]).to(column.dtype)
+        whole = T + stay if terminated else max(T - H + 1, 0)
+        starts = torch.from_numpy(row[:whole])
+        self.starts = torch.cat([self.starts, starts])
+        self.rows += L + 1
+
+    def grow(self, rows: int) -> None:
+        """Make room, by doubling."""
+        room = len(self.data["reward"])
+        if rows > room:
+            more = max(rows, 2 * room, 1024) - room
+            for name, column in self.data.items():
+                empty = column.new_zeros(more, *column.shape[1:])
+                self.data[name] = torch.cat([column, empty])
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` decisions, uniform with replacement: [size] int64."""
-        return self.starts[torch.randint(len(self.starts), (size,), generator=generator)]
+        chosen = torch.randint(len(self.starts), (size,), generator=generator)
+        return self.starts[chosen]
 
-    def gather(self, t: Tensor, device: str = "cpu") -> Batch:
-        """The transitions that start at rows t [B]."""
-        d = self.data
-        steps = torch.minimum(t[:, None] + torch.arange(self.chunk_len), d["last"][t][:, None])  # [B, H]
-        same = {k: d[k][t] for k in ("feature", "reward", "bootstrap", "mc_return", "success")}
-        batch = same | {"chunk": d["action"][steps].flatten(1), "next_feature": d["feature"][d["next"][t]]}
-        return Batch(**{k: x.to(device) for k, x in batch.items()})
+    def gather(self, rows: Tensor, device: str = "cpu") -> Batch:
+        """The transitions that start at rows [B]."""
+        data = self.data
+        steps = rows[:, None] + torch.arange(self.chunk_len)  # [B, H]
+        steps = torch.minimum(steps, data["last"][rows][:, None])
+        return Batch(
+            feature=data["feature"][rows],
+            chunk=data["action"][steps].flatten(1),
+            reward=data["reward"][rows],
+            bootstrap=data["bootstrap"][rows],
+            next_feature=data["feature"][data["next"][rows]],
+            mc_return=data["mc_return"][rows],
+            success=data["success"][rows],
+        ).to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {k: v[: self.rows].clone() for k, v in self.data.items()} | {"starts": self.starts}
+        state = {"starts": self.starts}
+        for name, column in self.data.items():
+            state[name] = column[: self.rows]
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.starts, self.data = state["starts"], {k: state[k] for k in self.data}
+        self.starts = state["starts"]
+        self.data = {k: state[k] for k in self.data}
         self.rows = len(self.data["reward"])
 
 
-# --- end shared ---
-
-
 # === Networks ========================================================================================================
+SIGMA_MIN, SIGMA_MAX, RHO, NUM_SIGMAS = 0.002, 80.0, 7.0, 40  # ConRFT, as EDM; SIGMA_DATA: the spread of actions
+
+
+def karras_sigmas() -> Tensor:
+    """The 40 noise levels, descending from 80 to 0.002."""
+    i = torch.arange(NUM_SIGMAS) / (NUM_SIGMAS - 1)
+    high = SIGMA_MAX ** (1 / RHO)
+    low = SIGMA_MIN ** (1 / RHO)
+    return (high + i * (low - high)) ** RHO
+
+
+def gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise on the device of `like`."""
+    return torch.randn(shape, generator=generator, device=like.device)
+
+
+class ConsistencyActor(nn.Module):
+    """One-step consistency policy over action chunks (ConRFT): f(x, sigma | feature) is the denoised chunk.
+
+    It works in its own units, in which each dimension's standard deviation is SIGMA_DATA: chunk in [-1, 1] = unit * x.
+    The part of the first layer that reads the feature is computed once per state and shared by its N samples.
+    """
+
+    def __init__(self, feature_dim: int, unit: Tensor, hidden: int, time_dim: int = 16):
+        super().__init__()
+        self.chunk_dim = len(unit)
+        self.time_dim = time_dim
+        self.register_buffer("unit", unit.clone())  # [D]
+        widen = nn.Linear(time_dim, 2 * time_dim)
+        narrow = nn.Linear(2 * time_dim, time_dim)
+        self.time = nn.Sequential(widen, nn.Tanh(), narrow)
+        self.feature_in = nn.Linear(feature_dim, hidden)
+        self.sample_in = nn.Linear(self.chunk_dim + time_dim, hidden, bias=False)
+        norms = [nn.LayerNorm(hidden, eps=1e-6) for _ in range(2)]
+        self.norms = nn.ModuleList(norms)
+        self.hidden = nn.ModuleList([nn.Linear(hidden, hidden)])
+        self.out = nn.Linear(hidden, self.chunk_dim)
+
+    def denoise(self, feature: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """Shapes: feature [B, F], x [B, N, D], sigma [B or 1, N or 1] -> [B, N, D] within the action box, own units."""
+        sigma = sigma[..., None]  # [B, N, 1]
+        # Scalings with f(x, sigma_min) = x exactly.
+        above = sigma - SIGMA_MIN
+        both = (sigma**2 + SIGMA_DATA**2).sqrt()
+        c_skip = SIGMA_DATA**2 / (above**2 + SIGMA_DATA**2)
+        c_out = above * SIGMA_DATA / both
+        c_in = 1 / both
+
+        half = self.time_dim // 2
+        steps = torch.arange(half, device=x.device)
+        decay = -math.log(10_000) / (half - 1)
+        frequency = torch.exp(decay * steps)
+        angle = 250 * torch.log(sigma + 1e-44) * frequency
+        waves = torch.cat([angle.sin(), angle.cos()], -1)
+        time = self.time(waves)
+        time = time.expand(*x.shape[:-1], -1)
+
+        sample = torch.cat([c_in * x, time], -1)
+        h = self.feature_in(feature)[:, None] + self.sample_in(sample)  # [B, N, hidden]
+        layers = [*self.hidden, self.out]
+        for norm, layer in zip(self.norms, layers):
+            h = layer(torch.tanh(norm(h)))
+        box = 1 / self.unit
+        return (c_out * h + c_skip * x).clamp(-box, box)
+
+    def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0) -> Tensor:
+        """Draw n chunks per state: [B, n, D] in [-1, 1].
+
+        One-step samples lie very close together (the denoiser at sigma 80 nearly ignores its input). With
+        second_sigma > 0 each one is re-noised to that level and denoised once more, which spreads them over what
+        the policy knows; the first step is then shared by all n.
+        """
+        first = 1 if second_sigma else n
+        noise = gaussian((len(feature), first, self.chunk_dim), feature, generator)
+        sigma = noise.new_full((1, 1), SIGMA_MAX)
+        x = self.denoise(feature, SIGMA_MAX * noise, sigma)
+        if second_sigma:
+            noise = gaussian((len(feature), n, self.chunk_dim), feature, generator)
+            sigma = noise.new_full((1, 1), second_sigma)
+            x = self.denoise(feature, x + second_sigma * noise, sigma)
+        return self.unit * x
+
+
 class EnsembleCritic(nn.Module):
     """E critics Q(s, chunk) as one batched network; states are projected once, whatever the number of chunks.
 
-    It reads the last `feature_dim` numbers of a feature, embedding and proprio: a flow head's rows begin with the cache.
+    It reads the last `feature_dim` numbers of a row, embedding and proprio: a flow head's rows begin with the cache.
     """
 
-    def __init__(self, num_critics: int, feature_dim: int, unit: Tensor, hidden: int, layers: int):
+    def __init__(self, num_critics: int, feature_dim: int, unit: Tensor, hidden: int):
         super().__init__()
         self.register_buffer("unit", unit.clone())  # [D], as the actor's
 
-        def weight(fan_in: int, out: int) -> nn.Parameter:
+        def weight(fan_in: int, out: int) -> Tensor:
             bound = math.sqrt(6 / (fan_in + out))  # Xavier
-            return nn.Parameter(torch.empty(num_critics, fan_in, out).uniform_(-bound, bound))
+            return torch.empty(num_critics, fan_in, out).uniform_(-bound, bound)
 
-        joint = weight(feature_dim + len(unit), hidden).data
-        self.feature_in = nn.Parameter(joint[:, :feature_dim].clone())
-        self.chunk_in = nn.Parameter(joint[:, feature_dim:].clone())
-        self.hidden = nn.ParameterList([weight(hidden, hidden) for _ in range(layers - 1)] + [weight(hidden, 1)])
-        self.bias = nn.ParameterList(nn.Parameter(torch.zeros(num_critics, 1, n)) for n in [hidden] * layers + [1])
-        self.gain = nn.ParameterList(nn.Parameter(torch.ones(num_critics, 1, hidden)) for _ in range(layers))
-        self.shift = nn.ParameterList(nn.Parameter(torch.zeros(num_critics, 1, hidden)) for _ in range(layers))
+        first = weight(feature_dim + len(unit), hidden)
+        self.feature_in = nn.Parameter(first[:, :feature_dim].clone())
+        self.chunk_in = nn.Parameter(first[:, feature_dim:].clone())
+        self.hidden = nn.ParameterList([weight(hidden, hidden), weight(hidden, 1)])
+
+        def full(value: int, width: int) -> Tensor:
+            return torch.full((num_critics, 1, width), float(value))
+
+        biases = [full(0, hidden), full(0, hidden), full(0, 1)]
+        self.bias = nn.ParameterList(biases)
+        self.gain = nn.ParameterList([full(1, hidden), full(1, hidden)])
+        self.shift = nn.ParameterList([full(0, hidden), full(0, hidden)])
 
     def forward(self, feature: Tensor, chunk: Tensor) -> Tensor:
         """Shapes: feature [B, F], chunk [B, D] or [B, N, D] in [-1, 1] -> Q [E, B] or [E, B, N]."""
-        B, N = len(feature), 1 if chunk.dim() == 2 else chunk.shape[1]
+        B = len(feature)
         feature = feature[:, -self.feature_in.shape[1] :]
-        h = ((chunk / self.unit).reshape(B * N, -1) @ self.chunk_in).unflatten(1, (B, N))
-        h = h + (feature @ self.feature_in)[:, :, None]  # [E, B, N, hidden]
-        h = h.flatten(1, 2) + self.bias[0]  # [E, B*N, hidden]
-        for layer, (weight, bias) in enumerate(zip(self.hidden, list(self.bias)[1:])):
-            h = torch.tanh(F.layer_norm(h, h.shape[-1:], eps=1e-6) * self.gain[layer] + self.shift[layer])
+        samples = (chunk / self.unit).flatten(0, -2)  # [B*N, D]
+        of_state = feature @ self.feature_in + self.bias[0]  # [E, B, hidden]
+        of_chunk = (samples @ self.chunk_in).unflatten(1, (B, -1))  # [E, B, N, hidden]
+        h = of_chunk + of_state[:, :, None]
+        h = h.flatten(1, 2)  # [E, B*N, hidden]
+        biases = list(self.bias)[1:]
+        layers = zip(self.gain, self.shift, self.hidden, biases)
+        for gain, shift, weight, bias in layers:
+            h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
+            h = torch.tanh(torch.addcmul(shift, h, gain))
             h = torch.baddbmm(bias, h, weight)
-        return h.view(-1, B) if chunk.dim() == 2 else h.view(-1, B, N)
-
-
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+        return h.view(-1, *chunk.shape[:-1])
 
 
 class Agent(Pi0Policy):
-    """Everything that is learned: pi0, the policy's head, the critics."""
+    """Everything that is learned."""
 
     def __init__(self, args: Args, demos: Demos):
         """Raises: UserError if the weights of --checkpoint can't be had."""
-        action = np.delete(demos.action, demos.starts() + demos.lengths, axis=0)  # without the unused rows
-        known = args.resume or args.eval_only or args.sft_checkpoint or args.dry_run  # weights from a run, or none
-        try:
-            super().__init__(
-                args.backbone, None if known else args.checkpoint, demos.obs, action, args.chunk_len,
-                relative="delta" in args.control_mode, action_range=args.action_range,
-                instruction=TASKS.get(args.env_id, Task()).instruction, finetune=args.finetune, bf16=args.bf16,
-                flow_steps=args.flow_steps,
-            )  # fmt: skip
-        except Pi0Error as error:
-            raise UserError(str(error)) from error
-        if args.sft_checkpoint:
-            self.weights = {"weights": args.sft_checkpoint}
-        sizes = (self.tail_dim, self.chunk_unit, args.hidden_dim, args.num_layers)
+        resumed = bool(args.resume or args.eval_only or args.sft_checkpoint)
+        super().__init__(
+            args.backbone, args.checkpoint, resumed, demos.obs, demos.taken(), args.chunk_len,
+            relative="delta" in args.control_mode,
+            instruction=TASKS.get(args.env_id, Task()).instruction,
+            finetune=args.finetune, bf16=args.bf16,
+        )  # fmt: skip
+        sizes = (self.tail_dim, self.chunk_unit, args.hidden_dim)
         if args.head == "flow":
-            self.flow, self.actor, self.actor_ema = nn.ModuleList(), self.flow[0], copy.deepcopy(self.flow[0])
-        else:  # pi0's expert teaches in stage 0 and rests afterwards
-            self.actor, self.actor_ema = ConsistencyActor(*sizes), ConsistencyActor(*sizes)
-        self.critic, self.target_critic = (EnsembleCritic(args.num_critics, *sizes) for _ in range(2))
+            self.actor = self.flow.pop(0)
+            self.actor_ema = copy.deepcopy(self.actor)  # pi_old of Eq. (10): acts and proposes
+        else:  # pi0's expert teaches in stage 0, and rests afterwards
+            self.actor = ConsistencyActor(*sizes)
+            self.actor_ema = ConsistencyActor(*sizes)
+        self.critic = EnsembleCritic(args.num_critics, *sizes)
+        self.target_critic = EnsembleCritic(args.num_critics, *sizes)
         self.target_critic.load_state_dict(self.critic.state_dict())
-        for copied in (self.actor_ema, self.target_critic):
-            copied.requires_grad_(False)
+        self.actor_ema.requires_grad_(False)
+        self.target_critic.requires_grad_(False)
 
-    def bc_loss(self, feature: Tensor, chunk: Tensor, args: Args, generator) -> Tensor:
-        """The actor's surrogate of -log pi(chunk|s): rows [B, F], chunks [B, D] -> [B]."""
-        if len(self.flow):
-            return consistency_loss(self.actor, feature, chunk, generator, args.noise_levels)
-        return flow_loss(self.actor, self.actor.unpack(feature), chunk, generator, args.flow_times)
+    def act(self, feature: Tensor, generator: torch.Generator, push: float = 0.0) -> np.ndarray:
+        """One chunk per state: [N, F] -> [N, H, A] normalised."""
+        chunk = self.actor_ema.sample(feature, 1, generator)[:, 0]
+        chunk = self.push(chunk, push, generator)
+        return chunk.unflatten(1, (self.H, -1)).cpu().numpy()
 
-    def act(
-        self, feature: Tensor, actor: ConsistencyActor | FlowActor, args: Args, generator, explore: float = 0.0
-    ) -> np.ndarray:
-        """One chunk per state, pushed by `explore`: [N, F] -> [N, H, A] normalised.
+    def candidates(self, feature: Tensor, args: Args, generator: torch.Generator) -> Tensor:
+        """a_k ~ pi_old, K per state: [N, F] -> [N, K, H*A] normalised."""
+        chunks = self.actor_ema.sample(feature, args.K, generator, args.candidate_sigma)
+        return self.push(chunks, args.candidate_noise, generator)
 
-        It is a sample, or the best of K candidates by the critic.
-        """
-        if args.select == "sample":
-            chunk = actor.sample(feature, 1, generator)[:, 0]
-        else:
-            chunk = self.candidates(feature, actor, args, generator)
-            chunk = chunk[torch.arange(len(chunk)), self.critic(feature, chunk).mean(0).argmax(-1)]
-        return self.push(chunk, explore, generator).unflatten(1, (self.H, -1)).cpu().numpy()
-
-    def candidates(self, feature: Tensor, actor: ConsistencyActor | FlowActor, args: Args, generator) -> Tensor:
-        """K proposals per state: [N, F] -> [N, K, H*A] normalised."""
-        return self.push(
-            actor.sample(feature, args.K, generator, args.candidate_sigma), args.candidate_noise, generator
-        )
-
-    def push(self, chunk: Tensor, size: float, generator) -> Tensor:
+    def push(self, chunk: Tensor, size: float, generator: torch.Generator) -> Tensor:
         """Add Gaussian noise that is the same for all steps of a chunk [.., H*A], `size` in units of the action box.
 
         The arm then moves off its path, where independent noise would merely make it shake: more to learn from.
         """
         if not size:
             return chunk
-        noise = torch.randn((*chunk.shape[:-1], 1, self.action_dim), generator=generator, device=chunk.device)
-        return (chunk.unflatten(-1, (self.H, -1)) + size * noise).clamp(-1, 1).flatten(-2)
+        shape = (*chunk.shape[:-1], 1, self.action_dim)
+        noise = gaussian(shape, chunk, generator)
+        steps = chunk.unflatten(-1, (self.H, -1))  # [.., H, A]
+        return (steps + size * noise).clamp(-1, 1).flatten(-2)
 
 
 # === Losses: pure functions ==========================================================================================
@@ -693,48 +598,62 @@ def calql_loss(q_data: Tensor, q_sampled: Tensor, mc_return: Tensor) -> tuple[Te
     Shapes: q_data [E, B], q_sampled [E, B, n], mc_return [B] -> scalar, and the share of q_sampled below its bound.
     Source: Cal-QL (arXiv:2303.05479), in ConRFT's form (every sampled action is bounded).
     """
-    bounded = torch.maximum(q_sampled, mc_return[None, :, None])
+    bound = mc_return[None, :, None]
+    bounded = torch.maximum(q_sampled, bound)
     entries = torch.cat([bounded, q_data[..., None]], -1)
-    gap = torch.logsumexp(entries, -1) - math.log(entries.shape[-1]) - q_data  # over actions, never over the batch
-    return gap.mean(), (q_sampled < mc_return[None, :, None]).float().mean()
+    lse = torch.logsumexp(entries, -1)  # over actions, never over the batch
+    gap = lse - math.log(entries.shape[-1]) - q_data
+    return gap.mean(), (q_sampled < bound).float().mean()
 
 
-# --- shared: consistency loss ---
-def consistency_loss(
-    actor: ConsistencyActor, feature: Tensor, chunk: Tensor, generator: torch.Generator, n: int = 1
-) -> Tensor:
+def consistency_loss(actor: ConsistencyActor, feature: Tensor, chunk: Tensor, generator, n: int = 1) -> Tensor:
     """The policy's surrogate of -log pi(chunk|s): weighted reconstruction of the chunk from n random noise levels.
 
     Shapes: feature [B, F], chunk [B, D] in [-1, 1] -> [B].
     Source: ConRFT's L_BC (there n = 1; more share the feature, which is what costs time while the backbone is trained);
     w(sigma) = sigma^-2 + sigma_data^-2 makes it flat in the raw network output.
     """
-    sigmas = karras_sigmas()[:-1].to(chunk.device)  # sigma_min itself is the identity
-    sigma = sigmas[torch.randint(len(sigmas), (len(chunk), n), generator=generator, device=chunk.device)]  # [B, n]
+    B, D = chunk.shape
+    device = chunk.device
+    sigmas = karras_sigmas()[:-1].to(device)  # sigma_min itself is the identity
+    level = torch.randint(len(sigmas), (B, n), generator=generator, device=device)
+    sigma = sigmas[level]  # [B, n]
     clean = (chunk / actor.unit)[:, None]  # [B, 1, D]
-    noise = torch.randn((len(chunk), n, chunk.shape[1]), generator=generator, device=chunk.device)
-    denoised = actor.denoise(feature, clean + sigma[..., None] * noise, sigma)  # [B, n, D]
-    return ((sigma**-2 + SIGMA_DATA**-2) * (denoised - clean).square().mean(-1)).mean(-1)
+    noise = gaussian((B, n, D), chunk, generator)
+    noisy = clean + sigma[..., None] * noise
+    denoised = actor.denoise(feature, noisy, sigma)  # [B, n, D]
+    error = (denoised - clean).square().mean(-1)  # [B, n]
+    weight = sigma**-2 + SIGMA_DATA**-2
+    return (weight * error).mean(-1)
 
 
-# --- end shared ---
-
-
-def flow_loss(actor: FlowActor, context: tuple[Tensor, Tensor, Tensor], chunk: Tensor, generator, n: int = 1) -> Tensor:
+def flow_loss(actor: FlowActor, context: Context, chunk: Tensor, generator, n: int = 1) -> Tensor:
     """The policy's surrogate of -log pi(chunk|s): flow matching at n random times, t = 1 noise, t = 0 the chunk.
 
-    x_t = t * noise + (1 - t) * chunk;  the velocity at (x_t, t) should be noise - chunk;  t ~ 0.001 + 0.999 Beta(1.5, 1)
+    x_t = t * noise + (1 - t) * chunk, where the velocity should be noise - chunk;  t ~ 0.001 + 0.999 Beta(1.5, 1)
     Shapes: chunk [B, D] in [-1, 1] -> [B], the mean over times, steps and dimensions (a released model's padding too).
     Source: pi0 (arXiv:2410.24164), in openpi's direction of time.
     """
-    dims, shape = actor.expert.config.action_dim, (len(chunk), n)
-    clean = ((chunk - actor.mean) / actor.unit).unflatten(1, (actor.H, -1))
-    clean = F.pad(clean, (0, dims - clean.shape[-1]))[:, None]  # [B, 1, H, dims]
-    noise = torch.randn((*shape, actor.H, dims), generator=generator, device=chunk.device)
-    t = 0.001 + 0.999 * torch.rand(shape, generator=generator, device=chunk.device) ** (1 / 1.5)  # Beta(1.5, 1)
-    time = t[..., None, None]
-    velocity = actor.expert(*context, time * noise + (1 - time) * clean, t)
-    return (velocity - (noise - clean)).square().mean((1, 2, 3))
+    noisy, t, velocity = actor.path(chunk, n, generator)  # [B, n, H, dims], [B, n], as noisy
+    predicted = actor.expert(*context, noisy, t)
+    return (predicted - velocity).square().mean((1, 2, 3))
+
+
+def bc_loss(agent: Agent, feature: Tensor, chunk: Tensor, args: Args, generator) -> Tensor:
+    """The actor's surrogate of -log pi(chunk|s), by its head: rows [B, F], chunks [B, D] -> [B]."""
+    if args.head == "consistency":
+        return consistency_loss(agent.actor, feature, chunk, generator, args.noise_levels)
+    return flow_loss(agent.actor, agent.actor.unpack(feature), chunk, generator, args.flow_times)
+
+
+def clone_losses(agent: Agent, obs: dict, chunk: Tensor, args: Args, generator) -> dict:
+    """Stage 0's losses on observations of B states and chunks [B, D], each a scalar; they are added."""
+    seen = agent.observe(obs, args.proprio_noise, generator)
+    flow = flow_loss(agent.flow_policy, seen.context, chunk, generator, args.flow_times).mean()
+    if args.head == "flow":
+        return {"losses/bc": flow}
+    bc = bc_loss(agent, seen.feature, chunk, args, generator).mean()
+    return {"losses/flow": flow, "losses/bc": bc}
 
 
 def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
@@ -747,7 +666,8 @@ def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
 
 def q_loss(q: Tensor, normalise: bool) -> Tensor:
     """- mean Q(s, pi(s)) over critics and batch, optionally over the mean |Q| (as TD3+BC). Shapes: q [E, B] -> scalar."""
-    return -q.mean() / (q.abs().mean().detach() + 1e-6 if normalise else 1.0)
+    scale = q.abs().mean().detach() + 1e-6 if normalise else 1.0
+    return -q.mean() / scale
 
 
 def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool) -> tuple[Tensor, Tensor]:
@@ -756,108 +676,127 @@ def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool)
     w_k ~ 1{Q_k >= mean Q} exp(Q_k / tau)                                    Eq. (15)
     zeta = 1{mean Q > Q(s, a_buffer)}                                        Eq. (14)
     With `adaptive` the temperature is in units of the state's own standard deviation of Q over candidates.
-    Shapes: q [B, K], q_buffer [B] -> w [B, K] summing to 1, zeta [B] in {0, 1}.
+    Shapes: q [B, K], q_buffer [B] -> w [B, K] summing to 1, zeta [B] bool.
     """
-    mean = q.mean(-1, keepdim=True).minimum(q.amax(-1, keepdim=True))  # Eq. (13); rounding may lift it past equal Q
-    scale = q.std(-1, keepdim=True, correction=0).clamp_min(1e-6) if adaptive else torch.ones_like(mean)
-    logits = (q / (temperature * scale)).masked_fill(q < mean, -torch.inf)  # the best candidate always passes
-    return torch.softmax(logits, -1), (mean[:, 0] > q_buffer).float()
+    best = q.amax(-1, keepdim=True)
+    mean = q.mean(-1, keepdim=True).minimum(best)  # Eq. (13); rounding may lift it past equal Q
+    if adaptive:
+        temperature = temperature * q.std(-1, keepdim=True, correction=0).clamp_min(1e-6)
+    logits = (q / temperature).masked_fill(q < mean, -torch.inf)  # the best candidate always passes
+    return torch.softmax(logits, -1), mean[:, 0] > q_buffer
 
 
 # === Updates =========================================================================================================
-def return_bounds(args: Args) -> tuple[float, float, float, float]:
-    """reward of a failing step, reward of success, lowest and highest return."""
-    fail, success = (0.0, 1.0) if args.reward == "binary" else (-0.05, 10.0)
-    return fail, success, fail / (1 - args.gamma), success
+def update_clone(cloned: nn.Module, optimizer, averaged, losses: dict, lr: float) -> dict:
+    """One step on the sum of `losses`, and on the average of the weights, which stage 0 ends with."""
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    grad_norm = nn.utils.clip_grad_norm_(cloned.parameters(), 1.0)
+    optimizer.step()
+    averaged.update_parameters(cloned)
+    return losses | {"grad_norm/sft": grad_norm, "lr/sft": lr}
 
 
-def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: float, generator) -> dict[str, Tensor]:
+def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: float, generator) -> dict:
     """One step on Eq. (1), or on Eq. (8) with cql_alpha = 0, and the Polyak step of the targets."""
-    B, D = batch.chunk.shape
-    n = args.cql_samples if cql_alpha else 0
+    n = args.cql_samples
+    device = batch.chunk.device
     with torch.no_grad():
-        next_chunks = agent.actor.sample(batch.next_feature, max(n, 1), generator)  # [B, n, D], the online actor
-        two = torch.randperm(args.num_critics, generator=generator, device=batch.chunk.device)[:2]
+        next_chunks = agent.actor.sample(batch.next_feature, n if cql_alpha else 1, generator)  # [B, n, D]
+        two = torch.randperm(args.num_critics, generator=generator, device=device)[:2]
         next_q = agent.target_critic(batch.next_feature, next_chunks[:, 0])[two]
-        _, _, low, high = return_bounds(args)
-        target = td_target(batch, next_q, args.return_mix, low, high)
+        reward = reward_of(args)
+        target = td_target(batch, next_q, args.return_mix, reward.lowest, reward.highest)
     q_data = agent.critic(batch.feature, batch.chunk)  # [E, B]
     loss_td = (q_data - target).square().mean()
-    logs = {"losses/td": loss_td, "values/q_data": q_data.mean(), "values/td_target": target.mean()}
-    logs |= {"values/mc_return": batch.mc_return.mean(), "values/critic_std": q_data.std(0, correction=0).mean()}
     loss = loss_td
+    logs = {
+        "losses/td": loss_td,
+        "values/q_data": q_data.mean(),
+        "values/td_target": target.mean(),
+        "values/mc_return": batch.mc_return.mean(),
+        "values/critic_std": q_data.std(0, correction=0).mean(),
+    }
     if cql_alpha:
         with torch.no_grad():
-            random = torch.rand((B, n, D), generator=generator, device=batch.chunk.device) * 2 - 1
+            shape = (len(batch.chunk), n, batch.chunk.shape[1])
+            uniform = torch.rand(shape, generator=generator, device=device)
             current = agent.actor.sample(batch.feature, n, generator)
-        q_sampled = agent.critic(batch.feature, torch.cat([random, current, next_chunks], 1))  # all evaluated at s
+        sampled = torch.cat([uniform * 2 - 1, current, next_chunks], 1)  # [B, 3n, D], all evaluated at s
+        q_sampled = agent.critic(batch.feature, sampled)
         loss_cql, logs["calib/bound_rate"] = calql_loss(q_data, q_sampled, batch.mc_return)
-        logs["losses/calql"], loss = loss_cql, loss + cql_alpha * loss_cql
+        logs["losses/calql"] = loss_cql
+        loss = loss_td + cql_alpha * loss_cql  # Eq. (1)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     polyak_update(agent.critic, agent.target_critic, args.tau)
-    return logs | {"losses/critic": loss}
+    logs["losses/critic"] = loss
+    return logs
 
 
-def update_actor(agent: Agent, optimizer, batch: Batch, expert: Tensor, args: Args, stage: str, generator) -> dict:
-    """One step on the actor's loss of `stage`. expert [B] bool: sample comes from the expert buffer."""
-    logs, target = {}, batch.chunk
-    if stage == "online" and args.vgpd:
-        with torch.no_grad():
-            rows = (~expert | (args.expert_filter == "filter")).nonzero()[:, 0]
-            feature, chunk = batch.feature[rows], batch.chunk[rows]
-            candidates = agent.candidates(feature, agent.actor_ema, args, generator)  # a_k ~ pi_old
-            q = agent.critic(feature, candidates).mean(0)  # [B', K]
-            q_buffer = agent.critic(feature, chunk).mean(0)  # [B']
-            weight, zeta = vgpd_target(q, q_buffer, args.temperature, args.temperature_adaptive)
-            # Eq. (14) asks for the w-weighted sum of losses; one k ~ w per state has the same expected gradient.
-            k = torch.multinomial(weight, 1, generator=generator)[:, 0]
-            chosen = candidates[torch.arange(len(rows), device=rows.device), k]  # [B', D]
-            target = batch.chunk.clone()
-            target[rows] = torch.where(zeta[:, None] > 0, chosen, chunk)
-            own = ~expert[rows]
-            logs |= {
-                "vgpd/zeta": zeta[own].mean(), "vgpd/pass_rate": (weight > 0).float().mean(),
-                "vgpd/candidate_std": candidates.std(1, correction=0).mean(),
-                "vgpd/ess": (1 / weight.square().sum(-1)).mean(), "values/q_std": q.std(-1, correction=0).mean(),
-            }  # fmt: skip
-            if args.expert_filter == "filter":
-                logs["vgpd/zeta_expert"] = zeta[expert].mean()
-    bc = agent.bc_loss(batch.feature, target, args, generator)  # [B]
-    successes = stage == "warmup" or (stage == "online" and args.success_filter)
-    loss_bc = success_weighted_bc(bc, batch.success) if successes else bc.mean()
-    weight_bc = args.distill_weight if stage == "online" else args.bc_weight
-    weight_q = args.q_weight if stage == "online" else args.offline_q_weight
-    loss = weight_bc * loss_bc
-    if weight_q:
+@torch.no_grad()
+def self_distilled(agent: Agent, batch: Batch, expert: Tensor, args: Args, generator) -> tuple[Tensor, dict]:
+    """What the actor imitates in stage 3: [B, D]. expert [B] bool: the sample is from the expert buffer.
+
+    The expert half imitates its own actions, Eq. (12). The policy's half imitates one of its K proposals, or what it
+    did, by the gate of Eq. (14).
+    """
+    rows = (~expert).nonzero()[:, 0]
+    feature, chunk = batch.feature[rows], batch.chunk[rows]
+    candidates = agent.candidates(feature, args, generator)  # [B', K, D]
+    q = agent.critic(feature, candidates).mean(0)  # [B', K]
+    q_buffer = agent.critic(feature, chunk).mean(0)  # [B']
+    weight, zeta = vgpd_target(q, q_buffer, args.temperature, args.temperature_adaptive)
+    # Eq. (14) asks for the w-weighted sum of losses; one k ~ w per state has the same expected gradient.
+    k = torch.multinomial(weight, 1, generator=generator)[:, 0]
+    chosen = candidates.take_along_dim(k[:, None, None], 1)[:, 0]  # [B', D]
+    target = batch.chunk.clone()
+    target[rows] = torch.where(zeta[:, None], chosen, chunk)
+    logs = {
+        "vgpd/zeta": zeta.float().mean(),
+        "vgpd/pass_rate": (weight > 0).float().mean(),
+        "vgpd/candidate_std": candidates.std(1, correction=0).mean(),
+        "vgpd/ess": (1 / weight.square().sum(-1)).mean(),
+        "values/q_std": q.std(-1, correction=0).mean(),
+    }
+    return target, logs
+
+
+def update_actor(
+    agent: Agent, optimizer, batch: Batch, target: Tensor, args: Args, generator,
+    bc_weight: float, q_weight: float, successes_only: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One step on bc_weight * BC(target [B, D]) + q_weight * L_Q, Eqs. (2-4), (5-7) or (9), and on pi_old's average."""
+    bc = bc_loss(agent, batch.feature, target, args, generator)  # [B]
+    loss_bc = success_weighted_bc(bc, batch.success) if successes_only else bc.mean()
+    loss = bc_weight * loss_bc
+    logs = {"losses/bc": loss_bc}
+    if q_weight:
         agent.critic.requires_grad_(False)
-        q_policy = agent.critic(batch.feature, agent.actor.sample(batch.feature, 1, generator)[:, 0])  # [E, B]
+        own = agent.actor.sample(batch.feature, 1, generator)[:, 0]  # [B, D]
+        q = agent.critic(batch.feature, own)  # [E, B]
         agent.critic.requires_grad_(True)
-        logs |= {"losses/q": (loss_q := q_loss(q_policy, args.q_normalize)), "values/q_policy": q_policy.mean()}
-        loss = loss + weight_q * loss_q  # Eq. (4), (7), (9)
+        loss_q = q_loss(q, args.q_normalize)
+        loss = loss + q_weight * loss_q
+        logs["losses/q"] = loss_q
+        logs["values/q_policy"] = q.mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
-    return logs | {"losses/distill" if stage == "online" else "losses/bc": loss_bc, "losses/actor": loss}
+    logs["losses/actor"] = loss
+    return logs
 
 
-# --- shared: polyak ---
 @torch.no_grad()
 def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
     """target <- (1 - tau) * target + tau * source, parameter by parameter."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-# --- end shared ---
-
-
-# === Rollouts and evaluation =========================================================================================
-# --- shared: rollouts ---
-EVAL_SEED, TRAIN_SEED = 1_000_000_000, 100_000_000  # demonstrations use seeds from 0; the three never meet
-
-
+# === Episodes and buffers ============================================================================================
 @dataclass
 class Episode:
     """T steps; demonstrations may have more features and actions than that: what was recorded after the success."""
@@ -869,24 +808,30 @@ class Episode:
 
 
 @torch.no_grad()
-def rollout(env, agent, args: Args, act, seeds, training: bool, frames: list | None = None) -> list[Episode]:
-    """One episode per environment, side by side; act(feature [N, F]) -> normalised chunk [N, H, A], asked once a chunk.
+def rollout(env, agent: Agent, args: Args, seeds, generator, training: bool, push=0.0, frames=None) -> list[Episode]:
+    """One episode per environment, side by side; the policy is asked once a chunk.
 
     training=True ends an episode at success or failure and keeps features; otherwise episodes run to the time limit,
     so that success at the end can be told from success on the way. `frames` collects the first environment's video.
     """
-    N, H = len(seeds), agent.H
-    every = 1 if training or agent.window > 1 else H  # replay stores each step's observation
-    seen, ended = [env.reset(seed=list(seeds), options={"every": every})[0]], np.zeros(N, dtype=bool)
-    length, features, actions, successes = np.full(N, args.max_episode_steps), [], [], []
-    for t in range(args.max_episode_steps):
+    N = len(seeds)
+    H = agent.H
+    limit = args.max_episode_steps
+    every = 1 if training else H  # replay stores each step's observation
+    obs, _ = env.reset(seed=list(seeds), options={"every": every})
+    ended = np.zeros(N, dtype=bool)
+    length = np.full(N, limit)
+    features = []
+    actions = []
+    successes = []
+    for t in range(limit):
         if t % every == 0:
-            features.append(agent.feature(agent.recent(seen)))
+            features.append(agent.feature(agent.recent([obs])))
         if t % H == 0:
-            chunk = act(features[-1])
+            chunk = agent.act(features[-1], generator, push)  # [N, H, A]
         actions.append(chunk[:, t % H])
-        obs, success, _, _, info = env.step(agent.denormalise(actions[-1]))
-        seen = [*seen, obs][-agent.window :]
+        action = agent.denormalise(actions[-1])
+        obs, success, _, _, info = env.step(action)
         successes.append(success > 0)
         if frames is not None:
             frames.append(env.call("render")[0])
@@ -895,681 +840,282 @@ def rollout(env, agent, args: Args, act, seeds, training: bool, frames: list | N
             ended |= info["ended"]
             if ended.all():
                 break
-    stacked = torch.stack([*features, agent.feature(agent.recent(seen))], 1).cpu() if training else torch.empty(N, 0)
-    action, success = np.stack(actions, 1), np.stack(successes, 1)  # [N, T, A], [N, T]
-    return [Episode(stacked[i, : n + 1], action[i, :n], success[i, :n], bool(ended[i])) for i, n in enumerate(length)]
+    if training:
+        features.append(agent.feature(agent.recent([obs])))
+        feature = torch.stack(features, 1).cpu()  # [N, T+1, F]
+    else:
+        feature = torch.empty(N, 0)
+    action = np.stack(actions, 1)  # [N, T, A]
+    success = np.stack(successes, 1)  # [N, T]
+    episodes = []
+    for i, T in enumerate(length):
+        episode = Episode(
+            feature=feature[i, : T + 1],
+            action=action[i, :T],
+            success=success[i, :T],
+            terminated=bool(ended[i]),
+        )
+        episodes.append(episode)
+    return episodes
 
 
-# --- end shared ---
-
-
-# --- shared: evaluation ---
-def evaluate(env, agent, args: Args, act, episodes: int, rewards: tuple[float, float] = (0.0, 1.0)) -> dict[str, float]:
+def evaluate(env, agent: Agent, args: Args) -> dict[str, float]:
     """Success over the fixed evaluation episodes: the same initial states and policy noise every time.
 
-    act(feature, generator) gives chunks; `rewards` of a failing step and of success make up the return. Uses a
-    generator of its own and leaves torch's global one alone, so training doesn't depend on when it is called.
-    Returns: both success rates, Wilson's 95 % interval, mean env steps to success (over successes), return.
+    It leaves torch's global generator and those of training alone, so training doesn't depend on when it is called.
     """
-    start, flags, act = time.time(), [], partial(act, generator=torch.Generator(args.device).manual_seed(0))
+    generator = torch.Generator(args.device).manual_seed(0)
+    success = []
     with torch.random.fork_rng(devices=[]):
-        for first in range(EVAL_SEED, EVAL_SEED + episodes, args.num_envs):
+        for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
             seeds = range(first, first + args.num_envs)
-            flags += [e.success for e in rollout(env, agent, args, act, seeds, training=False)]
-    flags = np.stack(flags[:episodes])  # [episodes, time limit]
-    once, first, (fail, success) = flags.any(1), flags.argmax(1), rewards
-    low, high = binomtest(int(once.sum()), episodes).proportion_ci(method="wilson")
-    metrics = {
-        "eval/success_once": once.mean(), "eval/success_once_low": low, "eval/success_once_high": high,
-        "eval/success_at_end": flags[:, -1].mean(), "eval/num_episodes": episodes, "time/eval_s": time.time() - start,
-        "eval/episode_len": first[once].mean() + 1 if once.any() else args.max_episode_steps,
-        "eval/return": np.where(once, success + fail * first, fail * args.max_episode_steps).mean(),
-    }  # fmt: skip
-    return {name: float(value) for name, value in metrics.items()}
+            episodes = rollout(env, agent, args, seeds, generator, training=False)
+            success += [episode.success for episode in episodes]
+    reward = reward_of(args)
+    success = np.stack(success[: args.eval_episodes])
+    return success_metrics(success, reward.fail, reward.success)
 
 
-def film(agent, args: Args, act, folder: Path) -> None:
-    """Film the first evaluation episodes to folder/episode-I-{success,failure}.mp4."""
-    import imageio
-
-    args = dataclasses.replace(args, sim_backend="physx_cpu")  # one episode at a time
-    env, act = make_env(args, 1, render=True), partial(act, generator=torch.Generator(args.device).manual_seed(0))
-    folder.mkdir(exist_ok=True)
-    for i in range(args.video_episodes):
-        (episode,) = rollout(env, agent, args, act, [EVAL_SEED + i], training=False, frames=(frames := []))
-        name = f"episode-{i}-{'success' if episode.success.any() else 'failure'}.mp4"
-        imageio.mimsave(folder / name, frames, fps=args.control_freq, macro_block_size=1)
-    env.close()
+def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, stay: int = 0) -> None:
+    step = reward_of(args)
+    reward = np.where(episode.success, step.success, step.fail)
+    hold = agent.hold_action(episode.action[-1])
+    buffer.add(
+        episode.feature, episode.action, reward.astype(np.float32), episode.terminated,
+        success=bool(episode.success.any()), reward_failure=step.fail, hold=hold, stay=stay,
+    )  # fmt: skip
 
 
-# --- end shared ---
-
-
-# === Logging and checkpoints =========================================================================================
-# --- shared: logging ---
-class Logger:
-    """The same rows to metrics.csv (global_step, update_step, name, value), TensorBoard and, if asked, wandb."""
-
-    def __init__(self, folder: Path, args: Args, update_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.file, self.wandb = (folder / "metrics.csv").open("a", newline="", buffering=1), None  # flushed by line
-        if not self.file.tell():
-            csv.writer(self.file).writerow(["global_step", "update_step", "name", "value"])
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=update_step + 1)
-        if args.track:
-            import wandb
-
-            names = dict(project="vla-rl", name=folder.name, id=folder.name)
-            self.wandb = wandb.init(**names, resume="allow", dir=str(folder), config=dataclasses.asdict(args))
-
-    def log(self, values: dict, global_step: int, update_step: int) -> None:
-        values = {name: x.item() if isinstance(x, Tensor) else float(x) for name, x in values.items()}
-        csv.writer(self.file).writerows([global_step, update_step, name, f"{x:.6g}"] for name, x in values.items())
-        for name, value in (values | {"time/global_step": global_step}).items():
-            self.board.add_scalar(name, value, update_step)
-        if self.wandb:
-            self.wandb.log(values | {"global_step": global_step, "update_step": update_step})
-
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Atomic: the file is the old one or the new one, never half of it."""
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def provenance() -> dict:
-    """Git commit, package versions and machine, for config.json and summary.json."""
-    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null"
-    commit = subprocess.getoutput(git) or "unknown"
-    packages = {name: version(name) for name in ("torch", "mani_skill", "sapien", "numpy", "gymnasium")}
-    machine = {"cpus": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-    return {"git_commit": commit, "python": sys.version.split()[0], "packages": packages} | machine
-
-
-# --- end shared ---
-
-
-# --- shared: checkpoints ---
-def save_checkpoint(folder: Path, name: str, weights: dict[str, Tensor], state: dict) -> None:
-    """Write folder/checkpoints/NAME, point `latest` at it, then drop the older ones; each step is atomic."""
-    root = folder / "checkpoints"
-    while (root / name).exists():  # never in the place of the only good one
-        name += "+"
-    temporary, final = root / f".{name}.tmp", root / name
-    temporary.mkdir(parents=True, exist_ok=True)  # it may be there, left half-written by a kill
-    try:
-        # Through memory: the libraries' own writers hide that a disk is full.
-        weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-        (temporary / "weights.safetensors").write_bytes(save(weights))
-        torch.save(state, buffer := io.BytesIO())
-        (temporary / "training.pt").write_bytes(buffer.getbuffer())
-        os.replace(temporary, final)
-        (root / "latest.tmp").write_text(name)
-        os.replace(root / "latest.tmp", root / "latest")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk the last complete checkpoint stays
-    for old in root.iterdir():
-        if old.is_dir() and old != final:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """Weights and training state of the last checkpoint. Raises: UserError if the folder holds no readable one."""
-    try:
-        here = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text()
-        state = torch.load(here / "training.pt", map_location="cpu", weights_only=True)
-        return load_file(here / "weights.safetensors"), state
-    except Exception as error:  # the readers raise all sorts
-        hint = "a run that died before its first one has to be started again, under another --run-name"
-        raise UserError(f"{folder} holds no readable checkpoint; {hint} ({error})") from error
-
-
-def load_weights(agent: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Strict load. Raises: UserError that begins with the misfits (another task, observation mode or network size)."""
-    try:
-        agent.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{source} is a checkpoint of another task or network: {str(error)[:300]}") from error
-
-
-def load_config(cls, folder: Path):
-    """The flags a run was started with. Raises: UserError if `folder` isn't a run of this script."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if config["script"] != Path(__file__).name:
-            raise UserError(f"{folder} is a run of {config['script']}, not of {Path(__file__).name}")
-        flags = {"cameras": "primary"} | config["args"]  # runs from before --cameras had one
-        if gone := sorted(flags.keys() - {f.name for f in dataclasses.fields(cls)}):
-            raise UserError(f"{folder} was begun by a version with {gone[0]}: go on with that one, see config.json")
-        return cls(**flags)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is no run folder of {Path(__file__).name} (config.json: {error})") from error
-
-
-def stored_args(args, beside: str):
-    """The flags of the run that --resume or --eval-only names, with its folder there.
-
-    --resume goes on where the run was begun; --eval-only takes --device, and the flags of `beside` that were given.
-    Raises: UserError if it isn't a run of this script, or was begun on another device or by a version with fewer flags.
-    """
-    if args.resume and args.eval_only:
-        raise UserError("--resume and --eval-only exclude each other")
-    folder = Path(args.resume or args.eval_only)
-    stored, places = load_config(type(args), folder), dict(resume=args.resume, eval_only=args.eval_only)
-    if args.resume and args.device not in ("auto", stored.device):
-        raise UserError(f"{folder} was begun with --device {stored.device}: its losses can't go on alike on another")
-    known = json.loads((folder / "config.json").read_text())["args"]
-    if args.resume and (new := [f.name for f in dataclasses.fields(stored) if f.name not in known]):
-        raise UserError(f"{folder} was begun by a version without {new[0]}: go on with that one, see config.json")
-    if args.eval_only:
-        words = {word.split("=")[0] for word in sys.argv}  # a default that was asked for counts too
-        asked = [n for n in beside.split() if f"--{n}".replace("_", "-") in words]
-        asked += ["device"] + [n for n in beside.split() if getattr(args, n) != getattr(type(args), n)]
-        places |= {name: getattr(args, name) for name in asked}
-    return dataclasses.replace(stored, **places)
-
-
-# --- end shared ---
-
-
-# === Training ========================================================================================================
-STAGES = ("sft", "sft-head", "offline", "warmup", "online", "done")
-
-
-class Run:
-    """The state of a run that a checkpoint holds, and the bookkeeping between updates."""
-
-    def __init__(self, args: Args, folder: Path, demos: Demos):
-        self.args, self.folder, self.demos, self.mark = args, folder, demos, time.time()
-        torch.manual_seed(args.seed)
-        self.agent = Agent(args, demos).to(args.device)
-        if args.sft_checkpoint and not (args.resume or args.eval_only):
-            weights = load_checkpoint(Path(args.sft_checkpoint))[0]  # policy and units; not the critics
-            weights = {k: v for k, v in weights.items() if not k.startswith(("critic.", "target_critic."))}
-            load_weights(self.agent, self.agent.state_dict() | weights, Path(args.sft_checkpoint))
-        sizes = (self.agent.feature_dim, self.agent.action_dim, args.chunk_len, args.gamma)
-        self.expert, self.policy = ReplayBuffer(*sizes), ReplayBuffer(*sizes)
-        devices = {"batch": "cpu", "update": args.device, "rollout": args.device}
-        self.generators = {k: torch.Generator(d).manual_seed(args.seed + i) for i, (k, d) in enumerate(devices.items())}
-        self.count = {"stage": "sft", "stage_update": 0, "update_step": 0, "global_step": 0, "episodes": 0, "due": 0.0}
-        self.evals: list[dict] = []  # one entry per evaluation: stage, global_step and the metrics
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-        self.recent: list[tuple[float, int]] = []  # success and length of the last training episodes
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.teacher = torch.empty(0)  # [demonstrations' rows, samples, H*A] what the flow does, for the one-step head
-        for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):  # the same rows as in `demos`
-            action = self.agent.normalise(demos.action[start : start + length])
-            empty = torch.zeros(length + 1, self.agent.feature_dim)  # embeddings come after stage 0
-            past = demos.success[start + steps : start + length] if args.stay and length > steps else np.zeros(0)
-            first = np.arange(1, steps + 1) == steps
-            self.add_episode(self.expert, Episode(empty, action, first, True), stay=int(past.cumprod().sum()))
-        self.num_demo_rows = self.expert.rows
-
-    @cached_property
-    def env(self):
-        return make_env(self.args, self.args.num_envs)
-
-    def act(self, feature: Tensor, generator: torch.Generator, explore: float = 0.0) -> np.ndarray:
-        """`Agent.act` with the actor that stands for the policy: after stage 0 the averaged one."""
-        sft, args = self.count["stage"].startswith("sft"), self.args
-        actor = self.agent.actor_ema if args.actor_ema and not sft else self.agent.actor
-        args = dataclasses.replace(args, select="sample") if sft else args  # there is no critic yet
-        return self.agent.act(feature, actor, args, generator, explore)
-
-    def add_episode(self, buffer: ReplayBuffer, episode: Episode, stay: int = 0) -> None:
-        fail, success, _, _ = return_bounds(self.args)
-        reward = np.where(episode.success, success, fail).astype(np.float32)
-        ended, succeeded, hold = episode.terminated, episode.success.any(), self.agent.hold_action(episode.action[-1])
-        buffer.add(episode.feature, episode.action, reward, ended, bool(succeeded), fail, hold, stay)
-
-    def collect(self) -> int:
-        """An episode per environment into the policy buffer, successes into the expert buffer too. Returns steps."""
-        args, first = self.args, TRAIN_SEED + 1_000_000 * self.args.seed + self.count["episodes"]
-        act = partial(self.act, generator=self.generators["rollout"], explore=args.explore_noise)
-        episodes = rollout(self.env, self.agent, args, act, range(first, first + args.num_envs), training=True)
-        for episode in episodes:
-            self.add_episode(self.policy, episode)
-            if episode.success.any():
-                self.add_episode(self.expert, episode)
-            self.recent = [*self.recent, (float(episode.success.any()), len(episode.action))][-20:]
-        steps = sum(len(episode.action) for episode in episodes)
-        self.count["episodes"] += args.num_envs
-        self.count["global_step"] += steps
-        return steps
-
-    def batch(self) -> tuple[Batch, Tensor]:
-        """A batch and which of it is expert data: demonstrations only (stage 1), or half and half (Eqs. 5-9)."""
-        size, g, device = self.args.batch_size, self.generators["batch"], self.args.device
-        own = 0 if self.count["stage"] == "offline" or not len(self.policy.starts) else size - size // 2
-        batch = self.expert.gather(self.expert.draw(size - own, g), device)
-        if own:
-            batch = batch.cat(self.policy.gather(self.policy.draw(own, g), device))
-        return batch, torch.arange(size, device=device) < size - own
-
-    def update(self, cql_alpha: float, train_actor: bool = True) -> dict[str, Tensor]:
-        """`critic_updates` critic steps on fresh batches and one actor step on the last of them."""
-        agent, args, g, logs = self.agent, self.args, self.generators["update"], {}
-        for _ in range(args.critic_updates):
-            batch, expert = self.batch()
-            batch.feature = agent.perturb(batch.feature, args.proprio_noise, g)
-            batch.next_feature = agent.perturb(batch.next_feature, args.proprio_noise, g)
-            logs |= update_critic(agent, self.optimizers["critic"], batch, args, cql_alpha, g)
-        if train_actor:
-            now = dataclasses.replace(args, q_weight=self.q_weight())
-            logs |= update_actor(agent, self.optimizers["actor"], batch, expert, now, self.count["stage"], g)
-        return logs | {"buffer/policy_ratio": 1 - expert.float().mean()}
-
-    def q_weight(self) -> float:
-        """The present weight of stage 3's Q loss: on the line from --q-weight to --q-weight-end over --online-steps."""
-        args, count = self.args, self.count
-        done = count["global_step"] - count.get("online_start", count["global_step"])
-        end = args.q_weight if args.q_weight_end is None else args.q_weight_end
-        return args.q_weight + min(done / max(args.online_steps, 1), 1.0) * (end - args.q_weight)
-
-    def enter(self, stage: str) -> bool:
-        """True if `stage` is still to be done; if it begins here, the one before is saved and optimizers are new."""
-        if STAGES.index(self.count["stage"]) > STAGES.index(stage):
-            return False
-        if self.count["stage"] != stage or not self.optimizers:
-            self.clock()
-            self.count |= {"stage": stage, "stage_update": 0}
-            self.make_optimizers()
-            if self.count["update_step"]:
-                self.save()
-        return True
-
-    def make_optimizers(self) -> None:
-        """Those of the present stage (ConRFT starts each stage with a fresh Adam), and stage 0's averaged weights."""
-        args, agent, stage = self.args, self.agent, self.count["stage"]
-        self.average = None
-        if stage.startswith("sft"):
-            parts = [agent.backbone, *agent.flow, agent.actor] if stage == "sft" else [agent.actor]
-            self.trained = nn.ModuleList(part for part in parts if trainable(part))
-            weights = trainable(self.trained)
-            self.optimizers = {"sft": torch.optim.AdamW(weights, lr=args.sft_lr, weight_decay=1e-4)}
-            decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-            self.average = torch.optim.swa_utils.AveragedModel(self.trained, multi_avg_fn=decay)
-        else:
-            nets = {"critic": agent.critic, "actor": agent.actor}
-            self.optimizers = {k: torch.optim.Adam(trainable(net), lr=args.reinforce_lr) for k, net in nets.items()}
-
-    def tick(self, logs: dict, logger: Logger) -> None:
-        """After each update: count it, log now and then, write a checkpoint now and then."""
-        self.count["stage_update"] += 1
-        self.count["update_step"] += 1
-        if self.count["update_step"] % self.args.log_freq == 0:
-            logger.log(logs, self.count["global_step"], self.count["update_step"])
-        # Stage 3 saves between episodes instead: a simulator can't be saved in the middle of one.
-        if self.count["stage_update"] % self.args.checkpoint_freq == 0 and self.count["stage"] != "online":
-            self.save()
-
-    def evaluate(self, logger: Logger, episodes: int) -> None:
-        stage, step = self.count["stage"], self.count["global_step"]
-        metrics = evaluate(self.env, self.agent, self.args, self.act, episodes, return_bounds(self.args)[:2])
-        logger.log(metrics, step, self.count["update_step"])
-        self.evals.append({"stage": stage, "global_step": step} | metrics)
-        once, low, high = (metrics[f"eval/success_once{end}"] for end in ("", "_low", "_high"))
-        line = f"{stage:>8} | env steps {step:6d} | success {once:.2f} [{low:.2f}, {high:.2f}]"
-        tqdm.write(f"{line} | steps to success {metrics['eval/episode_len']:.1f}")
-
-    def bar(self, title: str, total: int, done: int = 0) -> tqdm:
-        """Progress of a stage; the title carries the latest evaluation."""
-        latest = f" | success {self.evals[-1]['eval/success_once']:.2f}" if self.evals else ""
-        title = f"[{STAGES.index(self.count['stage'])}/4] {title}{latest}"
-        return tqdm(total=total, initial=done, desc=title, mininterval=2, disable=not total)
-
-    def clock(self) -> None:
-        """Book the time since the last call on the present stage."""
-        self.seconds[self.count["stage"]] += time.time() - self.mark
-        self.mark = time.time()
-
-    def save(self) -> None:
-        self.clock()
-        state = {name: getattr(self, name) for name in ("count", "evals", "seconds", "recent", "teacher")} | {
-            "generators": {k: g.get_state() for k, g in self.generators.items()},
-            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
-            "average": self.average and self.average.state_dict(),
-            "expert": self.expert.state_dict(),
-            "policy": self.policy.state_dict(),
-            "log_size": (self.folder / "metrics.csv").stat().st_size,
-        }
-        save_checkpoint(self.folder, f"update-{self.count['update_step']}", self.agent.state_dict(), state)
-
-    def load(self) -> None:
-        weights, state = load_checkpoint(self.folder)
-        load_weights(self.agent, weights, self.folder)
-        self.count, self.evals, self.seconds, self.recent = (state[k] for k in ("count", "evals", "seconds", "recent"))
-        self.teacher = state["teacher"]
-        if self.args.eval_only:
-            return
-        self.make_optimizers()
-        for name, generator in self.generators.items():
-            generator.set_state(state["generators"][name])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        for name in ("average", "expert", "policy"):
-            if getattr(self, name) is not None:
-                getattr(self, name).load_state_dict(state[name])
-        os.truncate(self.folder / "metrics.csv", state["log_size"])  # what was logged after that checkpoint goes
-
-
-# --- shared: random shift ---
-def random_shift(image: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Shift each sample's W images by up to `pad` pixels, edges repeated. Shapes: [B, W, H, H, 3] uint8 -> same."""
-    B, W, side = image.shape[:3]
-    shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator)
-    rows, cols = (torch.arange(side) + shift).clamp(0, side - 1).to(image.device)[:, :, None]  # [B, 1, H] each
-    sample, step = torch.arange(B, device=image.device), torch.arange(W, device=image.device)
-    return image[sample[:, None, None, None], step[:, None, None], rows[..., None], cols[:, :, None]]
-
-
-# --- end shared ---
-
-
-TEACHER_SAMPLES = 2  # chunks that the flow proposes for each demonstrated state, for the one-step head
-
-
-def clone_losses(agent: Agent, obs: dict, chunk: Tensor, args: Args, generator) -> dict[str, Tensor]:
-    """Stage 0's losses on observations of B states and chunks [B, D], each a scalar; they are added."""
-    prefix, proprio = agent.observe(obs, args.proprio_noise, generator)
-    context = agent.flow_policy.context(prefix.cache, prefix.valid, proprio)
-    flow = flow_loss(agent.flow_policy, context, chunk, generator, args.flow_times).mean()
-    if args.head == "flow":
-        return {"losses/bc": flow}
-    bc = agent.bc_loss(agent.row(prefix, proprio), chunk, args, generator).mean()
-    return {"losses/flow": flow, "losses/bc": bc}
-
-
-def head_losses(run: Run, t: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """The losses of stage 0's second part, the head alone, on rows t [B] of the demonstrations."""
-    args, agent, g, target = run.args, run.agent, run.generators["update"], batch.chunk
-    if args.head == "consistency":  # distillation
-        k = torch.randint(TEACHER_SAMPLES, t.shape, generator=run.generators["batch"])
-        target = run.teacher[t, k].to(args.device)
-    feature = agent.perturb(batch.feature, args.proprio_noise, g)
-    return {"losses/bc": agent.bc_loss(feature, target, args, g).mean()}
-
-
-def train_sft(run: Run, logger: Logger, stage: str, total: int) -> None:
-    """Stage 0: behaviour cloning of pi0 and head ("sft"), then of the head on cached embeddings ("sft-head")."""
-    args = run.args
-    optimizer, params = run.optimizers["sft"], run.optimizers["sft"].param_groups[0]["params"]
-    if "primary" in run.demos.obs and stage == "sft":
-        torch.set_num_threads(args.torch_threads or THREADS)
-    last = run.demos.starts() + run.demos.lengths
-    rows = torch.from_numpy(np.delete(np.arange(run.num_demo_rows), last))  # all that have an action
-    with run.bar("SFT" if stage == "sft" else "SFT, head only", total, run.count["stage_update"]) as bar:
-        while (step := run.count["stage_update"]) < total:
-            rate = min((step + 1) / (0.05 * total), 0.5 * (1 + math.cos(math.pi * step / total)))
-            optimizer.param_groups[0]["lr"] = args.sft_lr * rate
-            t = rows[torch.randint(len(rows), (args.sft_batch_size,), generator=run.generators["batch"])]
-            batch = run.expert.gather(t, args.device)
-            if stage == "sft":
-                seen = run.demos.at(t, 1)
-                images = {k: random_shift(v, run.generators["batch"]) for k, v in seen.items() if v.dim() == 5}
-                losses = clone_losses(run.agent, seen | images, batch.chunk, args, run.generators["update"])
-            else:
-                losses = head_losses(run, t, batch)
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            norm = nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-            run.average.update_parameters(run.trained)
-            run.tick(losses | {"grad_norm/sft": norm, "lr/sft": args.sft_lr * rate}, logger)
-            bar.update()
-    run.trained.load_state_dict(run.average.module.state_dict())
-    run.agent.actor_ema.load_state_dict(run.agent.actor.state_dict())
-    if stage == "sft":
-        embed_demos(run)
-    torch.set_num_threads(args.torch_threads or 1)
+def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: Args) -> None:
+    """One row per observation, the same rows as in `demos`; features come with `embed_demonstrations`."""
+    for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):
+        action = agent.normalise(demos.action[start : start + length])
+        empty = torch.zeros(length + 1, agent.feature_dim)
+        success = np.arange(1, steps + 1) == steps
+        stay = 0
+        if args.stay:  # the recorded steps past the success, as long as it lasts
+            past = demos.success[start + steps : start + length]
+            stay = int(past.cumprod().sum())
+        add_episode(buffer, Episode(empty, action, success, terminated=True), agent, args, stay)
 
 
 @torch.no_grad()
-def embed_demos(run: Run) -> None:
-    """Each demonstrated observation goes through the backbone once, here; and the flow says what it would do there."""
-    agent, teacher, flow = run.agent, [], run.agent.flow_policy
-    for r in torch.arange(run.num_demo_rows).split(256):
-        prefix, proprio = agent.observe(run.demos.at(r, 1))
-        run.expert.data["feature"][r] = agent.row(prefix, proprio).cpu()
-        if run.args.head == "consistency" and run.args.sft_head_updates:
-            context = flow.context(prefix.cache, prefix.valid, proprio)
-            teacher.append(flow.flow(context, TEACHER_SAMPLES, run.generators["update"]).cpu())
-    run.teacher = torch.cat(teacher) if teacher else run.teacher
+def embed_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, teacher: Teacher, generator) -> None:
+    """Each observation of the demonstrations goes through the backbone once, into the expert buffer.
 
-
-def train_updates(run: Run, logger: Logger, stage: str, total: int) -> None:
-    """Stages 1 and 2: `total` actor updates with their critic updates, on data that is there."""
-    with run.bar("offline Cal-QL" if stage == "offline" else "warm-up", total, run.count["stage_update"]) as bar:
-        while (step := run.count["stage_update"]) < total:
-            actor = stage == "offline" or (run.args.warmup_train_actor and step >= total // 2)
-            run.tick(run.update(run.args.cql_alpha, actor), logger)
-            bar.update()
-
-
-def train_online(run: Run, logger: Logger) -> None:
-    """Stage 3: an episode per environment, then utd_ratio actor updates per step of it."""
-    args, count = run.args, run.count
-    done = count["global_step"] - count["online_start"]
-    with run.bar("online VGPD", args.online_steps, done) as bar:
-        while done < args.online_steps:
-            before, start, saved = done, time.time(), count["stage_update"] // args.checkpoint_freq
-            steps = run.collect()
-            done, collected = before + steps, time.time()
-            bar.update(steps)
-            count["due"] += args.utd_ratio * steps
-            while count["due"] >= 1:
-                count["due"] -= 1
-                run.tick(run.update(args.online_cql_alpha), logger)
-            success, length = np.mean(run.recent, 0)
-            logs = {
-                "train/success_once": success, "train/episode_len": length, "buffer/size": run.policy.rows,
-                "time/rollout_s": collected - start, "time/update_s": time.time() - collected,
-                "time/env_steps_per_s": steps / (collected - start),
-            }  # fmt: skip
-            logger.log(logs, count["global_step"], count["update_step"])
-            bar.set_postfix(train=f"{success:.2f}", length=f"{length:.0f}")
-            if done // args.eval_freq > before // args.eval_freq and done < args.online_steps:
-                run.evaluate(logger, args.eval_episodes)
-                bar.set_description(f"[4/4] online VGPD | success {run.evals[-1]['eval/success_once']:.2f}")
-                run.save()
-            elif count["stage_update"] // args.checkpoint_freq > saved:
-                run.save()
-
-
-def calibration(run: Run) -> dict[str, float]:
-    """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
-    if not len(run.policy.starts):
-        return {}
-    with torch.no_grad():
-        batch = run.policy.gather(run.policy.starts, run.args.device)
-        q = run.agent.critic(batch.feature, batch.chunk).mean(0)
-    gap, correlation = q - batch.mc_return, torch.corrcoef(torch.stack([q, batch.mc_return]))[0, 1]
-    return {"calib/q_minus_return": gap.mean(), "calib/abs_error": gap.abs().mean(), "calib/correlation": correlation}
-
-
-def summarise(run: Run) -> dict:
-    """summary.json: what happened, from the recorded evaluations."""
-    online = [e for e in run.evals if e["stage"] in ("online", "done")]
-    first, handover, last, start = run.evals[0], online[0], run.evals[-1], run.count.get("online_start", 0)
-    once, interval = "eval/success_once", ("eval/success_once_low", "eval/success_once_high")
-    steady = [a["global_step"] - start for a, b in zip(online, online[1:]) if min(a[once], b[once]) >= 0.8]
-    return {
-        "success_once": last[once], "success_interval": [last[k] for k in interval],
-        "success_at_end": last["eval/success_at_end"], "steps_to_success": last["eval/episode_len"],
-        "demo_steps_to_success": float((run.demos.steps + run.demos.idle).mean()),
-        "sft_success_once": first[once], "sft_success_interval": [first[k] for k in interval],
-        "handover_success_once": handover[once], "largest_drop": max(handover[once] - e[once] for e in online),
-        "online_env_steps": run.count["global_step"] - start, "env_steps": run.count["global_step"],
-        "online_env_steps_at_80": steady[0] if steady else None, "seconds_per_stage": run.seconds,
-        "seconds": sum(run.seconds.values()), "evaluations": run.evals, "demonstrations": run.demos.source,
-    }  # fmt: skip
-
-
-def begin(args: Args) -> Run:
-    """A run in a new folder, or one resumed from its last checkpoint."""
-    resumed = args.resume or args.eval_only
-    if resumed:
-        args = stored_args(args, "eval_episodes select")
-    validate(args)
-    torch.set_num_threads(args.torch_threads or 1)
-    started = time.time()
-    demos = load_demos(args)
-    name = args.run_name or f"{args.env_id}-force_pi0-{args.obs_mode}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(resumed) if resumed else Path(args.runs) / name
-    if not resumed and (folder / "config.json").exists():
-        raise UserError(f"{folder} exists: choose another --run-name, or go on with it by --resume {folder}")
-    run = Run(args, folder, demos)
-    if not resumed:
-        make_env(args, 1).close()  # fails here or not at all
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "demonstrations": demos.source}
-        write_json(folder / "config.json", config | run.agent.weights | provenance())
-    if resumed:
-        run.load()
-    run.seconds.setdefault("demonstrations", time.time() - started)
-    return run
-
-
-def flops(function) -> int:
-    """Operations that a call does; a multiply-add counts as two."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
-def dry_run(args: Args) -> dict:
-    """Parameters, memory and work of a run with these flags, from shapes alone: nothing is loaded, nothing computed.
-
-    The GPU's memory is that of stage 0: weights, gradients, Adam, averaged weights, and what the backward pass keeps.
+    On the same pass pi0's flow shows the one-step head what it would do there.
     """
-    validate(args)
-    A, P = {"pd_ee_delta_pos": 4, "pd_ee_delta_pose": 7}.get(args.control_mode, 8), 25  # P: about what the tasks have
-    obs = {"proprio": np.random.default_rng(0).normal(size=(2, P)).astype(np.float32)}
-    if args.obs_mode == "rgb":
-        names = ("primary", "wrist") if args.cameras == "both" else ("primary",)
-        obs |= {name: np.zeros((2, args.image_size, args.image_size, 3), np.uint8) for name in names}
-    one, many = ({k: np.repeat(v[:1], n, 0) for k, v in obs.items()} for n in (1, args.sft_batch_size))
-    kept: dict[int, int] = {}  # storages that the backward pass keeps: their bytes
+    for rows in torch.arange(len(demos.action)).split(256):
+        seen = agent.observe(demos.at(rows, 1))
+        buffer.data["feature"][rows] = seen.feature.cpu()
+        teacher.watch(rows, agent.flow_policy, seen.context, generator)
 
-    def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
 
-    with torch.device("meta"):
-        agent = Agent(args, Demos(obs, np.eye(2, A, dtype=np.float32), np.array([1]), np.array([1]), "none"))
-        tokens, B, D = agent.backbone.config.max_tokens, args.batch_size, args.chunk_len * A
-        agent.backbone.prompt = lambda *_: (torch.zeros(1, tokens, dtype=torch.long), torch.ones(1, tokens).bool())
-        with torch.no_grad():
-            row = agent.feature(one)
-            embed = flops(lambda: agent.feature(one))
-            draw = {n: flops(lambda n=n: agent.actor.sample(row, n, None, args.candidate_sigma)) for n in {1, args.K}}
-        rows, zeros, still = row.expand(B, -1), torch.zeros(B), SimpleNamespace(zero_grad=int, step=int)
-        batch = Batch(rows, torch.zeros(B, D), zeros, zeros, rows, zeros, zeros)
-        like_online = dataclasses.replace(args, offline_q_weight=args.q_weight)  # but for the candidates
-        critic = flops(lambda: update_critic(agent, still, batch, args, args.online_cql_alpha, None))
-        actor = flops(lambda: update_actor(agent, still, batch, zeros.bool(), like_online, "offline", None))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            chunk = torch.zeros(args.sft_batch_size, D)
-            sft = flops(lambda: sum(clone_losses(agent, many, chunk, args, None).values()).backward())
-    learned, pi0 = [agent.backbone, *agent.flow, agent.actor], (agent.backbone, agent.flow_policy)
-    trained = sum(p.numel() for module in learned for p in trainable(module))
-    parameters = {p.untyped_storage()._cdata for p in agent.parameters()}
-    weights = sum(p.numel() * p.element_size() for p in agent.parameters())
-    averaged = sum(p.numel() * p.element_size() for m in learned if trainable(m) for p in m.parameters())
-    activations = sum(size for storage, size in kept.items() if storage not in parameters)
+def collect(env, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer) -> int:
+    """An episode per environment into the policy buffer, successes into the expert buffer too. Returns steps."""
+    first = TRAIN_SEED + 1_000_000 * args.seed + run.episodes
+    seeds = range(first, first + args.num_envs)
+    generator = run.rng["rollout"]
+    episodes = rollout(env, agent, args, seeds, generator, training=True, push=args.explore_noise)
+    for episode in episodes:
+        add_episode(policy, episode, agent, args)
+        if episode.success.any():
+            add_episode(expert, episode, agent, args)
+        run.ended(episode.success.any(), len(episode.action))
+    steps = sum(len(episode.action) for episode in episodes)
+    run.episodes += args.num_envs
+    run.env_steps += steps
+    return steps
+
+
+def draw(
+    expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict[str, torch.Generator]
+) -> tuple[Batch, Tensor]:
+    """A batch and which of it is expert data: half and half, or demonstrations only while there are no rollouts."""
+    size = args.batch_size
+    device = args.device
+    own = size // 2 if len(policy.starts) else 0
+    rows = expert.draw(size - own, rng["batch"])
+    batch = expert.gather(rows, device)
+    if own:
+        rows = policy.draw(own, rng["batch"])
+        batch = batch.cat(policy.gather(rows, device))
+    batch.feature = agent.perturb(batch.feature, args.proprio_noise, rng["update"])
+    batch.next_feature = agent.perturb(batch.next_feature, args.proprio_noise, rng["update"])
+    return batch, torch.arange(size, device=device) < size - own
+
+
+@torch.no_grad()
+def calibration(agent: Agent, policy: ReplayBuffer, args: Args) -> dict[str, Tensor]:
+    """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
+    if not len(policy.starts):
+        return {}
+    batch = policy.gather(policy.starts, args.device)
+    q = agent.critic(batch.feature, batch.chunk).mean(0)
+    gap = q - batch.mc_return
     return {
-        "backbone": args.backbone, "head": args.head, "finetune": args.finetune,
-        "parameters": sum(p.numel() for p in agent.parameters()),
-        "parameters_pi0": sum(p.numel() for module in pi0 for p in module.parameters()),
-        "trained_in_stage_0": trained, "trained_online": sum(p.numel() for p in trainable(agent.actor)),
-        "replay_bytes_per_step": 4 * row.shape[1] + 4 * A + 40, "flops_action_K1": embed + draw[1],
-        "flops_action_K": embed + draw[args.K], "flops_sft_update": sft,
-        "flops_online_update": args.critic_updates * critic + actor + B // 2 * draw[args.K] * args.vgpd,
-        "gpu_bytes_weights": weights, "gpu_bytes_training": 12 * trained + averaged, "gpu_bytes_activations": activations,
-        "gpu_gib_stage_0": round((weights + 12 * trained + averaged + activations) / 2**30, 2),
-    }  # fmt: skip
+        "calib/q_minus_return": gap.mean(),
+        "calib/abs_error": gap.abs().mean(),
+        "calib/correlation": torch.corrcoef(torch.stack([q, batch.mc_return]))[0, 1],
+    }
 
 
-def main(args: Args) -> Path | None:
+# === Training ========================================================================================================
+def main(args: Args) -> Path:
     """Run or resume all stages; returns the run's folder."""
-    # INFRASTRUCTURE: flags, folder, demonstrations, networks
-    if args.dry_run:
-        return print(json.dumps(dry_run(args), indent=2))
-    run = begin(args)
-    args, count, folder = run.args, run.count, run.folder
+    args = stored_args(args, __file__)
+    validate(args)
+    demos = load_demos(args, make_env)
+    env = make_env(args, args.num_envs)
+    torch.manual_seed(args.seed)
+    agent = Agent(args, demos).to(args.device)
+    if args.sft_checkpoint:
+        load_sft_weights(agent, args, __file__, head=args.head, finetune=args.finetune)
+    expert = ReplayBuffer(agent.feature_dim, agent.action_dim, args.chunk_len, args.gamma)  # demonstrations, successes
+    policy = ReplayBuffer(agent.feature_dim, agent.action_dim, args.chunk_len, args.gamma)  # all rollouts
+    add_demonstrations(expert, demos, agent, args)
+    taught = args.head == "consistency" and args.sft_head_updates
+    teacher = Teacher(agent.actor.unit, rows=len(demos.action) if taught else 0)
+    cloned = nn.ModuleList([*agent.trained_parts(), agent.actor])
+    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr)
+    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr)
+
+    stages = ("sft", "sft-head", "offline", "warmup", "online")
+    run = Run(args, __file__, stages, about={"weights": agent.weights})
+    run.keep(  # what a checkpoint holds; a resumed run loads it here
+        agent, expert=expert, policy=policy, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
+        sft_optimizer=sft_optimizer, averaged=averaged, teacher=teacher,
+    )  # fmt: skip
+    noise = run.rng["update"]
     if args.eval_only:
-        metrics = evaluate(run.env, run.agent, args, run.act, args.eval_episodes, return_bounds(args)[:2])
-        print(json.dumps(metrics, indent=2))
-        return folder
-    logger = Logger(folder, args, count["update_step"])
+        print(json.dumps(evaluate(env, agent, args), indent=2))
+        return run.folder
 
-    # ALGORITHM: stage 0
+    # Stage 0: behaviour cloning of pi0 by flow matching, and of the one-step head beside it
     if run.enter("sft"):
-        train_sft(run, logger, "sft", args.sft_updates)
+        with threads(args, many="primary" in demos.obs):
+            for step in run.updates_until(args.sft_updates, "[0/3] SFT"):
+                rows = demos.draw(args.sft_batch_size, run.rng["batch"])
+                chunk = expert.gather(rows, args.device).chunk
+                obs = random_shift(demos.at(rows, 1), run.rng["batch"])
+                losses = clone_losses(agent, obs, chunk, args, noise)
+                lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
+                run.tick(update_clone(cloned, sft_optimizer, averaged, losses, lr))
+            cloned.load_state_dict(averaged.module.state_dict())
+            embed_demonstrations(expert, demos, agent, teacher, noise)
+        forget(sft_optimizer)
+        averaged.n_averaged.zero_()  # the average starts anew
+
+    # ... then of the head alone, on cached rows: a flow from demonstrations, a one-step head from what pi0's flow does
     if run.enter("sft-head"):
-        train_sft(run, logger, "sft-head", args.sft_head_updates)
-        run.evaluate(logger, args.eval_episodes)
-    # ALGORITHM: stage 1
+        for step in run.updates_until(args.sft_head_updates, "[0/3] SFT, head alone"):
+            rows = demos.draw(args.sft_batch_size, run.rng["batch"])
+            batch = expert.gather(rows, args.device)
+            target = teacher.draw(rows, run.rng["batch"]) if taught else batch.chunk
+            feature = agent.perturb(batch.feature, args.proprio_noise, noise)
+            loss = bc_loss(agent, feature, target, args, noise).mean()
+            lr = args.sft_lr * warmup_cosine(step, args.sft_head_updates)
+            run.tick(update_clone(cloned, sft_optimizer, averaged, {"losses/bc": loss}, lr))
+        cloned.load_state_dict(averaged.module.state_dict())
+        agent.actor_ema.load_state_dict(agent.actor.state_dict())
+        run.drop("sft_optimizer", "averaged", "teacher")
+        run.evaluated(evaluate(env, agent, args))
+
+    # Stage 1: Cal-QL and BC on demonstrations, Eqs. (1-4)
     if run.enter("offline"):
-        train_updates(run, logger, "offline", args.offline_updates)
-        run.evaluate(logger, args.eval_episodes)
-    # ALGORITHM: stage 2
+        for _ in run.updates_until(args.offline_updates, "[1/3] offline Cal-QL"):
+            for _ in range(args.critic_updates):
+                batch, _ = draw(expert, policy, agent, args, run.rng)
+                logs = update_critic(agent, critic_optimizer, batch, args, args.cql_alpha, noise)
+            logs |= update_actor(
+                agent, actor_optimizer, batch, batch.chunk, args, noise, args.bc_weight, args.offline_q_weight
+            )
+            run.tick(logs)
+        forget(critic_optimizer, actor_optimizer)  # ConRFT starts each stage with a fresh Adam
+        run.evaluated(evaluate(env, agent, args))
+
+    # Stage 2: value-calibrated warm-up on the policy's own rollouts, Eqs. (1) and (5-7)
     if args.warmup and run.enter("warmup"):
-        with run.bar("warm-up rollouts", args.warmup_episodes, count["episodes"]) as bar:
-            while count["episodes"] < args.warmup_episodes:
-                run.collect()
-                bar.update(args.num_envs)
-        if not count["stage_update"]:
-            logger.log(calibration(run), count["global_step"], count["update_step"])
-        train_updates(run, logger, "warmup", args.warmup_updates)
-        logger.log(calibration(run), count["global_step"], count["update_step"])
-    # ALGORITHM: stage 3
+        while run.episodes < args.warmup_episodes:
+            collect(env, agent, args, run, expert, policy)
+        if not run.stage_updates:
+            run.log(calibration(agent, policy, args))
+        for step in run.updates_until(args.warmup_updates, "[2/3] warm-up"):
+            for _ in range(args.critic_updates):
+                batch, _ = draw(expert, policy, agent, args, run.rng)
+                logs = update_critic(agent, critic_optimizer, batch, args, args.cql_alpha, noise)
+            if step >= args.warmup_updates // 2:  # the first half trains the critic only
+                logs |= update_actor(
+                    agent, actor_optimizer, batch, batch.chunk, args, noise,
+                    bc_weight=args.bc_weight, q_weight=args.offline_q_weight, successes_only=True,
+                )  # fmt: skip
+            run.tick(logs)
+        run.log(calibration(agent, policy, args))
+        forget(critic_optimizer, actor_optimizer)
+        run.evaluated(evaluate(env, agent, args))
+
+    # Stage 3: TD, and self-distillation online, Eqs. (8-15). A simulator can't be saved in the middle of an episode:
+    # whole episodes and updates take turns, and checkpoints lie between them.
     if run.enter("online"):
-        if "online_start" not in count:
-            count["online_start"] = count["global_step"]
-            run.evaluate(logger, args.eval_episodes)
-            run.save()
-        train_online(run, logger)
-        run.evaluate(logger, args.eval_episodes)
+        bar = run.bar("[3/3] online VGPD", args.online_steps, run.stage_env_steps)
+        while run.stage_env_steps < args.online_steps:
+            before = run.stage_env_steps
+            bar.update(collect(env, agent, args, run, expert, policy))
+            done = min(run.stage_env_steps / args.online_steps, 1.0)
+            q_weight = args.q_weight + done * (args.q_weight_end - args.q_weight)
+            for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):
+                for _ in range(args.critic_updates):
+                    batch, is_expert = draw(expert, policy, agent, args, run.rng)
+                    logs = update_critic(agent, critic_optimizer, batch, args, 0.0, noise)
+                target = batch.chunk
+                if args.vgpd:
+                    target, found = self_distilled(agent, batch, is_expert, args, noise)
+                    logs |= found
+                logs |= update_actor(
+                    agent, actor_optimizer, batch, target, args, noise,
+                    bc_weight=args.distill_weight, q_weight=q_weight, successes_only=args.success_filter,
+                )  # fmt: skip
+                run.tick(logs, may_save=False)
+            run.log(run.recent_episodes() | {"buffer/size": policy.rows})
+            run.save_if_due()
+            between = run.stage_env_steps < args.online_steps
+            if between and run.stage_env_steps // args.eval_freq > before // args.eval_freq:
+                run.evaluated(evaluate(env, agent, args))
+                run.save()
+        run.evaluated(evaluate(env, agent, args))
 
-    # INFRASTRUCTURE: results
-    run.clock()
-    count["stage"] = "done"
-    run.save()
-    logger.close()
-    write_json(folder / "summary.json", summarise(run) | {"env_id": args.env_id, "seed": args.seed} | provenance())
-    if args.video_episodes:
-        film(run.agent, args, run.act, folder / "videos")
-    run.env.close()
-    print(f"done: success {run.evals[-1]['eval/success_once']:.2f}, results in {folder}")
-    return folder
+    run.finish(demonstrations=demos.source, demo_steps_to_success=demos.mean_steps())
+    film_policy(agent, args, run.folder)
+    env.close()
+    return run.folder
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Flags over the chosen preset."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    if args.preset == "paper":
-        args = tyro.cli(Args, args=argv, description=__doc__, default=dataclasses.replace(Args(), **PAPER))
-    return args
+def warmup_cosine(step: int, total: int) -> float:
+    """Share of the peak learning rate: linear over the first 5 %, then a cosine to zero."""
+    warmup = (step + 1) / (0.05 * total)
+    angle = math.pi * step / total
+    cosine = (1 + math.cos(angle)) / 2
+    return min(warmup, cosine)
 
 
-# --- shared: entry ---
+def forget(*optimizers: torch.optim.Optimizer) -> None:
+    for optimizer in optimizers:
+        optimizer.state.clear()
+
+
+def film_policy(agent: Agent, args: Args, folder: Path) -> None:
+    """The first evaluation episodes as videos."""
+    generator = torch.Generator(args.device).manual_seed(0)
+
+    def play(env, seed: int, frames: list) -> bool:
+        (episode,) = rollout(env, agent, args, [seed], generator, training=False, frames=frames)
+        return bool(episode.success.any())
+
+    film(args, make_env, folder / "videos", play)
+
+
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"error: the disk is full; free space, then start again or --resume RUN_DIR ({error})", file=sys.stderr)
-        sys.exit(2)
-# --- end shared ---
+    run_script(main, parse_flags(Args, __doc__, TABLES))

@@ -21,16 +21,13 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.hub import from_hub
 from backbones.t5 import T5_SIZES, T5Encoder, t5_token_ids
-
-if TYPE_CHECKING:
-    from backbones.octo_weights import LoadedOcto
 
 LANGUAGE, OBSERVATION, READOUT = 0, 1, 2  # token kinds, ordered: a token may look at its own kind and at lower ones
 # Added to a score, hides the key. Finite, so that a row which may look at nothing becomes a uniform average as in the
@@ -99,10 +96,6 @@ PRESETS = {
     "octo-small": OctoConfig(token_dim=384, num_layers=12, num_heads=6, mlp_dim=1536, **_RELEASED),
     "octo-base": OctoConfig(token_dim=768, num_layers=12, num_heads=12, mlp_dim=3072, **_RELEASED),
 }  # fmt: skip
-
-
-class OctoError(ValueError):
-    """Weights or tokenizer that can't be had or don't fit; the message is one line and says what to do."""
 
 
 def _lecun_(weight: Tensor) -> None:
@@ -287,18 +280,13 @@ class Octo(nn.Module):
     def encode_text(self, instructions: list[str]) -> Tensor:
         """Encode N instructions, once per task rather than per step: [N, language_tokens, language_dim].
 
-        Raises: OctoError when the released models' tokenizer can't be had: the package or the file.
+        Raises: UserError when the released models' tokenizer can't be had: the package or the file.
         """
         if self.config.text == "hash":
             return self.text(instructions)
         if self.tokenizer_file is None:
-            from backbones.octo_weights import from_hub
-
             self.tokenizer_file = from_hub("google-t5/t5-base", None, ["spiece.model"]) / "spiece.model"
-        try:
-            ids = t5_token_ids(instructions, self.config.language_tokens, self.tokenizer_file)
-        except ValueError as error:
-            raise OctoError(str(error)) from None
+        ids = t5_token_ids(instructions, self.config.language_tokens, self.tokenizer_file)
         return self.text(ids.to(self.norm.weight.device))
 
     def _tokenize(self, images, language, lowdim, timestep_pad_mask, image_pad_masks, language_mask):
@@ -471,26 +459,3 @@ class DiffusionHead(nn.Module):
                 x = x + beta.sqrt() * torch.randn(shape, generator=generator, device=x.device)
             x = x.clamp(-self.max_action, self.max_action)
         return x.unflatten(-1, (self.action_horizon, self.action_dim))
-
-
-def load_octo(source: str | Path, config: OctoConfig | None = None) -> LoadedOcto:
-    """Load Octo 1.5 weights, strictly: every name is used, every shape agrees.
-
-    `source` is a folder or "hf://owner/name[@revision]", e.g. "hf://rail-berkeley/octo-small-1.5". It holds either the
-    original repository's files (config.json, dataset_statistics.json, <step>/default/checkpoint; the last step is
-    taken) or what `octo_weights.save_octo` wrote. A spiece.model in it is used as the tokenizer.
-
-    `config` None: octo-small or octo-base, whichever fits, with the checkpoint's window. A config of yours may drop
-    cameras, whose weights are then ignored, and may add low-dimensional tokens, which start random.
-
-    Raises: OctoError, one line, for a source that can't be reached or isn't Octo 1.5, and for any misfit.
-    """
-    from backbones.octo_weights import load
-
-    return load(source, config)
-
-
-if __name__ == "__main__":
-    from backbones.octo_weights import main
-
-    main()

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.octo import PRESETS, Octo, load_octo
+from backbones.octo import PRESETS, Octo
+from backbones.octo_weights import load_octo
 from backbones.units import SIGMA_DATA, Units
 
 
@@ -27,7 +28,7 @@ class OctoPolicy(Units):
         chunk_len            H, actions per decision
         relative             the controller takes differences, within [-1, 1]
 
-        Raises: OctoError, one line, if the weights or the tokenizer can't be had.
+        Raises: UserError, one line, if the weights or the tokenizer can't be had.
         """
         super().__init__(obs["proprio"], action, relative)
         self.H, self.instruction = chunk_len, instruction

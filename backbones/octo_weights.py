@@ -1,8 +1,8 @@
 """Released Octo 1.5 checkpoints to `backbones.octo` and back: flax-msgpack and safetensors, strictly, without JAX.
 
 A released repository holds config.json, dataset_statistics.json and <step>/default/checkpoint, one msgpack file with a
-nested dict of float32 arrays. `FLAX_NAMES` says where each of our parameters lives in it. `backbones.octo.load_octo`
-is the way in; `python -m backbones.octo --check-weights SOURCE` prints a report.
+nested dict of float32 arrays. `FLAX_NAMES` says where each of our parameters lives in it. `load_octo` is the way in;
+`python -m backbones.octo_weights SOURCE` checks a source and prints a report.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from backbones.octo import PRESETS, DiffusionHead, Octo, OctoConfig, OctoError
+from backbones.hub import from_hub
+from backbones.octo import PRESETS, DiffusionHead, Octo, OctoConfig
+from plumbing.flags import UserError
 
 
 @dataclass
@@ -88,7 +90,7 @@ def flax_layout(model: Octo, head: DiffusionHead) -> Iterator[tuple[str, tuple[i
                 continue
             names = (re.sub(rule, name, ours) for rule, name in FLAX_NAMES.items() if re.fullmatch(rule, ours))
             if (path := next(names, None)) is None:
-                raise OctoError(f"{ours} isn't part of the released models; base the config on octo-small or octo-base")
+                raise UserError(f"{ours} isn't part of the released models; base the config on octo-small or octo-base")
             transposed = leaf == "weight" and isinstance(module, (nn.Linear, nn.Conv2d))
             if transposed:  # [out, in, h, w] here, [h, w, in, out] there
                 leaf, shape = "kernel", (*shape[2:], shape[1], shape[0])
@@ -104,12 +106,12 @@ def flax_layout(model: Octo, head: DiffusionHead) -> Iterator[tuple[str, tuple[i
 def read_flax(file: Path) -> dict[str, np.ndarray]:
     """Read a flax-msgpack parameter file: {"module/.../name": float32 array}. Nothing in the file is executed.
 
-    Raises: OctoError when the file is cut short, isn't msgpack, or holds anything but float32 arrays.
+    Raises: UserError when the file is cut short, isn't msgpack, or holds anything but float32 arrays.
     """
     try:
         import msgpack
     except ImportError:
-        raise OctoError("released Octo weights need `pip install msgpack`") from None
+        raise UserError("released Octo weights need `pip install msgpack`") from None
 
     def array(code: int, data: bytes) -> np.ndarray:
         shape, dtype, raw = msgpack.unpackb(data)
@@ -133,32 +135,28 @@ def read_flax(file: Path) -> dict[str, np.ndarray]:
                 raise ValueError(f"{path[1:] or 'the file'} is {type(node).__name__}")
     except (msgpack.exceptions.UnpackException, ValueError, TypeError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise OctoError(f"{file} is no complete flax-msgpack file of float32 arrays ({reason})") from None
+        raise UserError(f"{file} is no complete flax-msgpack file of float32 arrays ({reason})") from None
     if end != size:
-        raise OctoError(f"{file} has {size} bytes, but its data ends after {end}")
+        raise UserError(f"{file} has {size} bytes, but its data ends after {end}")
     return leaves
-
-
-def from_hub(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    """Download some files of a Hugging Face repository, or take them from its local cache: the folder they are in."""
-    try:
-        import huggingface_hub
-
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the library's errors have many unrelated base classes
-        reason = " ".join(str(error).split())[:200]
-        raise OctoError(
-            f"can't fetch {patterns} of {repository} from the hub ({type(error).__name__}: {reason}); "
-            "download it where there is network and pass the local path"
-        ) from None
 
 
 def _one_line(names: list[str]) -> str:
     return f"{len(names)} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
 
 
-def load(source: str | Path, config: OctoConfig | None = None) -> LoadedOcto:
-    """See `backbones.octo.load_octo`."""
+def load_octo(source: str | Path, config: OctoConfig | None = None) -> LoadedOcto:
+    """Load Octo 1.5 weights, strictly: every name is used, every shape agrees.
+
+    `source` is a folder or "hf://owner/name[@revision]", e.g. "hf://rail-berkeley/octo-small-1.5". It holds either the
+    original repository's files (config.json, dataset_statistics.json, <step>/default/checkpoint; the last step is
+    taken) or what `save_octo` wrote. A spiece.model in it is used as the tokenizer.
+
+    `config` None: octo-small or octo-base, whichever fits, with the checkpoint's window. A config of yours may drop
+    cameras, whose weights are then ignored, and may add low-dimensional tokens, which start random.
+
+    Raises: UserError, one line, for a source that can't be reached or isn't Octo 1.5, and for any misfit.
+    """
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
     if match:
         patterns = ["*.json", "*/default/checkpoint", "octo.safetensors", "spiece.model"]
@@ -166,10 +164,10 @@ def load(source: str | Path, config: OctoConfig | None = None) -> LoadedOcto:
     else:
         folder = Path(source)
         if not folder.is_dir():
-            raise OctoError(f"no folder {source}: pass a local folder or hf://owner/name[@revision]")
+            raise UserError(f"no folder {source}: pass a local folder or hf://owner/name[@revision]")
     loaded = _load_ours(folder) if (folder / "octo.safetensors").is_file() else _load_released(folder, config)
     if config is not None and loaded.model.config != config:
-        raise OctoError(f"{source} was saved with another config: {loaded.model.config}")
+        raise UserError(f"{source} was saved with another config: {loaded.model.config}")
     if (folder / "spiece.model").is_file():
         loaded.model.tokenizer_file = folder / "spiece.model"
     return loaded
@@ -184,7 +182,7 @@ def _json(file: Path) -> dict:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise OctoError(f"{file} can't be read: {error}") from None
+        raise UserError(f"{file} can't be read: {error}") from None
 
 
 def _load_released(folder: Path, config: OctoConfig | None) -> LoadedOcto:
@@ -193,24 +191,24 @@ def _load_released(folder: Path, config: OctoConfig | None) -> LoadedOcto:
     if not file.is_file():
         newer = bool(steps) and (steps[-1] / "default" / "manifest.ocdbt").exists()
         hint = "; it was saved by a newer orbax in the OCDBT format, which isn't read here" if newer else ""
-        raise OctoError(f"no weights at {file}{hint}")
+        raise UserError(f"no weights at {file}{hint}")
     described, statistics = _json(folder / "config.json"), _json(folder / "dataset_statistics.json")
     try:
         options = described["model"]
         action = options["heads"]["action"]
         kind, kwargs = action["name"], action["kwargs"]
     except (KeyError, TypeError):
-        raise OctoError(f"{folder / 'config.json'} doesn't describe an Octo model with an action head") from None
+        raise UserError(f"{folder / 'config.json'} doesn't describe an Octo model with an action head") from None
     if not options.get("use_correct_attention") or not options.get("repeat_task_tokens"):
-        raise OctoError(f"{folder} is Octo 1.0, whose attention differs; only Octo 1.5 is supported")
+        raise UserError(f"{folder} is Octo 1.0, whose attention differs; only Octo 1.5 is supported")
     if kind != "DiffusionActionHead" or kwargs.get("use_map"):
-        raise OctoError(f"{folder} has the action head {kind}; only DiffusionActionHead on mean readouts is supported")
+        raise UserError(f"{folder} has the action head {kind}; only DiffusionActionHead on mean readouts is supported")
     leaves, kept = read_flax(file), None
     if config is None:
         dim = leaves.get("octo_transformer/task_language_pos_embedding", np.empty(0)).shape[-1]
         config = next((c for c in PRESETS.values() if c.text != "hash" and c.token_dim == dim), None)
         if config is None:
-            raise OctoError(f"{file} has token width {dim}, neither octo-small nor octo-base; pass its config")
+            raise UserError(f"{file} has token width {dim}, neither octo-small nor octo-base; pass its config")
         config = dataclasses.replace(config, window=described.get("window_size", config.window))
     else:
         kept = {name for name, _ in config.image_sizes}
@@ -226,11 +224,11 @@ def _load_released(folder: Path, config: OctoConfig | None) -> LoadedOcto:
     dropped = {path for path in leaves if kept is not None and (hit := camera.match(path)) and hit[1] not in kept}
     unused = list(leaves.keys() - {path for path, *_ in layout} - dropped)
     if missing or unused:
-        raise OctoError(f"{file} doesn't fit: missing {_one_line(missing)}, unused {_one_line(unused)}")
+        raise UserError(f"{file} doesn't fit: missing {_one_line(missing)}, unused {_one_line(unused)}")
     for path, shape, parameter, transposed in layout:
         leaf = leaves.pop(path)  # let go of it at once: the file's arrays and the model's need not both stay in memory
         if leaf.shape != shape:
-            raise OctoError(f"{file}: {path} has shape {leaf.shape}, this model needs {shape}")
+            raise UserError(f"{file}: {path} has shape {leaf.shape}, this model needs {shape}")
         tensor = torch.from_numpy(leaf)
         if transposed:
             tensor = tensor.reshape(*shape[:-2] if len(shape) == 4 else (), *parameter.shape[1::-1])
@@ -265,13 +263,13 @@ def _load_ours(folder: Path) -> LoadedOcto:
         return LoadedOcto(model, head, described["statistics"], file, _sha256(file))
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())[:300]
-        raise OctoError(f"{file} and octo.json don't fit together: {reason}") from None
+        raise UserError(f"{file} and octo.json don't fit together: {reason}") from None
 
 
 def check_weights(source: str) -> None:
     """Load strictly, print what was found and a fingerprint of one fixed forward pass, the same on every machine up to
     rounding of the last digit shown."""
-    loaded = load(source)
+    loaded = load_octo(source)
     model, head, config = loaded.model.eval(), loaded.head, loaded.model.config
     print(f"{source}: {loaded.file}\nsha256 {loaded.sha256}\n{config}")
     leaves = list(flax_layout(model, head))
@@ -294,8 +292,12 @@ def check_weights(source: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check released Octo 1.5 weights against this code.")
-    parser.add_argument("--check-weights", metavar="SOURCE", required=True, help="folder or hf://owner/name[@revision]")
+    parser.add_argument("source", help="folder or hf://owner/name[@revision]")
     try:
-        check_weights(parser.parse_args().check_weights)
-    except OctoError as error:
+        check_weights(parser.parse_args().source)
+    except UserError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

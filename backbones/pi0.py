@@ -24,7 +24,6 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +31,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from backbones.octo import SpatialPoints
-
-if TYPE_CHECKING:
-    from backbones.pi0_weights import LoadedPi0
+from plumbing.flags import UserError
 
 HIDDEN = -1e30  # added to a score, hides the key
+TOKENIZER = "https://storage.googleapis.com/big_vision/paligemma_tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -104,10 +102,6 @@ PRESETS = {
     "pi0": _RELEASED,
     "pi05": dataclasses.replace(_RELEASED, pi05=True, max_tokens=200),
 }
-
-
-class Pi0Error(ValueError):
-    """Weights or tokenizer that can't be had or don't fit; the message is one line and says what to do."""
 
 
 @dataclass
@@ -273,19 +267,35 @@ class GemmaLayer(nn.Module):
 
 
 # === Prefix: the vision-language model ===============================================================================
+def fetch_tokenizer() -> Path:
+    """PaliGemma's tokenizer from its public source, once; kept in torch's cache. Raises: UserError if unreachable."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / "paligemma_tokenizer.model"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(TOKENIZER, str(file), progress=False)
+        except Exception as error:  # urllib's, sockets', the file system's
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(
+                f"can't fetch PaliGemma's tokenizer from {TOKENIZER} ({reason}); download it where there is network and "
+                f"save it as {file}, or beside the weights as paligemma_tokenizer.model"
+            ) from None
+    return file
+
+
 @functools.lru_cache(maxsize=4)
 def load_tokenizer(file: Path, rows: int):
-    """PaliGemma's SentencePiece model. Raises: Pi0Error if the file or the package is missing, or it doesn't fit."""
+    """PaliGemma's SentencePiece model. Raises: UserError if the file or the package is missing, or it doesn't fit."""
     try:
         import sentencepiece
 
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except ImportError:
-        raise Pi0Error("prompts of the released models need `pip install sentencepiece`") from None
+        raise UserError("prompts of the released models need `pip install sentencepiece`") from None
     except (OSError, RuntimeError) as error:
-        raise Pi0Error(f"{file} is no SentencePiece model: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{file} is no SentencePiece model: {' '.join(str(error).split())[:200]}") from None
     if tokenizer.vocab_size() > rows or tokenizer.bos_id() < 0:
-        raise Pi0Error(f"{file} has {tokenizer.vocab_size()} pieces, the embedding {rows} rows: not PaliGemma's")
+        raise UserError(f"{file} has {tokenizer.vocab_size()} pieces, the embedding {rows} rows: not PaliGemma's")
     return tokenizer
 
 
@@ -322,7 +332,7 @@ class PaliGemma(nn.Module):
     def prompt(self, instruction: str, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Token ids and which are no padding, two of [B, T]; pi0: B = 1 and no padding, since all prompts are alike.
 
-        `state` [B, D] in [-1, 1] is needed by pi0.5, which reads it as digits. Raises: Pi0Error for a prompt that is
+        `state` [B, D] in [-1, 1] is needed by pi0.5, which reads it as digits. Raises: UserError for a prompt that is
         longer than max_tokens, or without the tokenizer.
         """
         c, text = self.config, " ".join(instruction.replace("_", " ").split())
@@ -334,8 +344,6 @@ class PaliGemma(nn.Module):
             rows = [ids.shape[1]]
         else:
             if self.tokenizer_file is None:
-                from backbones.pi0_weights import fetch_tokenizer
-
                 self.tokenizer_file = fetch_tokenizer()
             tokenizer = load_tokenizer(self.tokenizer_file, c.vocabulary)
             if c.pi05:
@@ -347,7 +355,7 @@ class PaliGemma(nn.Module):
             length = c.max_tokens if c.pi05 else rows[0]
             ids = torch.tensor([row + [0] * (length - len(row)) for row in lists if len(row) <= length])
         if max(rows) > c.max_tokens:
-            raise Pi0Error(f"the prompt has {max(rows)} tokens, this model reads {c.max_tokens}: {text[:80]!r}")
+            raise UserError(f"the prompt has {max(rows)} tokens, this model reads {c.max_tokens}: {text[:80]!r}")
         lengths = torch.tensor(rows)[:, None]
         ids, valid = ids.to(self.norm.weight.device), torch.arange(ids.shape[1]) < lengths
         return ids, valid.to(ids.device).expand(len(ids), -1)
@@ -490,24 +498,3 @@ def choose_trainable(model: Pi0, finetune: str) -> None:
         for layers, rank in ((prefix.layers, 16), (expert.layers, 32)):
             for linear in (m for layer in layers for part in (layer.self_attn, layer.mlp) for m in part.values()):
                 parametrize.register_parametrization(linear, "weight", LowRank(*linear.weight.shape, rank))
-
-
-def load_pi0(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:
-    """Load weights of pi0 or pi0.5, strictly: every name is used, every shape agrees.
-
-    `source` is "hf://owner/name[@revision]", e.g. "hf://lerobot/pi0_base" or "hf://lerobot/pi05_base", or a local folder
-    or file: model.safetensors as openpi's converter, or lerobot, writes it, in float32 or bfloat16 (the model is
-    float32). `config` None: the released sizes of the model that the file holds. A config of yours may drop cameras
-    and may add low-dimensional tokens or points, which start random.
-
-    Raises: Pi0Error, one line, for a source that can't be reached or read, and for any misfit.
-    """
-    from backbones.pi0_weights import load
-
-    return load(source, config)
-
-
-if __name__ == "__main__":
-    from backbones.pi0_weights import main
-
-    main()

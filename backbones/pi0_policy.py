@@ -1,121 +1,196 @@
 """pi0 (arXiv:2410.24164) and pi0.5 as the body of a policy: from observations to rows that heads and critics read, and
-the flow head.
+pi0's own flow head.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.consistency import SIGMA_DATA
-from backbones.pi0 import PRESETS, ActionExpert, Pi0, Pi0Error, Prefix, choose_trainable, load_pi0
-from backbones.units import Units, action_box
+from backbones.pi0 import PRESETS, ActionExpert, Pi0, Prefix, choose_trainable
+from backbones.pi0_weights import load_pi0
+from backbones.units import SIGMA_DATA, Units, action_box
+from plumbing.flags import UserError
 
 CAMERAS = ("primary", "wrist")  # of the observations, in the order of the model's
+FLOW_STEPS = 10  # Euler steps of a sample, as pi0
+
+
+class Context(NamedTuple):
+    """What the action expert reads of N states; P prefix tokens."""
+
+    cache: Tensor  # [N, depth, 2, P, kv_heads, head_dim], as in `Prefix`
+    valid: Tensor  # [N, P] bool
+    state: Tensor  # [N, state_dim]: normalised proprio and zeros
+
+
+@dataclass
+class Seen:
+    """N observations after their pass through the backbone."""
+
+    prefix: Prefix
+    proprio: Tensor  # [N, P] normalised
+    state_dim: int
+    flow_reads: bool  # the policy is the flow head, which reads the cache
+
+    @property
+    def context(self) -> Context:
+        missing = self.state_dim - self.proprio.shape[1]
+        return Context(self.prefix.cache, self.prefix.valid, F.pad(self.proprio, (0, missing)))
+
+    @property
+    def feature(self) -> Tensor:
+        """What is kept of each state, [N, F]: embedding and proprio; before them the cache, if the policy reads it."""
+        tail = [self.prefix.embedding, self.proprio]
+        if not self.flow_reads:
+            return torch.cat(tail, -1)
+        cache = self.prefix.cache.flatten(1).float()
+        return torch.cat([cache, self.prefix.valid.float(), *tail], -1)
 
 
 class FlowActor(nn.Module):
     """pi0's action expert as a policy over action chunks: noise flows to a chunk along the predicted velocity.
 
-    It works in its own units, with mean 0 and standard deviation 1 as the flow assumes: chunk in [-1, 1] = mean + unit * x.
-    What it reads of a state is a context (cache, valid, state), computed once and shared by its N samples; a released
-    model's further action dimensions are zeros in training, and cut off.
+    It works in its own units, in which chunks have mean 0 and standard deviation 1: chunk in [-1, 1] = mean + unit * x.
+    What it reads of a state is a `Context`, computed once and shared by its N samples. A released model's further
+    action dimensions are zeros in training, and cut off.
     """
 
-    def __init__(self, expert: ActionExpert, mean: Tensor, unit: Tensor, tail: tuple[int, int], H: int, steps: int):
+    def __init__(self, expert: ActionExpert, mean: Tensor, unit: Tensor, tail: tuple[int, int], H: int):
         super().__init__()
-        self.expert, self.H, self.tail, self.steps = expert, H, tail, steps
+        self.expert = expert
+        self.H = H
+        self.tail = tail  # width of embedding and of proprio, at the end of a row
         self.register_buffer("mean", mean.clone())  # [D]
         self.register_buffer("unit", unit.clone())  # [D]
 
-    def context(self, cache: Tensor, valid: Tensor, proprio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Shapes: cache, valid as in `Prefix`, proprio [B, P] -> cache, valid, state [B, state_dim]."""
-        return cache, valid, F.pad(proprio, (0, self.expert.config.state_dim - proprio.shape[1]))
-
-    def unpack(self, feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The context in rows [B, F] that `Pi0Policy.row` packed: cache, valid, and the tail: embedding, proprio."""
+    def unpack(self, feature: Tensor) -> Context:
+        """The context in rows [B, F] of `Seen.feature`."""
         c = self.expert.config
         numbers = 2 * c.depth * c.kv_heads * c.head_dim  # of a token's cache
-        P = (feature.shape[1] - sum(self.tail)) // (numbers + 1)  # prefix tokens
-        cache, valid, _, proprio = feature.split([numbers * P, P, *self.tail], 1)
-        return self.context(cache.reshape(-1, c.depth, 2, P, c.kv_heads, c.head_dim), valid > 0, proprio)
+        tokens = (feature.shape[1] - sum(self.tail)) // (numbers + 1)
+        cache, valid, _, proprio = feature.split([numbers * tokens, tokens, *self.tail], 1)
+        cache = cache.reshape(-1, c.depth, 2, tokens, c.kv_heads, c.head_dim)
+        return Context(cache, valid > 0, F.pad(proprio, (0, c.state_dim - proprio.shape[1])))
 
-    def flow(self, context: tuple[Tensor, Tensor, Tensor], n: int, generator) -> Tensor:
+    def path(self, chunk: Tensor, n: int, generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Points on the way from noise (t = 1) to a chunk (t = 0), at n random times, and the velocity there.
+
+        Shapes: chunk [B, D] in [-1, 1] -> points [B, n, H, action_dim], t [B, n], velocity like the points.
+        """
+        B = len(chunk)
+        dims = self.expert.config.action_dim
+        clean = ((chunk - self.mean) / self.unit).unflatten(1, (self.H, -1))  # [B, H, A]
+        clean = F.pad(clean, (0, dims - clean.shape[-1]))[:, None]
+        noise = torch.randn((B, n, self.H, dims), generator=generator, device=chunk.device)
+        uniform = torch.rand((B, n), generator=generator, device=chunk.device)
+        t = 0.001 + 0.999 * uniform ** (1 / 1.5)  # Beta(1.5, 1)
+        time = t[..., None, None]
+        return time * noise + (1 - time) * clean, t, noise - clean
+
+    def flow(self, context: Context, n: int, generator) -> Tensor:
         """Draw n chunks per state: [B, n, D] in [-1, 1]."""
         shape = (len(context[0]), n, self.H, self.expert.config.action_dim)
-        x = self.expert.sample(*context, torch.randn(shape, generator=generator, device=self.unit.device), self.steps)
-        return (self.mean + self.unit * x[..., : len(self.unit) // self.H].flatten(2)).clamp(-1, 1)
+        noise = torch.randn(shape, generator=generator, device=self.unit.device)
+        x = self.expert.sample(*context, noise, FLOW_STEPS)
+        A = len(self.unit) // self.H
+        return (self.mean + self.unit * x[..., :A].flatten(2)).clamp(-1, 1)
 
     def sample(self, feature: Tensor, n: int, generator, second_sigma: float = 0.0) -> Tensor:
-        """As `ConsistencyActor.sample`. Samples of a flow spread by themselves: `second_sigma` has no use here."""
+        """Draw n chunks per state [B, F]: [B, n, D] in [-1, 1]. They spread by themselves: no second step."""
         return self.flow(self.unpack(feature), n, generator)
+
+
+class Teacher(nn.Module):
+    """What pi0's flow does in each demonstrated state, for a one-step head to learn: two chunks a row, in [-1, 1]."""
+
+    def __init__(self, unit: Tensor, rows: int):
+        """unit [D] of chunks; as many rows as the demonstrations have, or 0: nothing is to be taught."""
+        super().__init__()
+        self.register_buffer("chunk", unit.new_zeros(rows, 2, len(unit)))
+
+    def watch(self, rows: Tensor, flow: FlowActor, context: Context, generator) -> None:
+        """Let the flow act in the states of rows [B]."""
+        if len(self.chunk):
+            self.chunk[rows] = flow.flow(context, 2, generator)
+
+    def draw(self, rows: Tensor, generator) -> Tensor:
+        """One of its two chunks for each of rows [B]: [B, D]."""
+        which = torch.randint(2, rows.shape, generator=generator)
+        return self.chunk[rows, which]
 
 
 class Pi0Policy(Units):
     """pi0 and the units of what goes in and out; scripts add the heads and `act`.
 
-    `flow` holds pi0's own policy. A script that has it as its `actor` empties `flow`, and rows then hold the cache.
+    `flow` holds pi0's own policy. A script that has it as its `actor` takes it out, and rows then hold the cache.
     """
 
     window = 1  # observation steps that it sees
 
     def __init__(
-        self, preset: str, checkpoint: str | None, obs: dict[str, np.ndarray], action: np.ndarray, chunk_len: int,
-        relative: bool, action_range: float, instruction: str, finetune: str, bf16: bool, flow_steps: int,
+        self, preset: str, checkpoint: str | None, resumed: bool, obs: dict[str, np.ndarray], action: np.ndarray,
+        chunk_len: int, relative: bool, instruction: str, finetune: str, bf16: bool,
     ):  # fmt: skip
         """A policy for what demonstrations look like, with the instruction of the task.
 
         preset, checkpoint   one of pi0.PRESETS, and the source of released weights for `load_pi0`; None: random
+        resumed              the weights are yet to be loaded from a run's own checkpoint
         obs, action          of the demonstrations: "proprio" [N, P], cameras [N, H, H, 3]; [M, A] in controller units
         chunk_len            H, actions per decision
         relative             the controller takes differences, within [-1, 1]
-        action_range         the action box as a multiple of the largest demonstrated action, per dimension
         finetune             what is trained, for `choose_trainable`
         bf16                 the vision-language model in bfloat16
-        flow_steps           Euler steps from noise to actions
 
-        Raises: Pi0Error, one line, if the weights or the tokenizer can't be had, or are too small.
+        Raises: UserError, one line, if the weights or the tokenizer can't be had, or are too small.
         """
-        super().__init__(obs["proprio"], action, relative, action_range)
-        self.H, self.instruction = chunk_len, instruction
+        super().__init__(obs["proprio"], action, relative)
+        self.H = chunk_len
+        self.instruction = instruction
         low, high = np.quantile(obs["proprio"], (0.01, 0.99), axis=0)  # what pi0.5's digits span
         self.register_buffer("proprio_low", torch.as_tensor(low, dtype=torch.float32))
         self.register_buffer("proprio_high", torch.as_tensor(high, dtype=torch.float32))
-        centre, scale = action_box(action, relative, action_range)  # as `normalise`, which needs more than shapes
+        centre, scale = action_box(action, relative)  # as `normalise`, which needs more than shapes
         box = np.clip((action - centre) / scale, -1, 1)
-        mean, spread = (torch.as_tensor(x, dtype=torch.float32).repeat(self.H) for x in (box.mean(0), box.std(0)))
+        mean = torch.as_tensor(box.mean(0), dtype=torch.float32).repeat(self.H)  # [H*A]
+        spread = torch.as_tensor(box.std(0), dtype=torch.float32).repeat(self.H)
         # At most a quarter of the box: the gripper's two positions have to count for more than their spread says.
         spread = spread.clamp(0.02, 0.25)
         self.chunk_unit = spread / SIGMA_DATA  # [H*A]; networks see chunk / unit
-        model = self.build(preset, checkpoint, obs)
+        model = self.build(preset, None if resumed else checkpoint, obs)
         choose_trainable(model, finetune)
         self.backbone = model.prefix.bfloat16() if bf16 else model.prefix
         tail = (model.config.embedding_dim, self.proprio_dim)
-        self.flow = nn.ModuleList([FlowActor(model.expert, mean, spread, tail, self.H, flow_steps)])
+        self.flow = nn.ModuleList([FlowActor(model.expert, mean, spread, tail, self.H)])
         self.tail_dim = sum(tail)  # the end of each row, which critic and one-step head read
 
     def build(self, preset: str, checkpoint: str | None, obs: dict[str, np.ndarray]) -> Pi0:
-        """The model for these observations. Raises: Pi0Error if it can't be had."""
-        config, P, A = PRESETS[preset], self.proprio_dim, self.action_dim
+        """The model for these observations. Raises: UserError if it can't be had."""
+        config = PRESETS[preset]
+        P = self.proprio_dim
+        A = self.action_dim
         seen = tuple(name for name in CAMERAS if name in obs)
         if config.text == "hash":
-            side = obs["primary"].shape[1] if "primary" in obs else config.image_size
+            side = obs["primary"].shape[1] if seen else config.image_size
             sizes = dict(cameras=seen, lowdim_dim=0 if seen else P, action_dim=A, state_dim=P, image_size=side)
             config = dataclasses.replace(config, **sizes)
         else:
             config = dataclasses.replace(config, cameras=config.cameras[: len(seen)])  # leaving out is masking
         if P > config.state_dim or A > config.action_dim:
             room = f"{config.state_dim} numbers of proprio and {config.action_dim} of actions"
-            raise Pi0Error(f"{preset} has room for {room}; this robot and task have {P} and {A}")
-        self.weights = {"weights": checkpoint or "random"}
+            raise UserError(f"{preset} has room for {room}; this robot and task have {P} and {A}")
+        self.weights = "random"
         if checkpoint:
             loaded = load_pi0(checkpoint, config)
-            model, self.weights = loaded.model, self.weights | {"weights_sha256": loaded.sha256}
+            model = loaded.model
+            self.weights = f"{checkpoint}, sha256 {loaded.sha256}"
         else:
             model = Pi0(config)
         if not self.proprio_mean.is_meta:  # with shapes alone, nothing is tokenised
@@ -127,35 +202,36 @@ class Pi0Policy(Units):
         """pi0's own policy: the flow head, or the one-step head's teacher."""
         return self.flow[0] if len(self.flow) else self.actor
 
+    def trained_parts(self) -> list[nn.Module]:
+        """What stage 0 trains beside the actor: the vision-language model, and pi0's flow beside a one-step head."""
+        trains = any(weight.requires_grad for weight in self.backbone.parameters())
+        return [self.backbone, *self.flow] if trains else [*self.flow]
+
     @cached_property
     def feature_dim(self) -> int:
         """F: from one observation."""
-        side, proprio = self.backbone.config.image_size, self.proprio_mean.cpu().numpy()[None]
-        images = {name: np.zeros((1, 1, side, side, 3), np.uint8) for name in CAMERAS}
+        side = self.backbone.config.image_size
+        image = np.zeros((1, 1, side, side, 3), np.uint8)
+        proprio = self.proprio_mean.cpu().numpy()[None]
         with torch.no_grad():
-            return self.feature({"proprio": proprio} | images).shape[1]
+            return self.feature({"proprio": proprio} | dict.fromkeys(CAMERAS, image)).shape[1]
 
-    def observe(self, obs: dict[str, np.ndarray], noise: float = 0.0, generator=None) -> tuple[Prefix, Tensor]:
-        """The backbone's pass over observations of N states, and their normalised proprio [N, P], noisy if asked for."""
-        obs = {k: torch.as_tensor(v, device=self.proprio_mean.device) for k, v in obs.items()}
+    def observe(self, obs: dict[str, np.ndarray], noise: float = 0.0, generator=None) -> Seen:
+        """The backbone's pass over observations of N states; their proprio is noisy if asked for, as in `perturb`."""
+        obs = {name: torch.as_tensor(value, device=self.proprio_mean.device) for name, value in obs.items()}
         proprio = self.perturb(self.normalise_proprio(obs["proprio"]), noise, generator)  # [N, P]
         span = (self.proprio_high - self.proprio_low).clamp_min(1e-6)
-        digits = 2 * (proprio * self.proprio_std + self.proprio_mean - self.proprio_low) / span - 1  # for pi0.5
+        metres = proprio * self.proprio_std + self.proprio_mean
+        digits = 2 * (metres - self.proprio_low) / span - 1  # for pi0.5
         ids, valid = self.backbone.prompt(self.instruction, digits)
         names = zip(self.backbone.config.cameras, CAMERAS, strict=False)  # the model's and ours
         images = {camera: obs[name].flatten(0, -4) for camera, name in names}  # W = 1
-        return self.backbone(images, ids, valid, lowdim=None if images else proprio), proprio
-
-    def row(self, prefix: Prefix, proprio: Tensor) -> Tensor:
-        """What is kept of a state, [N, F]: embedding and proprio; in front of them the cache, if the policy reads it."""
-        parts = [prefix.embedding, proprio]
-        if not len(self.flow):
-            parts = [prefix.cache.flatten(1).float(), prefix.valid.float(), *parts]
-        return torch.cat(parts, -1)
+        prefix = self.backbone(images, ids, valid, lowdim=None if images else proprio)
+        return Seen(prefix, proprio, self.backbone.config.state_dim, flow_reads=not len(self.flow))
 
     def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
         """Observations of N states to rows [N, F]."""
-        return self.row(*self.observe(obs))
+        return self.observe(obs).feature
 
     def recent(self, seen: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The last observation of running episodes, as `observe` wants it: a window of one step."""

@@ -3,8 +3,8 @@
 A folder holds model.safetensors under openpi's names (what openpi's converter writes and lerobot/pi0_base holds), or
 under the same names behind "model." (what lerobot saves after training). The prompt's embedding is stored once, as
 embed_tokens or as its tied twin lm_head. Beside it there may be normalisation statistics, in openpi's or in lerobot's
-layout, and PaliGemma's tokenizer. `backbones.pi0.load_pi0` is the way in; `python -m backbones.pi0 --check-weights
-SOURCE` prints a report.
+layout, and PaliGemma's tokenizer. `load_pi0` is the way in; `python -m backbones.pi0_weights --check-weights SOURCE`
+prints a report.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from backbones.pi0 import PRESETS, Pi0, Pi0Config, Pi0Error, load_tokenizer
+from backbones.pi0 import PRESETS, Pi0, Pi0Config, load_tokenizer
+from plumbing.flags import UserError
 
 _VLM, _EXPERT = "paligemma_with_expert.paligemma.", "paligemma_with_expert.gemma_expert."
 _VISION = f"{_VLM}model.vision_tower.vision_model."
@@ -35,7 +36,6 @@ NAMES = {  # the beginning of our names: of the released names
 TIED = {f"{_VLM}model.language_model.embed_tokens.weight", f"{_VLM}lm_head.weight"}
 DEAD = {f"{_EXPERT}lm_head.weight"}  # stored, never used
 OURS = ("prefix.lowdim", "prefix.points")  # parameters that no released model has
-TOKENIZER = "https://storage.googleapis.com/big_vision/paligemma_tokenizer.model"
 
 
 @dataclass
@@ -64,28 +64,12 @@ def from_hub(repository: str, revision: str | None) -> Path:
     except Exception as error:  # the library's errors have many unrelated base classes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if "Gated" in reason:
-            raise Pi0Error(
+            raise UserError(
                 f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, then `hf auth login`"
             ) from None
-        raise Pi0Error(
+        raise UserError(
             f"can't fetch {repository} from the hub ({reason}); download it where there is network and pass the folder"
         ) from None
-
-
-def fetch_tokenizer() -> Path:
-    """PaliGemma's tokenizer from its public source, once; kept in torch's cache. Raises: Pi0Error if unreachable."""
-    file = Path(torch.hub.get_dir()) / "checkpoints" / "paligemma_tokenizer.model"
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(TOKENIZER, str(file), progress=False)
-        except Exception as error:  # urllib's, sockets', the file system's
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise Pi0Error(
-                f"can't fetch PaliGemma's tokenizer from {TOKENIZER} ({reason}); download it where there is network and "
-                f"save it as {file}, or beside the weights as paligemma_tokenizer.model"
-            ) from None
-    return file
 
 
 def find_statistics(folder: Path) -> dict:
@@ -106,7 +90,7 @@ def find_statistics(folder: Path) -> dict:
                 stats.setdefault(part, {})[statistic] = value.float().tolist()
     except Exception as error:  # not JSON, not safetensors, or not in this layout
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:150]}"
-        raise Pi0Error(f"{file} holds no normalisation statistics ({reason})") from None
+        raise UserError(f"{file} holds no normalisation statistics ({reason})") from None
     return found
 
 
@@ -114,13 +98,21 @@ def _some(names) -> str:
     return f"{len(names)} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
 
 
-def load(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:
-    """See `backbones.pi0.load_pi0`."""
+def load_pi0(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:
+    """Load weights of pi0 or pi0.5, strictly: every name is used, every shape agrees.
+
+    `source` is "hf://owner/name[@revision]", e.g. "hf://lerobot/pi0_base" or "hf://lerobot/pi05_base", or a local folder
+    or file: model.safetensors as openpi's converter, or lerobot, writes it, in float32 or bfloat16 (the model is
+    float32). `config` None: the released sizes of the model that the file holds. A config of yours may drop cameras
+    and may add low-dimensional tokens or points, which start random.
+
+    Raises: UserError, one line, for a source that can't be reached or read, and for any misfit.
+    """
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
     path = from_hub(match[1], match[2]) if match else Path(source)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise Pi0Error(
+        raise UserError(
             f"no weights at {file}: pass a folder with model.safetensors, the file, or hf://owner/name[@revision]"
             + (
                 "; a sharded or JAX checkpoint has to be converted first"
@@ -157,25 +149,25 @@ def _read(file: Path, config: Pi0Config | None) -> Pi0:
             unused = names.keys() - set(wanted.values()) - TIED - DEAD - dropped
             if missing or unused:
                 kind = "pi0.5" if config.pi05 else "pi0"
-                raise Pi0Error(f"{file} doesn't fit {kind}: missing {_some(missing)}, unused {_some(unused)}")
+                raise UserError(f"{file} doesn't fit {kind}: missing {_some(missing)}, unused {_some(unused)}")
             model.to_empty(device="cpu")
             model.prefix.add_ours()
             for name, parameter in ours.items():
                 shape = tuple(stored.get_slice(names[wanted[name]]).get_shape())
                 if shape != tuple(parameter.shape):
                     needs = tuple(parameter.shape)
-                    raise Pi0Error(f"{file}: {wanted[name]} has shape {shape}, this model needs {needs}")
+                    raise UserError(f"{file}: {wanted[name]} has shape {shape}, this model needs {needs}")
                 model.get_parameter(name).data.copy_(stored.get_tensor(names[wanted[name]]))
     except (SafetensorError, OSError) as error:
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
-        raise Pi0Error(f"{file} is no complete safetensors file ({reason})") from None
+        raise UserError(f"{file} is no complete safetensors file ({reason})") from None
     return model
 
 
 def check_weights(source: str) -> None:
     """Load strictly, print what was found and a fingerprint of one fixed forward pass, the same on every machine up to
     rounding of the last digit shown."""
-    loaded = load(source)
+    loaded = load_pi0(source)
     model, c = loaded.model.eval(), loaded.model.config
     print(f"{source}: {loaded.file}\nsha256 {loaded.sha256}\n{c}")
     count = sum(p.numel() for p in model.parameters())
@@ -184,7 +176,7 @@ def check_weights(source: str) -> None:
     try:
         tokenizer = load_tokenizer(model.prefix.tokenizer_file, c.vocabulary) if model.prefix.tokenizer_file else None
         print(f"tokenizer: {model.prefix.tokenizer_file if tokenizer else 'none here; fetched when first needed'}")
-    except Pi0Error as error:
+    except UserError as error:
         print(f"tokenizer: {error}")
     side, state = c.image_size, torch.linspace(-1, 1, c.state_dim)[None]
     image = (torch.arange(side * side * 3) * 7919 % 256).to(torch.uint8).view(1, side, side, 3)
@@ -205,5 +197,9 @@ def main() -> None:
     )
     try:
         check_weights(parser.parse_args().check_weights)
-    except Pi0Error as error:
+    except UserError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

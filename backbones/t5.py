@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plumbing.flags import UserError
+
 T5_SIZES = {"t5-base": dict(vocabulary=32128, layers=12, heads=12, head_dim=64, mlp_dim=3072)}
 
 
@@ -65,14 +67,14 @@ def t5_token_ids(instructions: list[str], length: int, tokenizer_file: str | Pat
     """T5's token ids, cut or padded with 0 to `length`, the end-of-sentence id kept: [N, length] int64.
 
     `tokenizer_file` is T5's SentencePiece model, spiece.model.
-    Raises: ValueError when the file doesn't exist or the package `sentencepiece` isn't installed.
+    Raises: UserError when the file doesn't exist or the package `sentencepiece` isn't installed.
     """
     try:
         import sentencepiece
     except ImportError:
-        raise ValueError("the T5 tokenizer needs `pip install sentencepiece`") from None
+        raise UserError("the T5 tokenizer needs `pip install sentencepiece`") from None
     if not Path(tokenizer_file).is_file():
-        raise ValueError(f"no T5 tokenizer at {tokenizer_file}: pass T5's spiece.model")
+        raise UserError(f"no T5 tokenizer at {tokenizer_file}: pass T5's spiece.model")
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
     rows = [pieces.encode(text)[: length - 1] + [pieces.eos_id()] for text in instructions]
     return torch.tensor([row + [0] * (length - len(row)) for row in rows])

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 from functools import cache
@@ -25,47 +24,27 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import stats  # noqa: E402
-from benchmark.rows import (  # noqa: E402
+from benchmark.rows import (  # noqa: E402  # noqa: E402
     BOOKKEEPING,
     ROOT,
-    CommandError,
     Row,
+    UserError,
     all_commands,
+    command_line,
     load_script,
     misfit,
     read_commands,
     read_csv,
+    read_json,
 )
 
 RESULTS = ROOT / "benchmark" / "results"
-EVALUATION = {
-    "num_episodes": "eval/num_episodes", "success_once": "eval/success_once", "success_at_end": "eval/success_at_end",
-    "episode_len": "eval/episode_len", "eval_s": "time/eval_s",
-}  # columns, and what they are in a run  # fmt: skip
-COLUMNS = (
-    "row", "method", "ablation", "backbone", "obs_mode", "env_id", "seed",
-    "stage", "select",  # what was evaluated: the stage that had been trained, and (CO-RFT) which of its policies
-    "spawn",  # where objects started in it (CO-RFT)
-    "final",  # 1: the run's result
-    "global_step",  # control steps taken in training, summed over environments
-    "update_step",
-    *list(EVALUATION)[:4],  # episode_len: mean control steps to success, over successes
-    "wall_s",  # seconds since the run's first log entry, while it was running
-    "eval_s",  # of them in this evaluation
-    "seconds",  # of the whole run, by its own clock
-    "demo_steps_to_success", "git_commit",
-    "code",  # hash of the script and the backbones at that commit
-    "config_hash",  # of all flags but those that say which run it is
-    "versions", "device", "demonstrations",
-    "settings",  # flags that differ from the script's defaults
-    "command", "notes",
-)  # fmt: skip
-DIAGNOSTICS = (
-    "calib/q_minus_return", "calib/abs_error", "calib/correlation", "calib/bound_rate", "values/q_data",
-    "values/mc_return", "values/q_std", "vgpd/zeta", "vgpd/candidate_std", "vgpd/ess", "intervention/rate",
-    "train/success_once", "train/episode_len", "val/td_error", "val/q_policy", "val/mc_return",
-)  # fmt: skip
-PLACE = ("row", "seed", "global_step", "update_step")  # of a line of diagnostics.csv
+EVALUATION = ("num_episodes", "success_once", "success_at_end", "episode_len")  # of a run's "eval/..."
+COLUMNS = {"runs": [], "diagnostics": []}  # of the two files; columns.csv says what they mean
+for line in read_csv(RESULTS / "columns.csv", ("file", "column", "meaning")):
+    COLUMNS[line["file"]].append(line["column"])
+METRICS = ("global_step", "update_step", "name", "value")  # columns of a run's metrics.csv
+FILES = ("demo_path", "checkpoint", "sft_checkpoint", "critic_weights", "record_demos")  # flags that name one
 KEEP = 40  # values of a diagnostic per run
 SAME = ("code", "settings", "versions", "device", "demonstrations")  # within a row, over its seeds
 
@@ -80,19 +59,20 @@ def number(value) -> str:
 # ---- where a run comes from ----
 @cache
 def code_of(commit: str, script: str) -> str:
-    """Hash of the script, make_demos.py and the backbones at `commit`: commits that differ elsewhere have the same."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet"]
-    names = [f"{commit.removesuffix('-dirty')}:{name}" for name in (script, "backbones", "make_demos.py")]
-    found = [subprocess.run([*git, name], capture_output=True, text=True) for name in names]
-    if any(f.returncode for f in found[:2]):  # early commits have no make_demos.py
+    """Hash of the script and of what it imports from here at `commit`: commits that differ elsewhere have the same."""
+    found = []
+    for name in (script, "backbones", "operators", "plumbing"):
+        git = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", f"{commit.removesuffix('-dirty')}:{name}"]
+        found.append(subprocess.run(git, capture_output=True, text=True).stdout)
+    if not all(found[:2]):  # the others aren't in all commits
         return commit
-    return hashlib.sha1("".join(f.stdout for f in found).encode()).hexdigest()[:12]
+    return hashlib.sha1("".join(found).encode()).hexdigest()[:12]
 
 
 def without_places(args: dict) -> dict:
     """Flags that say how a run learns; of files only their names, and of runs of the same seed only the row."""
     kept = {name: value for name, value in args.items() if name not in BOOKKEEPING}
-    for name in ("demo_path", "checkpoint", "sft_checkpoint", "critic_weights", "record_demos"):
+    for name in FILES:
         if kept.get(name) and "://" not in kept[name]:
             kept[name] = Path(kept[name]).name.removesuffix(f"-{args['seed']}")
     return kept
@@ -100,137 +80,152 @@ def without_places(args: dict) -> dict:
 
 def settings_of(args: dict, script: str) -> str:
     """Flags that differ from the script's defaults, as "name=value ...", without bookkeeping and machine paths."""
-    defaults = dataclasses.asdict(load_script(ROOT / script).Args())
-    differing = {n: v for n, v in without_places(args).items() if v != defaults.get(n)}
-    return " ".join(f"{n}={v}" for n, v in sorted(differing.items()) if n not in ("env_id", "obs_mode"))
+    defaults = dataclasses.asdict(load_script(ROOT / script).Args()) | {"env_id": None, "obs_mode": None}
+    named = {"env_id": None, "obs_mode": None}  # columns of their own
+    kept = sorted((without_places(args) | named).items())
+    return " ".join(f"{name}={value}" for name, value in kept if value != defaults.get(name))
 
 
-def config_hash(args: dict) -> str:
-    return hashlib.sha1(json.dumps(without_places(args), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def notes_on(row: Row, config: dict, summary: dict, run: stats.Lines) -> list[str]:
-    """What is wrong with a run."""
-    notes, last = [], stats.result(run)
-    online = stats.handover(run) is not None
-    claims = {"success_once": last["success_once"], "success_at_end": last["success_at_end"]}
-    claims |= {"steps_to_success": last["episode_len"]}
-    claims |= {"handover_success_once": number(stats.handover(run))} if online else {}
-    if wrong := [name for name, value in claims.items() if name in summary and number(summary[name]) != value]:
+def notes_on(row: Row, config: dict, summary: dict, run: stats.Lines) -> str:
+    """What is wrong with a run; empty if nothing is."""
+    notes = []
+    typed = stats.typed(run)
+    last = stats.result(typed)
+    claims = {
+        "success_once": last["success_once"],
+        "success_at_end": last["success_at_end"],
+        "steps_to_success": last["episode_len"],
+        "handover_success_once": stats.handover(typed),
+    }
+    claims = {name: value for name, value in claims.items() if value is not None}
+    wrong = [name for name, value in claims.items() if number(summary.get(name, value)) != number(value)]
+    if wrong:
         notes.append(f"summary.json disagrees with its evaluations: {', '.join(wrong)}")
     if difference := misfit(row, config):
         notes.append(f"not the row's command: {difference}")
-    start, end = config["git_commit"], summary["git_commit"]
+    start = config["git_commit"]
+    end = summary["git_commit"]
     if start.endswith("-dirty"):
         notes.append("uncommitted code")
     if code_of(start, row.script) != code_of(end, row.script):
         notes.append(f"the code changed while it ran: {start[:8]} to {end[:8]}")
-    return notes
+    return "; ".join(notes)
 
 
 # ---- what a run has measured ----
-def read_metrics(folder: Path) -> list[tuple[int, int, str, str]]:
-    """metrics.csv: (global_step, update_step, name, value) for each line; none if there is no file."""
-    if not (path := folder / "metrics.csv").exists():
-        return []
-    with path.open(newline="") as file:
-        return [(int(g), int(u), name, value) for g, u, name, value in list(csv.reader(file))[1:]]
+def read_metrics(folder: Path) -> list[dict[str, str]]:
+    """The lines of metrics.csv; none if there is no file. Raises: UserError."""
+    path = folder / "metrics.csv"
+    return read_csv(path, METRICS) if path.exists() else []
 
 
-def clock(folder: Path) -> dict[tuple[str, int], list[float]]:
-    """Seconds at which the run logged each (name, update_step) that belongs to an evaluation, from TensorBoard's files.
-
-    Counted while the run was running: the time between a kill and the resumption is left out, work done twice is in.
-    """
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    times, before = {}, 0.0
-    for path in sorted((folder / "tensorboard").glob("events.*"), key=lambda p: p.name.split(".")[3]):
-        first = last = None
-        for event in EventFileLoader(str(path)).Load():
-            first, last = event.wall_time if first is None else first, event.wall_time
-            for value in event.summary.value:
-                if value.tag.startswith("eval/success_once"):
-                    times.setdefault((value.tag, event.step), []).append(before + last - first)
-        before += last - first if first else 0.0
-    return times
+def evaluations_of(args: dict, script: str, summary: dict, folder: Path) -> stats.Lines:
+    """A run's evaluations, one line each and a second one for --eval-elsewhere: stage, spawn, final, place, rates."""
+    evaluations = summary["evaluations"]
+    stages = [evaluation["stage"] for evaluation in evaluations]
+    if script == "bc.py":
+        stages = ["bc"] * len(stages)
+    if summary.get("online_env_steps") and "online" in stages[1:]:  # hand-over is what was measured just before
+        stages[stages.index("online") - 1] = "online"
+    logged = [line["update_step"] for line in read_metrics(folder) if line["name"] == "eval/success_once"]
+    updates = logged if len(logged) == len(evaluations) else [None] * len(evaluations)
+    lines = []
+    for i, evaluation in enumerate(evaluations):
+        for ending, spawn in (("", args.get("spawn")), ("_ood", "ood")):
+            rates = {name: evaluation.get(f"eval/{name}{ending}") for name in EVALUATION}
+            if rates["success_once"] is not None:
+                place = {"global_step": evaluation["global_step"], "update_step": updates[i]}
+                final = i == len(evaluations) - 1 and not ending or None
+                lines.append(rates | place | {"stage": stages[i], "spawn": spawn, "final": final})
+    return lines
 
 
 def read_run(row: Row, folder: Path) -> stats.Lines:
-    """A finished run as lines of runs.csv, one per evaluation."""
-    config, summary = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary"))
-    args, evaluations = config["args"], summary["evaluations"]
-    evaluated = re.compile("eval/success_once(_selected)?(_ood)?")
-    logged = [(name, u) for _, u, name, _ in read_metrics(folder) if evaluated.fullmatch(name)]
-    places = logged if len(logged) == len(evaluations) else [None] * len(evaluations)
-    times = clock(folder)
-    versions = {"python": config.get("python")} | config["packages"]
-    common = {
-        "row": row.name, "method": row.method, "ablation": row.ablation, "backbone": args.get("backbone"),
-        "obs_mode": args["obs_mode"], "env_id": args["env_id"], "seed": args["seed"], "seconds": summary.get("seconds"),
-        "demo_steps_to_success": summary.get("demo_steps_to_success"), "git_commit": config["git_commit"],
-        "code": code_of(config["git_commit"], row.script), "config_hash": config_hash(args),
-        "versions": ", ".join(f"{name} {v}" for name, v in versions.items() if v),
-        "device": config["gpu"] if args["device"] == "cuda" else "cpu",
-        "demonstrations": Path(config["demonstrations"]).name, "settings": settings_of(args, row.script),
-        "command": row.command,
-    }  # fmt: skip
-    lines = []
-    for i, (e, place) in enumerate(zip(evaluations, places, strict=True)):
-        same = [t for t in places[i:] if t and t == place]  # two evaluations may fall on one update
-        wall = times.get(place, [])
-        own = {
-            "stage": e.get("stage", "bc"), "select": e.get("select"), "spawn": e.get("spawn"), "global_step": e.get("global_step", 0),
-            "update_step": place[1] if place else e.get("update"),
-            "wall_s": wall[-len(same)] if place and len(wall) >= len(same) else None,
+    """A finished run as lines of runs.csv, one per evaluation. Raises: UserError naming a file that isn't a run's."""
+    config = read_json(folder / "config.json")
+    summary = read_json(folder / "summary.json")
+    try:
+        args = config["args"]
+        versions = {"python": config.get("python")} | config["packages"]
+        common = {
+            "row": row.name, "method": row.method, "ablation": row.ablation, "command": row.command,
+            "backbone": args.get("backbone"), "obs_mode": args["obs_mode"], "env_id": args["env_id"], "seed": args["seed"],
+            "seconds": summary.get("seconds"), "demo_steps_to_success": summary.get("demo_steps_to_success"),
+            "git_commit": config["git_commit"], "code": code_of(config["git_commit"], row.script),
+            "config_hash": hashlib.sha1(json.dumps(without_places(args), sort_keys=True).encode()).hexdigest()[:12],
+            "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+            "device": config["gpu"] if args["device"] == "cuda" else "cpu",
+            "demonstrations": Path(summary["demonstrations"]).name, "settings": settings_of(args, row.script),
         }  # fmt: skip
-        lines.append(common | own | {column: e.get(name) for column, name in EVALUATION.items()})
-    wanted = {name: (None, args.get(flag)) for name, flag in (("select", "select"), ("spawn", "eval_spawn"))}
-    chosen = [line for line in lines if all(line[name] in known for name, known in wanted.items())]
-    (chosen or lines[:1])[-1]["final"] = 1  # CO-RFT's --select sft: the first evaluation
-    lines = [{name: number(line.get(name)) for name in COLUMNS} for line in lines]
-    notes = "; ".join(notes_on(row, config, summary, lines))
+        lines = [common | line for line in evaluations_of(args, config["script"], summary, folder)]
+        lines = [{name: number(line.get(name)) for name in COLUMNS["runs"]} for line in lines]
+        notes = notes_on(row, config, summary, lines)
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise UserError(f"{folder}: config.json or summary.json is torn or another program's ({error!r})") from error
     return [line | {"notes": notes} for line in lines]
 
 
-def read_diagnostics(row: Row, seed: str, folder: Path) -> stats.Lines:
+def read_diagnostics(row: Row, seed: int, folder: Path) -> stats.Lines:
     """A run's diagnostics as lines of diagnostics.csv: at most KEEP values of each, evenly spaced, ends included."""
-    series: dict[str, list[tuple[int, int, str]]] = {}
-    for global_step, update_step, name, value in read_metrics(folder):
-        if name in DIAGNOSTICS:
-            series.setdefault(name, []).append((global_step, update_step, value))
+    series: dict[str, list[dict[str, str]]] = {}
+    for line in read_metrics(folder):
+        if line["name"] in COLUMNS["diagnostics"]:
+            series.setdefault(line["name"], []).append(line)
     merged: dict[tuple[int, int], dict[str, str]] = {}
-    for name, values in series.items():
-        last = len(values) - 1
-        for i in sorted({round(k * last / (KEEP - 1)) for k in range(KEEP)}) if last >= KEEP else range(last + 1):
-            merged.setdefault(values[i][:2], {})[name] = values[i][2]
-    key = {"row": row.name, "seed": seed}
-    ordered = sorted(merged.items(), key=lambda item: item[0][::-1])
-    return [key | {"global_step": str(g), "update_step": str(u)} | values for (g, u), values in ordered]
+    for name, lines in series.items():
+        last = len(lines) - 1
+        kept = {round(k * last / (KEEP - 1)) for k in range(KEEP)}
+        for line in [lines[i] for i in sorted(kept)]:
+            place = int(line["update_step"]), int(line["global_step"])
+            merged.setdefault(place, {})[name] = line["value"]
+    made = []
+    for (update, step), values in sorted(merged.items()):
+        made.append({"row": row.name, "seed": str(seed), "global_step": str(step), "update_step": str(update)} | values)
+    return made
 
 
 # ---- the two files ----
+def read_results(results: Path) -> stats.Lines:
+    """runs.csv with numbers. Raises: UserError if there is nothing in it."""
+    path = results / "runs.csv"
+    lines = stats.typed(read_csv(path, COLUMNS["runs"]), str(path))
+    if not lines:
+        raise UserError(f"{path} holds no runs: collect them first (benchmark/collect.py)")
+    return lines
+
+
 def mixed(runs: list[stats.Lines]) -> str:
     """What differs between the runs of one row; empty if nothing does."""
     values = {name: sorted({run[0][name] for run in runs}) for name in SAME}
     return "; ".join(f"{name}: {' | '.join(found)}" for name, found in values.items() if len(found) > 1)
 
 
-def write_csv(path: Path, columns: tuple[str, ...], lines: stats.Lines) -> None:
-    """Atomic: the file is the old one or the new one."""
+def merged(path: Path, found: dict[tuple[str, int], stats.Lines]) -> dict[tuple[str, int], stats.Lines]:
+    """All runs of a CSV, with those found in the place of the same ones. Raises: UserError."""
+    return stats.by_run(read_csv(path, ("row", "seed")) if path.exists() else []) | found
+
+
+def write_csv(path: Path, columns: list[str], runs: dict[tuple[str, int], stats.Lines]) -> None:
+    """Ordered by row and seed. Atomic: the file is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(lines)
+        for run in sorted(runs):
+            writer.writerows(runs[run])
     os.replace(temporary, path)
 
 
-def merge(path: Path, columns: tuple[str, ...], found: dict[tuple[str, int], stats.Lines]) -> None:
-    """Put the lines of runs into a CSV, in the place of the same runs' lines; ordered by row and seed."""
-    runs = stats.by_run(read_csv(path) if path.exists() else []) | found
-    write_csv(path, columns, [line for run in sorted(runs) for line in runs[run]])
+def problems_of(found: dict, everything: dict) -> list[str]:
+    """What keeps runs that were found, and the others of their rows, from standing in one table."""
+    problems = []
+    for name in dict.fromkeys(row for row, _ in found):
+        group = {f"{row}-{seed}": lines for (row, seed), lines in everything.items() if row == name}
+        problems += [f"{run}: {lines[0]['notes']}" for run, lines in group.items() if lines[0]["notes"]]
+        if differing := mixed(list(group.values())):
+            problems.append(f"{name}: its runs differ in {differing}")
+    return problems
 
 
 def main(
@@ -239,7 +234,7 @@ def main(
     results: Path = RESULTS,
     allow_mixed: bool = False,
 ) -> int:
-    """Collect finished runs; exit code 1 if there are none, or if some don't belong in one table.
+    """Collect finished runs; exit code 1 if some don't belong in one table.
 
     Args:
         commands: command files; default: all of benchmark/commands.
@@ -247,41 +242,30 @@ def main(
         results: where the CSVs go.
         allow_mixed: take them all the same; the tables say so.
     """
-    try:
-        files = [read_commands(path) for path in commands] or all_commands()
-    except CommandError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    rows, found, diagnostics = {row.name: row for file in files for row in file.rows}, {}, {}
-    for row in rows.values():
-        folders = [f for f in (ROOT / runs).glob(f"{row.name}-*") if f.name.removeprefix(f"{row.name}-").isdigit()]
-        for folder in folders:
-            seed = int(folder.name.rpartition("-")[2])
-            if (folder / "summary.json").exists():
-                found[row.name, seed] = read_run(row, folder)
-                diagnostics[row.name, seed] = read_diagnostics(row, str(seed), folder)
-            elif folder.is_dir():
-                print(f"{folder.name}: not finished, left out", file=sys.stderr)
+    files = [read_commands(path) for path in commands] or all_commands()
+    found = {}
+    diagnostics = {}
+    for row, seed in dict.fromkeys(run for file in files for run in file.runs):
+        folder = ROOT / runs / f"{row.name}-{seed}"
+        if (folder / "summary.json").exists():
+            found[row.name, seed] = read_run(row, folder)
+            diagnostics[row.name, seed] = read_diagnostics(row, seed, folder)
+        elif folder.is_dir():
+            print(f"{folder.name}: not finished, left out", file=sys.stderr)
     if not found:
-        print(f"error: no finished run in {runs}", file=sys.stderr)
-        return 1
-    path, problems = results / "runs.csv", []
-    everything = stats.by_run(read_csv(path) if path.exists() else []) | found
-    for name in dict.fromkeys(row for row, _ in found):
-        group = {run: lines for run, lines in everything.items() if run[0] == name}
-        problems += [f"{name}-{seed}: {lines[0]['notes']}" for (_, seed), lines in group.items() if lines[0]["notes"]]
-        if differing := mixed(list(group.values())):
-            problems.append(f"{name}: its runs differ in {differing}")
+        raise UserError(f"no finished run in {runs}")
+    everything = merged(results / "runs.csv", found)
+    problems = problems_of(found, everything)
     for problem in problems:
         print(f"{'note' if allow_mixed else 'error'}: {problem}", file=sys.stderr)
     if problems and not allow_mixed:
         print("nothing written; --allow-mixed takes these runs, and the tables say so", file=sys.stderr)
         return 1
-    merge(path, COLUMNS, found)
-    merge(results / "diagnostics.csv", (*PLACE, *DIAGNOSTICS), diagnostics)
-    print(f"{len(found)} runs of {len(rows)} rows; {path.name} now holds {len(everything)}")
+    write_csv(results / "diagnostics.csv", COLUMNS["diagnostics"], merged(results / "diagnostics.csv", diagnostics))
+    write_csv(results / "runs.csv", COLUMNS["runs"], everything)
+    print(f"{len(found)} runs found; runs.csv now holds {len(everything)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    command_line(main)

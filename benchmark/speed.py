@@ -10,7 +10,6 @@ rounds, beside its quartiles. Times are CPU time of this process, with one torch
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
 import platform
 import sys
@@ -21,76 +20,63 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import force_octo  # noqa: E402
 import force_pi0  # noqa: E402
+from benchmark.cells import fill, table  # noqa: E402
+from benchmark.rows import ROOT, command_line  # noqa: E402
+from plumbing.demos import Demos  # noqa: E402
+from plumbing.run import provenance  # noqa: E402
 
-PAGE = Path(force_octo.__file__).parent / "docs" / "performance.md"
-EPISODE = 100  # control steps per round of the simulator comparison
+PAGE = ROOT / "docs" / "performance.md"
 
 
 @dataclass
 class Comparison:
-    """A question, what is compared (name -> one unit of work), and which variant the others are divided by."""
+    """A question, and what is compared: name -> one unit of work. The others are divided by the first."""
 
     question: str
     unit: str
-    variants: dict[str, Callable[[], float | None]]  # may return its own seconds
-    base: str
+    variants: dict[str, Callable[[], None]]
 
 
 def measure(comparison: Comparison, rounds: int, seconds: float) -> dict[str, np.ndarray]:
     """Seconds per unit of each variant in each round. Shapes: name -> [rounds]."""
 
-    def once(work: Callable[[], float | None]) -> tuple[float, float]:
-        """Seconds per unit, and seconds that the call took."""
+    def once(work: Callable[[], None]) -> float:
         start = time.process_time()
-        own = work()
-        took = time.process_time() - start
-        return (took if own is None else own), took
+        work()
+        return time.process_time() - start
 
     repeats = {}
     for name, work in comparison.variants.items():  # the first call is warm-up; short work is repeated
         once(work)
-        repeats[name] = max(1, round(seconds / max(once(work)[1], 1e-6)))
+        repeats[name] = max(1, round(seconds / max(once(work), 1e-6)))
     found = {name: [] for name in comparison.variants}
     for _ in tqdm(range(rounds), comparison.question, mininterval=2):
         for name, work in comparison.variants.items():
-            found[name].append(np.mean([once(work)[0] for _ in range(repeats[name])]))
+            found[name].append(np.mean([once(work) for _ in range(repeats[name])]))
     return {name: np.array(values) for name, values in found.items()}
 
 
 # ---- made-up data of real sizes ----
-def demonstrations(script, camera: bool, episodes: int = 8, steps: int = 50, proprio: int = 42, actions: int = 4):
-    """Random demonstrations with the sizes of StackCube's (state: 42 numbers; camera: 25 and 64 px)."""
-    random, rows = np.random.default_rng(0), episodes * (steps + 1)
-    obs = {"proprio": random.normal(size=(rows, 25 if camera else proprio)).astype(np.float32)}
+def demonstrations(camera: bool, episodes: int = 8, steps: int = 50) -> Demos:
+    """Random demonstrations with the sizes of StackCube's (proprio: 42 numbers; with a camera 25, and 64 px)."""
+    random = np.random.default_rng(0)
+    rows = episodes * (steps + 1)
+    obs = {"proprio": random.normal(size=(rows, 25 if camera else 42)).astype(np.float32)}
     if camera:
         obs["primary"] = random.integers(0, 256, (rows, 64, 64, 3), dtype=np.uint8)
     lengths = np.full(episodes, steps)
-    action = random.uniform(-0.3, 0.3, (rows, actions)).astype(np.float32)
-    return script.Demos(obs, action, lengths, lengths, "random")
+    action = random.uniform(-0.3, 0.3, (rows, 4)).astype(np.float32)
+    return Demos(obs, action, lengths, lengths, "random", success=np.ones(rows, dtype=bool))
 
 
-def filled_buffer(agent, demos, args) -> force_octo.ReplayBuffer:
-    """The demonstrations as successful episodes, embedded."""
-    buffer = force_octo.ReplayBuffer(agent.feature_dim, agent.action_dim, args.chunk_len, args.gamma)
-    with torch.no_grad():
-        features = agent.feature(demos.at(torch.arange(len(demos.action)), agent.window))
-    for start, length in zip(demos.starts(), demos.lengths):
-        action, reward = agent.normalise(demos.action[start : start + length]), np.zeros(length, np.float32)
-        reward[-1] = 1.0
-        hold = agent.hold_action(action[-1])
-        buffer.add(features[start : start + length + 1], action, reward, True, True, 0.0, hold)
-    return buffer
-
-
-def arguments(script, **flags):
-    args = script.Args(device="cpu", **flags)
+def arguments(script, obs_mode: str, **flags):
+    args = script.Args(device="cpu", obs_mode=obs_mode, cameras="primary", **flags)
     script.validate(args)
     return args
 
@@ -99,12 +85,16 @@ class Setting:
     """An agent of force_octo.py with its optimizers, and a batch of half expert, half policy data."""
 
     def __init__(self, make=force_octo.Agent, camera: bool = False, **flags):
-        self.args = arguments(force_octo, obs_mode="rgb" if camera else "state", **flags)
-        self.demos, self.generator = demonstrations(force_octo, camera), torch.Generator().manual_seed(0)
+        self.args = arguments(force_octo, "rgb" if camera else "state", **flags)
+        self.demos = demonstrations(camera)
+        self.noise = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
-        self.agent = make(self.args, self.demos)
-        self.buffer = filled_buffer(self.agent, self.demos, self.args)
-        self.rows = self.buffer.draw(self.args.batch_size, self.generator)
+        agent = self.agent = make(self.args, self.demos)
+        sizes = (agent.feature_dim, agent.action_dim, self.args.chunk_len, self.args.gamma)
+        self.buffer = force_octo.ReplayBuffer(*sizes)
+        force_octo.add_demonstrations(self.buffer, self.demos, agent, self.args)
+        force_octo.embed_demonstrations(self.buffer, self.demos, agent)
+        self.rows = self.buffer.draw(self.args.batch_size, self.noise)
         self.batch = self.buffer.gather(self.rows)
         self.expert = torch.arange(self.args.batch_size) < self.args.batch_size // 2
         self.reset_optimizers()
@@ -115,13 +105,15 @@ class Setting:
 
     def vgpd(self) -> None:
         """Stage 3's actor update."""
-        batch, g = self.batch, self.generator
-        force_octo.update_actor(self.agent, self.actor_optimizer, batch, self.expert, self.args, "online", g)
+        args = self.args
+        target, _ = force_octo.self_distilled(self.agent, self.batch, self.expert, args, self.noise)
+        weights = dict(bc_weight=args.distill_weight, q_weight=args.q_weight)
+        force_octo.update_actor(self.agent, self.actor_optimizer, self.batch, target, args, self.noise, **weights)
 
     def calql(self) -> None:
         """Stage 1's critic update."""
         args = self.args
-        force_octo.update_critic(self.agent, self.critic_optimizer, self.batch, args, args.cql_alpha, self.generator)
+        force_octo.update_critic(self.agent, self.critic_optimizer, self.batch, args, args.cql_alpha, self.noise)
 
 
 # ---- what is compared with ----
@@ -146,11 +138,10 @@ class OneByOneAgent(force_octo.Agent):
         super().__init__(args, demos)
         self.critic = OneByOneCritic(self.critic)
 
-    def candidates(self, feature: Tensor, actor, args, generator) -> Tensor:
+    def candidates(self, feature: Tensor, args, generator) -> Tensor:
         one = dataclasses.replace(args, K=1)
-        return torch.cat(
-            [super(OneByOneAgent, self).candidates(feature, actor, one, generator) for _ in range(args.K)], 1
-        )
+        drawn = [force_octo.Agent.candidates(self, feature, one, generator) for _ in range(args.K)]
+        return torch.cat(drawn, 1)
 
 
 class PlainCritic(nn.Module):
@@ -165,13 +156,11 @@ class PlainCritic(nn.Module):
             layers: list[nn.Module] = []
             for i, (weight, bias) in enumerate(zip(weights, source.bias)):
                 linear = nn.Linear(*weight.shape[1:])
-                linear.weight.data, linear.bias.data = weight[e].T.detach().clone(), bias[e, 0].detach().clone()
+                linear.load_state_dict({"weight": weight[e].T, "bias": bias[e, 0]})
                 layers.append(linear)
                 if i < len(source.gain):
                     norm = nn.LayerNorm(weight.shape[2], eps=1e-6)
-                    norm.weight.data, norm.bias.data = (
-                        x[i][e, 0].detach().clone() for x in (source.gain, source.shift)
-                    )
+                    norm.load_state_dict({"weight": source.gain[i][e, 0], "bias": source.shift[i][e, 0]})
                     layers += [norm, nn.Tanh()]
             self.critics.append(nn.Sequential(*layers))
 
@@ -183,122 +172,50 @@ class PlainCritic(nn.Module):
         return torch.stack([critic(x)[..., 0] for critic in self.critics])
 
 
-class NoPolicy:
-    """Keeps still, and sees nothing: what is left of `rollout` is the loop itself."""
-
-    H, window = 4, 1
-
-    def feature(self, obs):
-        return torch.zeros(len(obs["proprio"]), 1)
-
-    def recent(self, seen):
-        return seen[-1]
-
-    def denormalise(self, action):
-        return action
-
-
 # ---- the comparisons ----
 def compare_vgpd() -> Comparison:
     variants = {"K = 1": Setting(K=1).vgpd, "K = 20": Setting(K=20).vgpd}
     variants["K = 20, candidates one by one"] = Setting(OneByOneAgent, K=20).vgpd
-    return Comparison("VGPD update of the actor, batch 128", "update", variants, "K = 1")
+    return Comparison("VGPD update of the actor, batch 128", "update", variants)
 
 
 def compare_critic() -> Comparison:
-    batched, plain = Setting(), Setting()
-    plain.agent.critic, plain.agent.target_critic = (
-        PlainCritic(c) for c in (plain.agent.critic, plain.agent.target_critic)
-    )
+    plain = Setting()
+    plain.agent.critic = PlainCritic(plain.agent.critic)
+    plain.agent.target_critic = PlainCritic(plain.agent.target_critic)
     plain.reset_optimizers()
-    variants = {"batched ensemble": batched.calql, "the same networks in a loop": plain.calql}
-    return Comparison("Cal-QL update of four critics, batch 128", "update", variants, "batched ensemble")
+    variants = {"batched ensemble": Setting().calql, "the same networks in a loop": plain.calql}
+    return Comparison("Cal-QL update of four critics, batch 128", "update", variants)
 
 
 def compare_embedding() -> Comparison:
     setting = Setting(camera=True)
-    agent, demos, buffer = setting.agent, setting.demos, setting.buffer
 
-    def update() -> None:
+    def stored() -> None:
+        setting.batch = setting.buffer.gather(setting.rows)
         setting.calql()
         setting.vgpd()
 
-    def stored() -> None:
-        setting.batch = buffer.gather(setting.rows)
-        update()
-
-    def encoded() -> None:
-        batch = buffer.gather(setting.rows)
-        with torch.no_grad():  # the rows of the buffer are those of the demonstrations
-            batch.feature = agent.feature(demos.at(setting.rows, agent.window))
-            batch.next_feature = agent.feature(demos.at(buffer.data["next"][setting.rows], agent.window))
-        setting.batch = batch
-        update()
+    def encoded() -> None:  # the rows of the buffer are those of the demonstrations
+        setting.batch = setting.buffer.gather(setting.rows)
+        agent = setting.agent
+        with torch.no_grad():
+            setting.batch.feature = agent.feature(setting.demos.at(setting.rows, agent.window))
+            following = setting.buffer.data["next"][setting.rows]
+            setting.batch.next_feature = agent.feature(setting.demos.at(following, agent.window))
+        setting.calql()
+        setting.vgpd()
 
     variants = {"embedded once, kept in the buffer": stored, "images encoded in each update": encoded}
-    return Comparison(
-        "critic and actor update from a 64 px camera, batch 128", "update pair", variants, next(iter(variants))
-    )
-
-
-def compare_stepping() -> Comparison:
-    """Episodes of EPISODE steps without the reset, which is the same in both."""
-    import gymnasium as gym
-    import mani_skill.envs  # noqa: F401  registers the tasks
-
-    args = arguments(force_octo, env_id="PickCube-v1", obs_mode="state", max_episode_steps=EPISODE)
-    ours, still = force_octo.make_env(args, 1), np.zeros((1, 4, 4), np.float32)
-    bare = gym.make(
-        args.env_id, obs_mode="state", control_mode=args.control_mode, robot_uids=args.robot_uids,
-        sim_backend="physx_cpu", render_backend="cpu", reconfiguration_freq=1, reward_mode="none",
-        sim_config=dict(control_freq=args.control_freq), max_episode_steps=10 * EPISODE,
-    )  # fmt: skip
-
-    def ours_once() -> float:
-        reset, spent = ours.reset, []
-
-        def timed(**options):
-            start = time.process_time()
-            seen = reset(**options)
-            spent.append(time.process_time() - start)
-            return seen
-
-        ours.reset, start = timed, time.process_time()
-        force_octo.rollout(ours, NoPolicy(), args, lambda feature: still, [0], training=False)
-        ours.reset = reset
-        return (time.process_time() - start - sum(spent)) / EPISODE
-
-    def bare_once() -> float:
-        bare.reset(seed=0)
-        start = time.process_time()
-        for _ in range(EPISODE):
-            bare.step(still[0, 0])
-        return (time.process_time() - start) / EPISODE
-
-    variants = {"bare ManiSkill": bare_once, "our loop and wrappers": ours_once}
-    return Comparison("stepping PickCube, state observations", "control step", variants, "bare ManiSkill")
-
-
-def compare_reset() -> Comparison:
-    """Resets collect garbage: among all objects of the process, or only those newer than a gc.freeze()."""
-    env = force_octo.make_env(arguments(force_octo, env_id="PickCube-v1", obs_mode="state"), 1)
-
-    def reset(switch: Callable[[], None]) -> Callable[[], None]:
-        def work() -> None:
-            switch()
-            env.reset(seed=[0])
-
-        return work
-
-    variants = {"all objects looked through": reset(gc.unfreeze), "those before it left alone": reset(gc.freeze)}
-    return Comparison("resetting PickCube, state observations", "episode", variants, "all objects looked through")
+    return Comparison("critic and actor update from a 64 px camera, batch 128", "update pair", variants)
 
 
 def compare_pi0() -> Comparison:
-    args = arguments(force_pi0, obs_mode="rgb", head="flow", env_id="PickCube-v1")
-    demos, generator = demonstrations(force_pi0, camera=True), torch.Generator().manual_seed(0)
+    args = arguments(force_pi0, "rgb", head="flow", env_id="PickCube-v1")
+    demos = demonstrations(camera=True)
+    noise = torch.Generator().manual_seed(0)
     agent = force_pi0.Agent(args, demos)
-    obs = demos.at(torch.tensor([7]), agent.window)
+    obs = demos.at(torch.tensor([7]), 1)
 
     def choose(K: int, passes: int = 1) -> Callable[[], None]:
         few = dataclasses.replace(args, K=K)
@@ -306,75 +223,45 @@ def compare_pi0() -> Comparison:
         def work() -> None:
             with torch.no_grad():
                 for _ in range(passes):
-                    agent.candidates(agent.feature(obs), agent.actor_ema, few, generator)
+                    agent.candidates(agent.feature(obs), few, noise)
 
         return work
 
-    variants = {
-        "K = 1": choose(1),
-        "K = 20, prefix shared": choose(20),
-        "K = 20, prefix repeated": choose(1, passes=20),
-    }
-    return Comparison("proposals of pi0-compact's flow head for one state", "decision", variants, "K = 1")
+    variants = {"K = 1": choose(1), "K = 20, prefix shared": choose(20), "K = 20, prefix repeated": choose(1, 20)}
+    return Comparison("proposals of pi0-compact's flow head for one state", "decision", variants)
 
 
-def replay_sizes() -> list[tuple[str, int]]:
+def replay_sizes() -> list[list[str]]:
     """Bytes per transition: what the buffer keeps, and what keeping other things would take."""
-    sizes = []
+    rows = []
     for camera in (False, True):
         setting = Setting(camera=camera)
-        buffer, A, H = setting.buffer, setting.agent.action_dim, setting.args.chunk_len
-        kept = sum(v.element_size() * v[0].numel() for v in buffer.data.values()) + buffer.starts.element_size()
+        buffer = setting.buffer
         seen = "camera" if camera else "state"
-        sizes.append((f"{seen}: embedding and proprio, chunks put together when drawn (ours)", kept))
-        plain = 4 * (2 * buffer.data["feature"].shape[1] + H * A + 4)
-        sizes.append((f"{seen}: embeddings of both ends and the chunk, a row per transition", plain))
-    proprio = 4 * setting.demos.obs["proprio"].shape[1]
-    for side, wrist in ((64, 0), (256, 128)):
-        images = 3 * (side * side + wrist * wrist)
-        cameras = f"{side} px" + (f" and {wrist} px" if wrist else "")
-        sizes.append(
-            (
-                f"camera: images of {cameras} at both ends, a row per transition",
-                2 * (images + proprio) + 4 * (H * A + 4),
-            )
-        )
-    return sizes
+        kept = sum(values.element_size() * values[0].numel() for values in buffer.data.values()) + 8
+        rest = 4 * (setting.args.chunk_len * setting.agent.action_dim + 4)
+        sizes = {f"{seen}: embedding and proprio, chunks put together when drawn (ours)": kept}
+        both = 8 * buffer.data["feature"].shape[1] + rest
+        sizes[f"{seen}: embeddings of both ends and the chunk, a row per transition"] = both
+        if camera:
+            proprio = 4 * setting.demos.obs["proprio"].shape[1]
+            for name, pixels in {"64 px": 64**2, "256 px and 128 px": 256**2 + 128**2}.items():
+                images = f"camera: images of {name} at both ends, a row per transition"
+                sizes[images] = 2 * (3 * pixels + proprio) + rest
+        rows += [[what, f"{size:,}", f"{size / kept:.2f}"] for what, size in sizes.items()]
+    return rows
 
 
 # ---- the page ----
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def write_page(found: list[tuple[Comparison, dict[str, np.ndarray]]], sizes: list[tuple[str, int]], rounds: int) -> str:
-    body = ["| Work | Variant | Milliseconds | Ratio (quartiles) |", "| --- | --- | --- | --- |"]
-    for comparison, seconds in found:
-        for name, values in seconds.items():
-            ratios = values / seconds[comparison.base]
-            low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-            ratio = "1" if name == comparison.base else f"{middle:.2f} ({low:.2f}–{high:.2f})"
-            each = f"{1000 * np.median(values):.3g} per {comparison.unit}"
-            body.append(f"| {comparison.question} | {name} | {each} | {ratio} |")
-    replay = ["| Kept of a transition | Bytes | Ratio |", "| --- | --- | --- |"]
-    replay += [f"| {what} | {size:,} | {size / sizes[2 if 'camera' in what else 0][1]:.2f} |" for what, size in sizes]
-    made = force_octo.provenance()
-    versions = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
-    return "\n".join([
-        "# Performance", "",
-        "<!-- made by benchmark/speed.py: edits here are lost -->", "",
-        "What some decisions are worth, as ratios: the variants of a comparison take turns within one process, and the "
-        f"ratio is the median over {rounds} round{'s' * (rounds > 1)}, beside its quartiles. Times are CPU time with one torch thread; "
-        "`python benchmark/speed.py` makes this page.", "",
-        *body, "",
-        "Bytes in a replay buffer, from the arrays' own sizes (ratios within state and within camera):", "",
-        *replay, "",
-        f"Commit {made['git_commit']}; python {made['python']}, {versions}; {cpu_name()}, {os.cpu_count()} cores.", "",
-    ])  # fmt: skip
+def table_rows(comparison: Comparison, seconds: dict[str, np.ndarray]) -> list[list[str]]:
+    rows = []
+    base = next(iter(seconds.values()))
+    for name, values in seconds.items():
+        low, middle, high = np.quantile(values / base, (0.25, 0.5, 0.75))
+        ratio = "1" if values is base else f"{middle:.2f} ({low:.2f}–{high:.2f})"
+        each = f"{1000 * np.median(values):.3g} per {comparison.unit}"
+        rows.append([comparison.question, name, each, ratio])
+    return rows
 
 
 def main(quick: bool = False, rounds: int = 15, out: Path | None = None) -> int:
@@ -386,15 +273,28 @@ def main(quick: bool = False, rounds: int = 15, out: Path | None = None) -> int:
         out: where the page goes; default: docs/performance.md.
     """
     torch.set_num_threads(1)
-    rounds, seconds = (1, 0.0) if quick else (rounds, 0.3)
-    comparisons = [compare_vgpd, compare_critic, compare_embedding, compare_stepping, compare_reset, compare_pi0]
-    found = [(c := make(), measure(c, rounds, seconds)) for make in comparisons]
-    page = write_page(found, replay_sizes(), rounds)
+    rounds = 1 if quick else rounds
+    body = []
+    for make in (compare_vgpd, compare_critic, compare_embedding, compare_pi0):
+        comparison = make()
+        body += table_rows(comparison, measure(comparison, rounds, 0.0 if quick else 0.3))
+    made = provenance()
+    page = fill(
+        "performance",
+        rounds=rounds,
+        table=table(["Work", "Variant", "Milliseconds", "Ratio (quartiles)"], body),
+        sizes=table(["Kept of a transition", "Bytes", "Ratio"], replay_sizes()),
+        commit=made["git_commit"],
+        python=made["python"],
+        versions=", ".join(f"{name} {version}" for name, version in made["packages"].items()),
+        cpu=platform.processor() or platform.machine(),
+        cores=os.cpu_count(),
+    )
     print(page)
     if out or not quick:
-        (out or PAGE).write_text(page)
+        (out or PAGE).write_text(page + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    command_line(main)

@@ -8,12 +8,29 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import CensoredData, binomtest, ecdf, trim_mean
 
-Lines = list[dict[str, str]]
+from plumbing.flags import UserError
+
+Lines = list[dict]
+NUMBERS = (  # columns of runs.csv: None where nothing stands
+    "final", "global_step", "num_episodes", "success_once", "success_at_end", "episode_len", "seconds",
+    "demo_steps_to_success",
+)  # fmt: skip
 ONLINE = ("online", "done")  # stages of evaluations from hand-over on
 TARGET = 0.8  # success rate of "steps at 80 %"
 
 
-# ---- one run ----
+def typed(lines: Lines, source: str = "") -> Lines:
+    """Lines of a CSV with numbers in the place of their texts. Raises: UserError naming `source` and the line."""
+    made = []
+    for number, line in enumerate(lines, 2):
+        try:
+            numbers = {name: float(line[name]) if line[name] else None for name in NUMBERS if name in line}
+            made.append(line | numbers | {"seed": int(line["seed"])})
+        except ValueError as error:
+            raise UserError(f"{source}, line {number}, is torn or another file's: {error}") from error
+    return made
+
+
 def by_run(lines: Lines) -> dict[tuple[str, int], Lines]:
     """The lines of each (row, seed)."""
     runs: dict[tuple[str, int], Lines] = {}
@@ -22,42 +39,45 @@ def by_run(lines: Lines) -> dict[tuple[str, int], Lines]:
     return runs
 
 
-def curve(run: Lines) -> tuple[list[float], list[float]]:
+# ---- one run ----
+def curve(run: Lines) -> tuple[np.ndarray, np.ndarray]:
     """Online evaluations: control steps since hand-over, and success rates; empty without an online stage."""
     online = [line for line in run if line["stage"] in ONLINE]
-    steps = [float(line["global_step"]) for line in online]
-    return [step - steps[0] for step in steps], [float(line["success_once"]) for line in online]
+    steps = np.array([line["global_step"] for line in online])
+    return steps - steps[:1].sum(), np.array([line["success_once"] for line in online])
 
 
-def result(run: Lines) -> dict[str, str]:
-    """The evaluation that counts: of the last checkpoint, with the policy that the run selects."""
+def result(run: Lines) -> dict:
+    """The evaluation that counts: of the last checkpoint."""
     return next(line for line in run if line["final"])
 
 
-def after_sft(run: Lines) -> dict[str, str] | None:
+def after_sft(run: Lines) -> dict | None:
     """The evaluation after supervised fine-tuning; None for a run that has none of its own (bc.py)."""
     return next((line for line in run if line["stage"].startswith("sft")), None)
 
 
 def elsewhere(run: Lines) -> Lines:
     """Evaluations of the cloned and of the last policy where objects start outside the task's rectangle (CO-RFT)."""
-    return [line for line in run if line.get("spawn") == "ood" and not line["final"] and line["select"] == "last"]
+    outside = [line for line in run if line.get("spawn") == "ood" and not line["final"]]
+    return [line for line in outside if line["select"] in ("", "last")]
 
 
 def handover(run: Lines) -> float | None:
     """Success when online learning begins."""
-    return next(iter(curve(run)[1]), None)
+    rates = curve(run)[1]
+    return float(rates[0]) if len(rates) else None
 
 
 def before_handover(run: Lines) -> float | None:
     """Control steps taken before online learning begins: warm-up's rollouts."""
-    return next((float(line["global_step"]) for line in run if line["stage"] in ONLINE), None)
+    return next((line["global_step"] for line in run if line["stage"] in ONLINE), None)
 
 
 def largest_drop(run: Lines) -> float | None:
     """Success at hand-over minus the lowest online success: 0 if it never fell below; None without online steps."""
-    _, rates = curve(run)
-    return rates[0] - min(rates) if len(rates) > 1 else None
+    rates = curve(run)[1]
+    return float(rates[0] - rates.min()) if len(rates) > 1 else None
 
 
 def steps_at_target(run: Lines) -> tuple[float, bool] | None:
@@ -69,9 +89,11 @@ def steps_at_target(run: Lines) -> tuple[float, bool] | None:
     steps, rates = curve(run)
     if len(steps) < 2:
         return None
-    good = np.asarray(rates) >= TARGET - 1e-9
+    good = rates >= TARGET - 1e-9
     confirmed = np.flatnonzero(good[:-1] & good[1:])
-    return (steps[confirmed[0]], True) if len(confirmed) else (steps[-1], False)
+    if not len(confirmed):
+        return steps[-1], False
+    return steps[confirmed[0]], True
 
 
 # ---- several runs ----
@@ -85,8 +107,10 @@ def pooled(evaluations: Lines) -> tuple[float, float, float] | None:
     """Mean success over evaluations (a run each), and Wilson's interval over all their episodes; None if there are none."""
     if not evaluations:
         return None
-    rates, counts = (np.array([float(e[name]) for e in evaluations]) for name in ("success_once", "num_episodes"))
-    return float(rates.mean()), *wilson(int(np.rint(rates * counts).sum()), int(counts.sum()))
+    rates = np.array([line["success_once"] for line in evaluations])
+    counts = np.array([line["num_episodes"] for line in evaluations])
+    successes = int(np.rint(rates * counts).sum())
+    return float(rates.mean()), *wilson(successes, int(counts.sum()))
 
 
 def difference(before: tuple[float, float, float], after: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -94,8 +118,11 @@ def difference(before: tuple[float, float, float], after: tuple[float, float, fl
 
     Source: Newcombe, Statistics in Medicine 17, 1998, method 10; the two samples are taken as independent.
     """
-    (p, p_low, p_high), (q, q_low, q_high) = before, after
-    return q - p, q - p - np.hypot(q - q_low, p_high - p), q - p + np.hypot(q_high - q, p - p_low)
+    p, p_low, p_high = before
+    q, q_low, q_high = after
+    down = np.hypot(q - q_low, p_high - p)
+    up = np.hypot(q_high - q, p - p_low)
+    return q - p, q - p - down, q - p + up
 
 
 def bootstrap_iqm(scores: list[list[float]], samples: int = 20_000, seed: int = 0) -> tuple[float, float, float]:
@@ -105,8 +132,12 @@ def bootstrap_iqm(scores: list[list[float]], samples: int = 20_000, seed: int = 
     Source: Agarwal et al., arXiv:2108.13264; with the generator seeded, so that the interval is reproducible.
     """
     generator = np.random.default_rng(seed)
-    drawn = [np.asarray(task)[generator.integers(len(task), size=(samples, len(task)))] for task in scores]
-    low, high = np.quantile(trim_mean(np.concatenate(drawn, 1), 0.25, axis=1), [0.025, 0.975])
+    drawn = []
+    for task in scores:
+        picks = generator.integers(len(task), size=(samples, len(task)))
+        drawn.append(np.asarray(task)[picks])
+    means = trim_mean(np.concatenate(drawn, 1), 0.25, axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(trim_mean(np.concatenate(scores), 0.25)), float(low), float(high)
 
 
@@ -115,23 +146,25 @@ def survival(times: list[tuple[float, bool]]) -> tuple[np.ndarray, np.ndarray]:
 
     times: (steps, True if reached there, False if censored there) for each run.
     """
-    reached, censored = ([t for t, there in times if there is wanted] for wanted in (True, False))
+    reached = [steps for steps, there in times if there]
+    censored = [steps for steps, there in times if not there]
     if not reached:
         return np.array([]), np.array([])
-    curve = ecdf(CensoredData(uncensored=reached, right=censored)).sf
-    return curve.quantiles, curve.probabilities
+    found = ecdf(CensoredData(uncensored=reached, right=censored)).sf
+    return found.quantiles, found.probabilities
 
 
 def median_time(times: list[tuple[float, bool]]) -> float | None:
     """Median of the Kaplan-Meier curve; None if more than half of the runs are not there where the curve ends."""
     at, share = survival(times)
-    found = np.flatnonzero(share <= 0.5 + 1e-12)
-    return float(at[found[0]]) if len(found) else None
+    there = at[share <= 0.5 + 1e-12]
+    return float(there[0]) if len(there) else None
 
 
 def restricted_mean(times: list[tuple[float, bool]], horizon: float) -> float:
     """Area under the Kaplan-Meier curve up to `horizon`: mean steps to the target, counted up to there."""
     at, share = survival(times)
-    keep = at < horizon
-    edges = np.concatenate([[0.0], at[keep], [horizon]])
-    return float(np.sum(np.diff(edges) * np.concatenate([[1.0], share[keep]])))
+    early = at < horizon
+    edges = np.concatenate([[0.0], at[early], [horizon]])
+    heights = np.concatenate([[1.0], share[early]])
+    return float(np.sum(np.diff(edges) * heights))

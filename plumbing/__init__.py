@@ -7,7 +7,7 @@ from plumbing.beside import Evaluator
 from plumbing.demos import Demos, load_demos
 from plumbing.earlier import load_sft_weights, stored_args
 from plumbing.evaluation import EVAL_SEED, TRAIN_SEED, film, success_metrics
-from plumbing.flags import RunArgs, UserError, check_flags, check_octo, fill, parse_flags, run_script
+from plumbing.flags import RunArgs, UserError, check_flags, check_octo, check_pi0, fill, parse_flags, run_script
 from plumbing.idle import moving
 from plumbing.meshes import lighten
 from plumbing.run import Run, threads
@@ -17,7 +17,7 @@ from plumbing.wrappers import SPAWN, ObsWrapper, Spawn, prepare_process
 
 __all__ = [
     "EVAL_SEED", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Run", "RunArgs", "Spawn",
-    "Table", "Task", "UserError", "camera_configs", "check_flags", "check_octo", "cut", "fill", "film", "joined",
-    "lighten", "load_demos", "load_sft_weights", "moving", "parse_flags", "prepare_process", "run_script",
+    "Table", "Task", "UserError", "camera_configs", "check_flags", "check_octo", "check_pi0", "cut", "fill", "film",
+    "joined", "lighten", "load_demos", "load_sft_weights", "moving", "parse_flags", "prepare_process", "run_script",
     "simulator_errors", "stacked", "stored_args", "success_metrics", "threads", "windows",
 ]  # fmt: skip

@@ -84,14 +84,14 @@ def stored_args(args, script: str, beside: str = "eval_episodes"):
     return dataclasses.replace(stored, **places)
 
 
-def check_origin(args, folder: Path, **also) -> None:
-    """A run of bc.py can only start one on the same task, seen and controlled alike; `also`: its other flags.
+def check_origin(args, folder: Path, script: str, **also) -> None:
+    """A run of `script` can only start one on the same task, seen and controlled alike; `also`: its other flags.
 
     Raises: UserError.
     """
-    script, have = read_config(folder)
-    if script != "bc.py":
-        raise UserError(f"--sft-checkpoint {folder} is a run of {script}, not of bc.py")
+    origin, have = read_config(folder)
+    if origin != script:
+        raise UserError(f"--sft-checkpoint {folder} is a run of {origin}, not of {script}")
     names = "env_id robot_uids obs_mode cameras image_size backbone control_mode control_freq chunk_len".split()
     for name, want in ({name: getattr(args, name) for name in names} | also).items():
         if have.get(name) != want:
@@ -99,10 +99,13 @@ def check_origin(args, folder: Path, **also) -> None:
             raise UserError(f"--sft-checkpoint {folder} was trained with {flag}, not {want}")
 
 
-def load_sft_weights(agent: nn.Module, args, head: str) -> None:
-    """Backbone, actor and units of a run of bc.py; not the critics. Raises: UserError."""
+def load_sft_weights(agent: nn.Module, args, script: str = "bc.py", **also) -> None:
+    """Backbone, actor and units of a run of `script` with the flags `also`; not the critics. Raises: UserError."""
     if args.resume or args.eval_only:
         return
     folder = Path(args.sft_checkpoint)
-    check_origin(args, folder, head=head)
-    load_weights(agent, agent.state_dict() | Checkpoints(folder).load(resume=False)[0], folder)
+    check_origin(args, folder, Path(script).name, **also)
+    weights, _ = Checkpoints(folder).load(resume=False)
+    policy = {name: value for name, value in weights.items() if "critic." not in name}
+    load_weights(agent, agent.state_dict() | policy, folder)
+    agent.weights = f"run {folder}"

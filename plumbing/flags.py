@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import sys
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
 from plumbing import stop
+from plumbing.help import as_flag, flags_help, wrapped
 
 THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
 
@@ -24,6 +27,7 @@ class UserError(Exception):
 class RunArgs:
     """The flags of a run that have nothing to do with its algorithm."""
 
+    # --- experiment ---
     env_id: str = "StackCube-v1"  # ManiSkill task
     seed: int = 1  # seed of networks, batches, exploration and training episodes
     runs: str = "runs"  # folder for runs
@@ -33,11 +37,15 @@ class RunArgs:
     track: bool = False  # log to Weights & Biases too (works offline)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks live
     torch_threads: int = 0  # CPU threads; 0: one, but OMP_NUM_THREADS or all cores (up to 8) for stage 0 with a camera
+
+    # --- demonstrations ---
     demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
     demo_dir: str = "demos"  # cache for demonstrations
     num_demos: int = 300  # demonstrations to make or to use
     drop_idle: float = 0.03  # leave out steps in which nothing moves: the arm less than this (actions reach 1); 0: none
     skip_idle: float = 0.0  # leave out their first steps in which the arm moves less (actions reach 1); 0: none
+
+    # --- evaluation and logging ---
     eval_episodes: int = 100  # episodes of an evaluation
     video_episodes: int = 4  # episodes filmed after training (0 = none)
     log_freq: int = 100  # updates between logged rows
@@ -75,6 +83,8 @@ def check_flags(args, limits: dict) -> None:
     if args.max_episode_steps is None:
         seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
         args.max_episode_steps = round(seconds * args.control_freq)
+    if args.max_episode_steps < args.chunk_len:
+        raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
@@ -89,15 +99,42 @@ def fill(cls, tables: dict[str, dict], **explicit):
     args = cls(**explicit)
     for flags, table in tables.items():
         values = tuple(getattr(args, flag) for flag in flags.split())
-        args = replace(args, **table.get(values if len(values) > 1 else values[0], {}))
-    return replace(args, **explicit)
+        found = table.get(values if len(values) > 1 else values[0], {})
+        args = replace(args, **found | explicit)
+    return args
 
 
 def parse_flags(cls, doc: str, tables: dict[str, dict], argv: list[str] | None = None):
-    """The command line over the defaults that `fill` finds for the task, observation mode and preset given there."""
-    given = tyro.cli(cls, args=argv, description=doc)
-    defaults = fill(cls, tables, **{flag: getattr(given, flag) for flags in tables for flag in flags.split()})
-    return tyro.cli(cls, args=argv, description=doc, default=defaults)
+    """The command line over the defaults that `fill` finds for the task, observation mode and preset given there.
+
+    --help shows `doc` and all flags, with those defaults. Ends the program, with code 0 or, for bad flags, 2.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    words = [word for word in argv if word not in ("-h", "--help")]
+    names = given_names(cls, words)
+    given = tyro.cli(cls, args=words)
+    args = fill(cls, tables, **{name: getattr(given, name) for name in names})
+    if len(words) < len(argv):
+        print(f"usage: {Path(sys.argv[0]).name} [flags]\n\n{wrapped(doc)}\n{flags_help(args)}")
+        sys.exit()
+    return args
+
+
+def given_names(cls, words: list[str]) -> set[str]:
+    """Fields whose flags are among `words`. An unknown flag ends the program with one line that suggests near misses."""
+    known = {as_flag(field.name): field.name for field in fields(cls)}
+    known |= {as_flag(f"no-{field.name}"): field.name for field in fields(cls) if isinstance(field.default, bool)}
+    found = set()
+    for word in words:
+        flag = word.split("=")[0].replace("_", "-")
+        if flag in known:
+            found.add(known[flag])
+        elif flag.startswith("--"):
+            near = difflib.get_close_matches(flag, known, cutoff=0.75)
+            hint = f"did you mean {' or '.join(near)}?" if near else "--help names them all"
+            print(f"error: unknown flag {flag}; {hint}", file=sys.stderr)
+            sys.exit(2)
+    return found
 
 
 def run_script(main, args) -> None:
@@ -134,3 +171,21 @@ def check_octo(args) -> None:
         raise UserError("released Octo weights need --obs-mode rgb: they know cameras only")
     if released and args.image_size != 256:
         raise UserError(f"released Octo weights see 256 pixels (on the hand: 128), not --image-size {args.image_size}")
+
+
+def check_pi0(args) -> None:
+    """Check the flags of the backbone. Raises: UserError."""
+    name = args.backbone
+    released = not name.endswith("compact")
+    if args.checkpoint and not released:
+        raise UserError(f"--checkpoint has released weights, and --backbone {name} none: give --backbone pi0 or pi05")
+    if released and not (args.checkpoint or args.sft_checkpoint):
+        weights = f"hf://lerobot/{name}_base"
+        raise UserError(f"--backbone {name} needs its weights: --checkpoint {weights} or a local folder")
+    if released and args.obs_mode == "state":
+        raise UserError(f"--backbone {name} needs --obs-mode rgb: privileged state is for compact models")
+    if released and args.image_size < 224:
+        raise UserError(f"--backbone {name} sees 224 pixels: give --image-size 224, not {args.image_size}")
+    frozen = args.finetune in ("expert", "head")
+    if args.bf16 and not (released and frozen):
+        raise UserError("--bf16 needs a frozen, released model: --backbone pi0 or pi05, --finetune expert or head")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import force_octo
-import make_demos
+import plumbing.demos
 from plumbing import Demos, Run, fill, load_demos
 
 torch.set_num_threads(1)
@@ -29,7 +29,7 @@ TINY = dict(  # a script takes those that it has
     max_episode_steps=10, hidden_dim=24, num_critics=3, chunk_len=3, updates=8, sft_updates=6, sft_head_updates=3,
     sft_batch_size=8, batch_size=8, offline_updates=5, warmup_episodes=2, warmup_updates=6, online_steps=40,
     utd_ratio=0.3, q_weight=0.0, explore_noise=0.02, cql_samples=2, eval_episodes=2, eval_freq=20, video_episodes=0,
-    log_freq=1, checkpoint_freq=2,
+    critic_first=3, val_freq=4, log_freq=1, checkpoint_freq=2,
 )  # fmt: skip
 
 
@@ -71,16 +71,9 @@ def reaching_args(place: Path, script, **changes):
     return tiny_args(place, script, **{k: v for k, v in REACHING.items() if k in own} | changes)
 
 
-def policy_class(script):
-    """The script's own class that acts."""
-    (found,) = [c for c in vars(script).values() if isinstance(c, type) and "act" in vars(c)]
-    return found
-
-
 def follow_demonstrations(patch: pytest.MonkeyPatch, script, place: Path) -> None:
     """Make policies do what the nearest demonstrated state did, and a little of what they learned."""
-    cls = policy_class(script)
-    real, demos = cls.act, load_demos(tiny_args(place, script), script.make_env)
+    real, demos = script.Agent.act, load_demos(tiny_args(place, script), script.make_env)
 
     def act(self, feature, *rest, **more):
         own = real(self, feature, *rest, **more)
@@ -89,7 +82,7 @@ def follow_demonstrations(patch: pytest.MonkeyPatch, script, place: Path) -> Non
         steps = (near[:, None] + torch.arange(own.shape[1])).clamp_max(len(known) - 1)
         return (0.9 * self.normalise(demos.action[steps.numpy()]) + 0.1 * own).clip(-1, 1).astype(np.float32)
 
-    patch.setattr(cls, "act", act)
+    patch.setattr(script.Agent, "act", act)
 
 
 @dataclasses.dataclass
@@ -135,14 +128,13 @@ def whole_run(script, place: Path) -> Whole:
 
     with pytest.MonkeyPatch.context() as patch:
         follow_demonstrations(patch, script, place)
-        cls = policy_class(script)
-        act = cls.act
+        act = script.Agent.act
 
         def watched_act(self, feature, *rest, **more):
             seen.asked.append((bool(evaluating), rest))
             return act(self, feature, *rest, **more)
 
-        patch.setattr(cls, "act", watched_act)
+        patch.setattr(script.Agent, "act", watched_act)
         patch.setattr(Run, "enter", watched_enter)
         patch.setattr(Run, "tick", watched_tick)
         patch.setattr(Run, "save", watched_save)
@@ -208,14 +200,6 @@ def as_flags(args) -> list[str]:
     return flags
 
 
-def tool_args(args) -> make_demos.Args:
-    """The flags with which a script calls make_demos.py, writing beside its cache."""
-    names = {field.name for field in dataclasses.fields(make_demos.Args)} - {"torch_threads"}
-    return make_demos.Args(
-        **{k: v for k, v in vars(args).items() if k in names}, out=str(Path(args.demo_dir) / "out.npz")
-    )
-
-
 class InlinePool:
     """In the place of ProcessPoolExecutor: demonstration workers run in this process."""
 
@@ -234,8 +218,8 @@ class InlinePool:
 
 @pytest.fixture
 def inline(monkeypatch):
-    """make_demos.py's workers run in this process."""
-    monkeypatch.setattr(make_demos, "ProcessPoolExecutor", InlinePool)
+    """Demonstration workers run in this process."""
+    monkeypatch.setattr(plumbing.demos, "ProcessPoolExecutor", InlinePool)
 
 
 @pytest.fixture

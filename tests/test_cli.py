@@ -15,11 +15,12 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, as_flags, tiny_args, tool_args
+from conftest import ROOT, SCRIPT, SCRIPTS, as_flags, latest, tiny_args
 
 import force_octo as script
-import make_demos
-from force_octo import UserError
+import plumbing.demos
+from plumbing import UserError, fill, load_demos, make_demos, parse_flags
+from plumbing.run import load_checkpoint, save_checkpoint
 
 SHORT = dict(
     sft_updates=2, offline_updates=2, warmup_updates=2, warmup_episodes=1, online_steps=10,
@@ -41,16 +42,14 @@ def snapshot(folder: Path) -> dict:
 # --- flags ---
 
 
-def test_help_names_and_explains_every_flag(command):
-    code, text, _ = command("--help")
-    assert code == 0 and "FORCE" in text
-    fields = {f.name: f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(script.Args)}
-    source = SCRIPT.read_text()
-    for name, flag in fields.items():
-        assert re.search(rf"{flag}\b|--no-{flag[2:]}\b", text), flag
-        explained = re.search(rf"^    {name}: [^\n]+  # (.+)$", source, re.M)
-        assert explained, f"{name} has no comment, so no help"
-        assert explained[1].split()[0] in text
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_names_every_flag_and_shows_its_default(name):
+    module = importlib.import_module(name)
+    done = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert module.__doc__.splitlines()[0].split(":")[0] in done.stdout
+    for field in dataclasses.fields(module.Args):
+        assert re.search(rf"--(no-)?{field.name.replace('_', '-')}\b", done.stdout), field.name
 
 
 BAD = {
@@ -72,7 +71,6 @@ BAD = {
     "--image-size 50": "--image-size must",
     "--seed -1": "--seed must",
     "--warmup-episodes 0": "--warmup-episodes|--no-warmup",
-    "--select best-of-k --K 1": "--K of at least 2",
     "--chunk-len 8 --max-episode-steps 4": "--max-episode-steps 4",
     "--device cuda": "--device cpu",
     "--sim-backend physx_cuda": "--sim-backend physx_cpu",
@@ -90,7 +88,7 @@ def no_work(monkeypatch, tmp_path):
     def refuse(*_):
         raise AssertionError("accepted: it began to make demonstrations")
 
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(plumbing.demos, "make", refuse)
     monkeypatch.chdir(tmp_path)
 
 
@@ -109,23 +107,33 @@ BAD_DEMOS = {
     "--env-id PickSingleYCB-v1": "download_asset ycb",
     "--demo-path nowhere.h5": "nowhere.*doesn't exist",
     "--out .": r"--out \. can't be written",
+    "--out nowhere/demos.npz": r"--out nowhere/demos.npz can't be written",
     "--num-demos 0": "--num-demos",
-    "--upsample-steps -1": "--upsample-steps",
-    "--spawn ood --env-id PlaceSphere-v1": "--spawn moves",
-    "--spawn ood --env-id PushCube-v1 --demo-path a.h5": "--spawn moves",
 }
 
 
 @pytest.mark.parametrize("flags", BAD_DEMOS)
 def test_bad_flags_of_the_demonstration_program(flags, inline, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(make_demos.UserError, match=BAD_DEMOS[flags]) as caught:
-        make_demos.main(make_demos.parse_args(flags.split()))
+    with pytest.raises(UserError, match=BAD_DEMOS[flags]) as caught:
+        make_demos.main([str(SCRIPT), *flags.split()])
     assert "\n" not in str(caught.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_run_ends_with_the_one_line_of_the_demonstration_program(tmp_path):
+@pytest.mark.parametrize("words", [[], ["--out", "x.npz"], ["nowhere.py"]])
+def test_the_demonstration_program_needs_a_script(words):
+    with pytest.raises(UserError, match="name a script first"):
+        make_demos.main(words)
+
+
+def test_the_demonstration_program_copies_the_cache(place, tmp_path):
+    out = tmp_path / "push.npz"
+    make_demos.main([str(SCRIPT), "--out", str(out), *as_flags(tiny_args(place))])
+    assert out.read_bytes() == make_demos.cache_of(tiny_args(place)).read_bytes()
+
+
+def test_a_run_ends_with_one_line_where_demonstrations_can_not_be_made(tmp_path):
     flags = "--env-id PickSingleYCB-v1 --obs-mode state"
     done = subprocess.run([sys.executable, str(SCRIPT), *flags.split()], cwd=tmp_path, capture_output=True, text=True)
     one_error((done.returncode, done.stdout, done.stderr), "download_asset ycb")
@@ -139,25 +147,43 @@ def test_flags_that_cannot_be_parsed(flags, command, no_work, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_presets_and_explicit_flags():
-    paper = script.parse_args(["--preset", "paper"])
-    assert {name: getattr(paper, name) for name in script.PAPER} == script.PAPER
-    assert script.parse_args(["--preset", "paper", "--chunk-len", "3"]).chunk_len == 3
-    default = script.parse_args([])
-    assert default == script.Args()
-    assert [name for name in script.PAPER if getattr(default, name) != script.PAPER[name]]
-    assert script.parse_args(["--no-vgpd", "--no-warmup"]) == script.Args(vgpd=False, warmup=False)
-    args = script.Args(K=3, vgpd=False, run_name="x", utd_ratio=0.25)
-    assert script.parse_args(as_flags(args)) == args
+def parsed(*words: str, module=script):
+    return parse_flags(module.Args, module.__doc__, module.TABLES, list(words))
 
 
-@pytest.mark.parametrize("flags, code", [("--help", 0), ("--env-id Nope-v1", 2)])
-def test_as_a_program(flags, code, tmp_path):
-    command = [sys.executable, str(SCRIPT), *flags.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    if code:
-        one_error((code, "", done.stderr), "Nope-v1")
+def test_tables_fill_in_what_was_not_given():
+    paper = parsed("--preset", "paper")
+    assert vars(paper).items() >= script.BY_PRESET["paper"].items()
+    assert parsed("--preset", "paper", "--chunk-len", "3").chunk_len == 3
+    assert parsed("--no-vgpd", "--no-warmup") == script.Args(vgpd=False, warmup=False)
+    state = parsed("--obs-mode", "state")
+    assert vars(state).items() >= (script.BY_OBS_MODE["state"] | script.BY_TASK["StackCube-v1", "state"]).items()
+    push = parsed("--obs-mode", "state", "--env-id", "PushCube-v1")
+    assert push == fill(script.Args, script.TABLES, obs_mode="state", env_id="PushCube-v1")
+    assert vars(push).items() >= script.PUSH.items()
+    both = parsed("--obs-mode", "state", "--preset", "paper")
+    assert both.q_weight == script.BY_PRESET["paper"]["q_weight"]  # a preset is asked for; later tables win
+    assert both.actor_ema == script.BY_PRESET["paper"]["actor_ema"] and both.num_envs == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_explicit_flags_win_over_every_table(name):
+    """Each flag that some table sets, given as its plain default, where that table applies."""
+    module = importlib.import_module(name)
+    plain = module.Args()
+    for names, table in module.TABLES.items():
+        for key, values in table.items():
+            chosen = dict(zip(names.split(), key if isinstance(key, tuple) else (key,), strict=True))
+            given = {flag: getattr(plain, flag) for flag in values if flag not in chosen}
+            args = fill(module.Args, module.TABLES, **chosen, **given)
+            assert vars(args).items() >= (chosen | given).items()
+            words = as_flags(args)
+            assert parsed(*words, module=module) == args
+
+
+def test_an_error_of_the_program_is_one_line(tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "--env-id", "Nope-v1"], cwd=tmp_path, capture_output=True, text=True)
+    one_error((done.returncode, done.stdout, done.stderr), "Nope-v1")
     assert not list(tmp_path.iterdir())
 
 
@@ -179,14 +205,14 @@ def test_no_vulkan_with_demonstrations_at_hand(place, no_vulkan, command, tmp_pa
 
 
 def test_no_vulkan_while_making_demonstrations(no_vulkan, inline, tmp_path):
-    with pytest.raises(make_demos.UserError, match=r"simulator can't start .*setup\.sh"):
-        make_demos.main(tool_args(tiny_args(tmp_path)))
+    with pytest.raises(UserError, match=r"simulator can't start .*setup\.sh"):
+        load_demos(tiny_args(tmp_path), script.make_env)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 def test_a_robot_that_the_task_has_no_keyframe_for(inline, tmp_path):
-    with pytest.raises(make_demos.UserError, match=r"StackCube-v1 refuses these settings .*NotImplementedError"):
-        make_demos.main(tool_args(tiny_args(tmp_path, env_id="StackCube-v1", robot_uids="panda_stick")))
+    with pytest.raises(UserError, match=r"StackCube-v1 refuses these settings .*NotImplementedError"):
+        load_demos(tiny_args(tmp_path, env_id="StackCube-v1", robot_uids="panda_stick"), script.make_env)
 
 
 # --- run folders ---
@@ -201,10 +227,6 @@ def finished(place):
 def run(finished, tmp_path):
     """A copy of a finished run to damage."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def latest(run: Path) -> Path:
-    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
 
 
 def change_config(run: Path, change) -> None:
@@ -237,7 +259,6 @@ DAMAGE = {
     "foreign state": (lambda r: (latest(r) / "training.pt").write_text("hello"), "no readable checkpoint"),
     "another width": (lambda r: change_config(r, lambda c: c["args"].update(hidden_dim=8)), "another task or network"),
     "another chunk": (lambda r: change_config(r, lambda c: c["args"].update(chunk_len=2)), "another task or network"),
-    "another depth": (lambda r: change_config(r, lambda c: c["args"].update(num_layers=1)), "another task or network"),
     "a bad flag": (lambda r: change_config(r, lambda c: c["args"].update(K=0)), "--K must be"),
 }
 
@@ -279,18 +300,16 @@ def test_a_run_of_a_version_with_fewer_flags_is_not_gone_on_with(run):
 
 def test_eval_only_takes_flags_of_its_own(run, monkeypatch):
     """Those that were given, defaults included; all others are the run's."""
-    chosen, own = [], json.loads((run / "config.json").read_text())["args"]
-    monkeypatch.setattr(
-        script, "evaluate", lambda env, agent, args, act, n, *rest: (chosen.append((n, args.select)), {})[1]
-    )
-    monkeypatch.setattr(script.sys, "argv", ["force_octo.py", "--eval-only", str(run)])
+    own = json.loads((run / "config.json").read_text())["args"]
+    found = []
+    monkeypatch.setattr(script, "evaluate", lambda env, agent, args: (found.append(args), {})[1])
+    monkeypatch.setattr("sys.argv", ["force_octo.py", "--eval-only", str(run)])
     script.main(script.Args(eval_only=str(run), device="cpu"))
-    script.main(script.Args(eval_only=str(run), device="cpu", eval_episodes=7, select="best-of-k", gamma=0.5))
-    monkeypatch.setattr(script.sys, "argv", ["force_octo.py", "--eval-episodes=100"])
+    script.main(script.Args(eval_only=str(run), device="cpu", eval_episodes=7, gamma=0.5))
+    monkeypatch.setattr("sys.argv", ["force_octo.py", "--eval-episodes=100"])
     script.main(script.Args(eval_only=str(run), device="cpu"))
-    assert (
-        chosen == [(own["eval_episodes"], "sample"), (7, "best-of-k"), (100, "sample")] and own["eval_episodes"] != 100
-    )
+    assert [args.eval_episodes for args in found] == [own["eval_episodes"], 7, 100] and own["eval_episodes"] != 100
+    assert {args.gamma for args in found} == {own["gamma"]} != {0.5}
 
 
 def test_stage_0_from_a_run_of_another_script(place, run, tmp_path):
@@ -298,31 +317,9 @@ def test_stage_0_from_a_run_of_another_script(place, run, tmp_path):
         script.main(tiny_args(place, sft_checkpoint=str(run), run_name="from-force"))
 
 
-@pytest.mark.parametrize("flags, filtered", [
-    (dict(), True), (dict(vgpd=False), False), (dict(obs_mode="state"), False),
-    (dict(vgpd=False, success_filter=True), True),
-], ids=str)  # fmt: skip
-def test_who_learns_from_successes_only(flags, filtered):
-    """By default VGPD with a camera; without VGPD both halves are plain BC, as in the paper's ablation."""
-    script.validate(args := script.Args(env_id="PickCube-v1", device="cpu", **flags))
-    assert args.success_filter == filtered
-
-
-def test_flags_that_depend_on_the_camera_are_the_users_where_given():
-    def resolved(**flags):
-        script.validate(args := script.Args(env_id="PickCube-v1", device="cpu", **flags))
-        return [args.sft_updates, args.online_steps, args.q_weight, args.actor_ema, args.explore_noise]
-
-    rgb, state, given = resolved(), resolved(obs_mode="state"), [7, 0, 0.0, 0.5, 0.0]
-    assert None not in rgb + state and all(a != b for a, b in zip(rgb, state, strict=True))
-    names = ("sft_updates", "online_steps", "q_weight", "actor_ema", "explore_noise")
-    for mode in ("rgb", "state"):
-        assert resolved(obs_mode=mode, **dict(zip(names, given, strict=True))) == given
-
-
 def test_a_checkpoint_of_another_task(run, demos, monkeypatch):
     wider = torch.cat([torch.as_tensor(demos.obs["proprio"]), torch.zeros(len(demos.action), 3)], 1).numpy()
-    monkeypatch.setattr(script, "load_demos", lambda args: dataclasses.replace(demos, obs={"proprio": wider}))
+    monkeypatch.setattr(script, "load_demos", lambda *_: dataclasses.replace(demos, obs={"proprio": wider}))
     before = snapshot(run)
     for flag in ("resume", "eval_only"):
         with pytest.raises(UserError, match="checkpoint of another task or network"):
@@ -355,11 +352,11 @@ class Killed(BaseException):
 
 
 def saved(folder: Path, value: float, name: str = "a") -> None:
-    script.save_checkpoint(folder, name, {"w": torch.full((50_000,), value)}, {"x": torch.full((99_000,), value)})
+    save_checkpoint(folder, name, {"w": torch.full((50_000,), value)}, {"x": torch.full((99_000,), value)})
 
 
 def loaded(folder: Path) -> float:
-    weights, state = script.load_checkpoint(folder)
+    weights, state = load_checkpoint(folder)
     assert weights["w"].unique().tolist() == state["x"].unique().tolist()  # of the same moment
     return weights["w"][0].item()
 
@@ -425,7 +422,7 @@ def test_a_full_disk_ends_a_run_that_can_go_on(place, command, monkeypatch):
         code, _, errors = command(*as_flags(args))
     assert code == 2 and errors.splitlines()[-1].startswith("error: the disk is full") and "--resume" in errors
     assert "Traceback" not in errors
-    script.load_checkpoint(folder)
+    load_checkpoint(folder)
     assert command("--resume", folder)[0] == 0
     assert json.loads((folder / "summary.json").read_text())["online_env_steps"] >= 10
 
@@ -469,4 +466,4 @@ def test_commands_are_found():
 @pytest.mark.parametrize("where, name, flags", documents(), ids=lambda x: x if isinstance(x, str) else " ".join(x)[:40])
 def test_documented_commands_parse(where, name, flags):
     assert (ROOT / name).exists(), f"{where} names {name}"
-    importlib.import_module(Path(name).stem).parse_args(flags)
+    parsed(*flags, module=importlib.import_module(Path(name).stem))

@@ -4,17 +4,19 @@ import dataclasses
 import json
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_args, tool_args
+from conftest import tiny_args
 
 import force_octo as script
-import make_demos
-from force_octo import UserError
+import plumbing.demos
+from plumbing import EVAL_SEED, TRAIN_SEED, UserError, load_demos
+from plumbing.demos import cache_of
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def copy(planned, tmp_path):
 
 
 def change_json(args, change) -> None:
-    path = script.Path(args.demo_path).with_suffix(".json")
+    path = Path(args.demo_path).with_suffix(".json")
     meta = json.loads(path.read_text())
     change(meta)
     path.write_text(json.dumps(meta))
@@ -103,25 +105,19 @@ def test_an_episode_does_not_depend_on_the_ones_before(place, planned):
 
 def test_a_cache_is_used_again_and_only_for_the_same_flags(place, demos, monkeypatch):
     asked = []
-
-    def run(command):
-        asked.append(command)
-        return SimpleNamespace(returncode=7)
-
-    monkeypatch.setattr(script.subprocess, "run", run)
-    again = script.load_demos(tiny_args(place, seed=7, K=3, hidden_dim=99))
+    monkeypatch.setattr(plumbing.demos, "make", lambda args, make_env, out: asked.append(out))
+    again = load_demos(tiny_args(place, seed=7, K=3, hidden_dim=99), script.make_env)
     assert np.array_equal(again.action, demos.action) and not asked
-    for change in ({"control_mode": "pd_ee_delta_pose"}, {"num_demos": 3}, {"control_freq": 20}, {"obs_mode": "rgb"}):
-        with pytest.raises(SystemExit) as caught:
-            script.load_demos(tiny_args(place, **change))
-        ((name, value),) = change.items()
-        assert caught.value.code == 7 and f"--{name.replace('_', '-')}={value}" in asked[-1]
-    assert len({next(flag for flag in command if flag.startswith("--out=")) for command in asked}) == 4
+    changes = ({"control_mode": "pd_ee_delta_pose"}, {"num_demos": 3}, {"control_freq": 20}, {"obs_mode": "rgb"})
+    for change in changes:
+        with pytest.raises(FileNotFoundError):
+            load_demos(tiny_args(place, **change), script.make_env)
+    assert len({*asked, cache_of(tiny_args(place))}) == len(changes) + 1
 
 
 def test_idle_first_steps_are_left_out(place, demos):
     """PushCube's planner closes the gripper for seven steps before the arm moves."""
-    short = script.load_demos(tiny_args(place, skip_idle=0.01))
+    short = load_demos(tiny_args(place, skip_idle=0.01), script.make_env)
     assert not np.any(demos.idle) and (short.idle >= 7).all()
     for start, own, idle, length in zip(demos.starts(), short.starts(), short.idle, short.lengths, strict=True):
         recorded = demos.action[start:][: idle + length]
@@ -131,29 +127,19 @@ def test_idle_first_steps_are_left_out(place, demos):
     assert (short.steps + short.idle == demos.steps).mean() >= 0.5 and (short.steps < demos.steps).all()
 
 
-@pytest.mark.parametrize("change", [dict(control_mode="pd_joint_pos"), dict(skip_idle=1.0)])
-def test_idle_steps_need_a_controller_of_differences(place, inline, change):
-    with pytest.raises(make_demos.UserError, match="--skip-idle is below 1 and for controllers of differences"):
-        make_demos.main(tool_args(tiny_args(place, **dict(skip_idle=0.01) | change)))
+def test_idle_steps_need_a_controller_of_differences(place, inline):
+    with pytest.raises(UserError, match="--skip-idle is for controllers of differences, not pd_joint_pos"):
+        load_demos(tiny_args(place, skip_idle=0.01, control_mode="pd_joint_pos"), script.make_env)
 
 
-def test_an_edited_camera_is_refused_until_demonstrations_have_it_too(place, demos, monkeypatch):
-    """TASKS is copied into make_demos.py: an edit to one file alone would show policies another view than they learn."""
-    before = set((place / "demos").iterdir())
+def test_an_edited_camera_asks_for_new_demonstrations(place, monkeypatch):
+    before = cache_of(tiny_args(place))
     monkeypatch.setitem(script.TASKS, "PushCube-v1", script.Task("push it", 5.0, (0.6, 0.0, 0.5), (0.0, 0.0, 0.0)))
-    with pytest.raises(UserError, match="the same TASKS"):
-        script.load_demos(tiny_args(place))
-    assert set((place / "demos").iterdir()) == before
-
-
-def test_a_killed_demonstration_program_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(script.subprocess, "run", lambda command: SimpleNamespace(returncode=-9))
-    with pytest.raises(UserError, match="make_demos.py was ended by signal 9"):
-        script.load_demos(tiny_args(tmp_path))
+    assert cache_of(tiny_args(place)) != before
 
 
 def test_demo_path_reads_maniskill_files(copy, tmp_path):
-    demos = script.load_demos(copy)
+    demos = load_demos(copy, script.make_env)
     assert len(demos.lengths) == 2 and (demos.steps <= demos.lengths).all() and demos.source == copy.demo_path
     assert demos.action.shape[1] == 8  # seven joints and the gripper
     with h5py.File(copy.demo_path, "r") as file:
@@ -163,17 +149,17 @@ def test_demo_path_reads_maniskill_files(copy, tmp_path):
 
 def test_a_full_disk_leaves_no_half_cache(copy, inline, monkeypatch, tmp_path):
     def savez(path, **arrays):
-        script.Path(path).write_bytes(b"half")
+        Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", savez)
     with pytest.raises(OSError, match="No space left"):
-        make_demos.main(tool_args(copy))
+        load_demos(copy, script.make_env)
     assert not list((tmp_path / "demos").iterdir())
 
 
 def damage_truncated(args):
-    path = script.Path(args.demo_path)
+    path = Path(args.demo_path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -188,15 +174,15 @@ def damage_foreign(args):
 
 
 BAD_FILES = {
-    "missing": (lambda a: script.Path(a.demo_path).unlink(), "no demonstrations|no complete"),
-    "no json": (lambda a: script.Path(a.demo_path).with_suffix(".json").unlink(), r"traj\.json doesn't exist .*beside"),
+    "missing": (lambda a: Path(a.demo_path).unlink(), "no demonstrations|no complete"),
+    "no json": (lambda a: Path(a.demo_path).with_suffix(".json").unlink(), r"traj\.json doesn't exist .*beside"),
     "truncated": (damage_truncated, "no complete ManiSkill trajectory file .*make or copy it again"),
-    "empty": (lambda a: script.Path(a.demo_path).write_bytes(b""), "no complete ManiSkill .*make or copy it again"),
-    "no HDF5": (lambda a: script.Path(a.demo_path).write_text("hello"), "no complete ManiSkill .*make or copy it"),
+    "empty": (lambda a: Path(a.demo_path).write_bytes(b""), "no complete ManiSkill .*make or copy it again"),
+    "no HDF5": (lambda a: Path(a.demo_path).write_text("hello"), "no complete ManiSkill .*make or copy it"),
     "foreign": (damage_foreign, "truncated: .* episodes .*make or copy it again"),
     "foreign json": (lambda a: change_json(a, lambda m: m.clear()), "no complete ManiSkill .*make or copy it again"),
-    "json list": (lambda a: script.Path(a.demo_path).with_suffix(".json").write_text("[]"), "no complete ManiSkill"),
-    "json cut": (lambda a: script.Path(a.demo_path).with_suffix(".json").write_text('{"env'), "no complete ManiSkill"),
+    "json list": (lambda a: Path(a.demo_path).with_suffix(".json").write_text("[]"), "no complete ManiSkill"),
+    "json cut": (lambda a: Path(a.demo_path).with_suffix(".json").write_text('{"env'), "no complete ManiSkill"),
     "episode missing": (damage_episode, "truncated: 1 of the listed episodes .*make or copy it again"),
     "other task": (lambda a: setattr(a, "env_id", "PickCube-v1"), "--env-id PushCube-v1, not PickCube-v1"),
     "other rate": (lambda a: setattr(a, "control_freq", 20), "--control-freq 10, not 20"),
@@ -213,8 +199,8 @@ BAD_FILES = {
 def test_bad_demonstration_files(case, copy, inline, tmp_path):
     damage, message = BAD_FILES[case]
     damage(copy)
-    with pytest.raises(make_demos.UserError, match=message) as caught:
-        make_demos.main(tool_args(copy))
+    with pytest.raises(UserError, match=message) as caught:
+        load_demos(copy, script.make_env)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*tmp*.*z"))
 
@@ -223,17 +209,17 @@ def test_demonstrations_that_do_not_succeed(copy, inline, tmp_path):
     with h5py.File(copy.demo_path, "a") as file:
         for name in file:
             file[name]["actions"][...] = file[name]["actions"][0]  # stands still
-    with pytest.raises(make_demos.UserError, match="succeed.* when replayed"):
-        make_demos.main(tool_args(copy))
+    with pytest.raises(UserError, match="succeed.* when replayed"):
+        load_demos(copy, script.make_env)
     assert not list(tmp_path.rglob("*.npz"))
 
 
 def test_a_changed_file_is_read_again(copy):
-    first = script.load_demos(copy)
+    first = load_demos(copy, script.make_env)
     change_json(copy, lambda meta: meta["episodes"].pop(0))
     with h5py.File(copy.demo_path, "a") as file:
         del file["traj_0"]
-    second = script.load_demos(copy)
+    second = load_demos(copy, script.make_env)
     assert not np.array_equal(first.action[:5], second.action[:5])
 
 
@@ -416,11 +402,11 @@ def test_training_rollout():
 
 def test_evaluation_numbers():
     H, limit = 2, 6
-    plan = {s: set() for s in range(script.EVAL_SEED, script.EVAL_SEED + 6)}
-    plan[script.EVAL_SEED] = {3, 6}  # succeeds, slips, succeeds again
-    plan[script.EVAL_SEED + 1] = {5}  # succeeds but doesn't hold it
-    plan[script.EVAL_SEED + 4] = {1, 2, 3, 4, 5, 6}
-    plan[script.EVAL_SEED + 5] = {1}  # beyond the five episodes asked for
+    plan = {s: set() for s in range(EVAL_SEED, EVAL_SEED + 6)}
+    plan[EVAL_SEED] = {3, 6}  # succeeds, slips, succeeds again
+    plan[EVAL_SEED + 1] = {5}  # succeeds but doesn't hold it
+    plan[EVAL_SEED + 4] = {1, 2, 3, 4, 5, 6}
+    plan[EVAL_SEED + 5] = {1}  # beyond the five episodes asked for
     env = ScriptedEnv(plan)
     args = script.Args(max_episode_steps=limit, num_envs=2, device="cpu")
     before, agent = torch.get_rng_state(), scripted_agent(H)
@@ -434,7 +420,7 @@ def test_evaluation_numbers():
     assert metrics["eval/episode_len"] == pytest.approx((3 + 5 + 1) / 3) and metrics["eval/num_episodes"] == 5
     returns = [10 - 0.05 * 2, 10 - 0.05 * 4, -0.05 * 6, -0.05 * 6, 10]
     assert metrics["eval/return"] == pytest.approx(sum(returns) / 5)
-    assert [list(s) for s in env.resets] == [[script.EVAL_SEED + i, script.EVAL_SEED + i + 1] for i in (0, 2, 4)]
+    assert [list(s) for s in env.resets] == [[EVAL_SEED + i, EVAL_SEED + i + 1] for i in (0, 2, 4)]
     assert len(env.actions) == 3 * limit  # to the time limit, also past a success
     nothing = script.evaluate(ScriptedEnv({k: set() for k in plan}), agent, args, agent.act, 2)
     assert nothing["eval/success_once"] == 0 == nothing["eval/success_once_low"]
@@ -442,9 +428,9 @@ def test_evaluation_numbers():
 
 
 def test_training_evaluation_and_demonstration_seeds_never_meet(tmp_path):
-    ranges = [range(0, 100_000 * 16), range(script.EVAL_SEED, script.EVAL_SEED + 10_000)]
+    ranges = [range(0, 100_000 * 16), range(EVAL_SEED, EVAL_SEED + 10_000)]
     for seed in (0, 1, 2, 100):
-        start = script.TRAIN_SEED + 1_000_000 * seed
+        start = TRAIN_SEED + 1_000_000 * seed
         ranges.append(range(start, start + 1_000_000))
     for i, one in enumerate(ranges):
         for other in ranges[:i]:

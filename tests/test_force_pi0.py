@@ -3,23 +3,26 @@
 The stages themselves are those of force_octo.py, which test_losses.py and test_training.py look at.
 """
 
-import csv
 import dataclasses
 import json
-from pathlib import Path
+import sys
 from types import SimpleNamespace
 
-import conftest
 import numpy as np
 import pytest
 import torch
+from conftest import FIXTURES, ROOT, differences, rows, tiny_args, weights
 from torch import nn
 
 import force_octo
 import force_pi0 as script
-from backbones import pi0
+from backbones import pi0, pi0_policy
+from backbones.pi0_weights import load_pi0
+from plumbing import Demos, Run, UserError, fill, parse_flags
 
-FIXTURES = Path(__file__).parent / "fixtures"
+sys.path.insert(0, str(ROOT / "benchmark"))
+from dry_run import dry_run  # noqa: E402
+
 SMALL = dataclasses.replace(
     pi0.PRESETS["pi0-compact"], vlm_width=16, vlm_mlp=24, expert_width=12, expert_mlp=20, depth=2, heads=2, head_dim=8,
     vit_width=8, vit_mlp=16, vit_depth=1, vit_heads=2, image_size=32, points=4, lowdim_tokens=2,
@@ -29,17 +32,12 @@ HEADS = pytest.mark.parametrize("head", ["consistency", "flow"])
 
 @pytest.fixture(scope="module", autouse=True)
 def small_models():
-    """The compact presets at the smallest size."""
+    """The compact presets at the smallest size, and short flows."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pi0_policy, "FLOW_STEPS", 5)
         patch.setitem(pi0.PRESETS, "pi0-compact", SMALL)
         patch.setitem(pi0.PRESETS, "pi05-compact", dataclasses.replace(SMALL, pi05=True, max_tokens=80))
         yield
-
-
-def tiny_args(place, folder, **changes) -> script.Args:
-    places = dict(demo_dir=str(place / "demos"), runs=str(folder))
-    tiny = conftest.TINY | dict(flow_steps=2, noise_levels=2, sft_head_updates=5)
-    return script.Args(**tiny | places | changes)
 
 
 def toy_demos(camera=False, rows=6):
@@ -48,7 +46,7 @@ def toy_demos(camera=False, rows=6):
     if camera:
         obs["primary"] = rng.integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8)
     lengths = np.array([rows - 1])
-    return script.Demos(obs, rng.uniform(-0.3, 0.3, (rows, 3)).astype(np.float32), lengths, lengths, "toy")
+    return Demos(obs, rng.uniform(-0.3, 0.3, (rows, 3)).astype(np.float32), lengths, lengths, "toy")
 
 
 def toy_agent(camera=False, **flags):
@@ -75,9 +73,9 @@ class Field(nn.Module):
     sample = pi0.ActionExpert.sample
 
 
-def field_actor(velocity, dims=3, steps=5):
+def field_actor(velocity, dims=3):
     mean, unit = torch.tensor([0.1, -0.1, 0.1, -0.1]), torch.tensor([0.1, 0.2, 0.1, 0.2])  # H = 2 steps, A = 2
-    return script.FlowActor(Field(velocity, dims), mean, unit, (5, 4), 2, steps)
+    return pi0_policy.FlowActor(Field(velocity, dims), mean, unit, (5, 4), 2)
 
 
 # --- flow matching ---
@@ -129,7 +127,8 @@ def test_a_flow_towards_one_chunk_arrives_there():
 def test_rows_hold_all_that_the_flow_reads():
     agent = toy_agent(head="flow")
     obs = {"proprio": toy_demos().obs["proprio"]}
-    prefix, proprio = agent.observe(obs)
+    seen = agent.observe(obs)
+    prefix, proprio = seen.prefix, seen.proprio
     row = agent.feature(obs)
     assert row.shape == (6, agent.feature_dim)
     cache, valid, state = agent.actor.unpack(row)
@@ -145,9 +144,9 @@ def test_rows_hold_all_that_the_flow_reads():
 
 @pytest.mark.parametrize("head", ["flow", "consistency"])
 def test_the_heads_draw_numbers_of_levels_of_their_own(head):
-    agent, args, chunk = toy_agent(head=head), script.Args(flow_times=3, noise_levels=5), torch.full((6, 6), 0.2)
+    agent, args, chunk = toy_agent(head=head), script.Args(head=head, flow_times=3, noise_levels=5), torch.full((6, 6), 0.2)
     row = agent.feature({"proprio": toy_demos().obs["proprio"]})
-    loss = agent.bc_loss(row, chunk, args, rng())
+    loss = script.bc_loss(agent, row, chunk, args, rng())
     if head == "flow":
         losses = {n: script.flow_loss(agent.actor, agent.actor.unpack(row), chunk, rng(), n) for n in (3, 5)}
     else:
@@ -157,12 +156,12 @@ def test_the_heads_draw_numbers_of_levels_of_their_own(head):
 
 
 def test_the_flow_head_learns_a_state_dependent_chunk():
-    agent = toy_agent(head="flow", flow_steps=5)
+    agent, args = toy_agent(head="flow"), script.Args(head="flow", flow_times=8)
     obs = {"proprio": toy_demos().obs["proprio"]}
     chunk = torch.where(torch.arange(6)[:, None] < 3, 0.3, -0.2) * torch.tensor([1, 0.5, -1, 1, 0.5, -1])
     optimizer, g = torch.optim.Adam(agent.parameters(), lr=5e-3), rng()
     for _ in range(250):
-        loss = agent.bc_loss(agent.feature(obs), chunk, script.Args(flow_times=8), g).mean()
+        loss = script.bc_loss(agent, agent.feature(obs), chunk, args, g).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -182,13 +181,13 @@ def test_what_an_agent_sees(backbone, head):
     obs = toy_demos(camera=True).obs
     other = obs | {"proprio": obs["proprio"] + 1}
     agent = toy_agent(camera=True, backbone=backbone, head=head)
-    assert agent.act(agent.feature(obs), agent.actor, script.Args(), rng()).shape == (6, 2, 3)
-    a, b = agent.observe(obs)[0], agent.observe(other)[0]
+    assert agent.act(agent.feature(obs), rng()).shape == (6, 2, 3)
+    a, b = agent.observe(obs).prefix, agent.observe(other).prefix
     assert torch.equal(a.embedding, b.embedding) == (backbone == "pi0-compact")
-    swapped = agent.observe(obs | {"primary": 255 - obs["primary"]})[0]
+    swapped = agent.observe(obs | {"primary": 255 - obs["primary"]}).prefix
     assert (a.embedding - swapped.embedding).abs().max() > 1e-3
     state = toy_agent(backbone=backbone, head=head)
-    assert not torch.equal(state.observe(obs)[0].embedding, state.observe(other)[0].embedding)
+    assert not torch.equal(state.observe(obs).prefix.embedding, state.observe(other).prefix.embedding)
 
 
 @torch.no_grad()
@@ -226,30 +225,12 @@ def test_finetune():
     )  # A and B of 7 weights in 2 layers, of the same names in both stacks
     obs = toy_demos(camera=True).obs
     with torch.no_grad():
-        base = agent.observe(obs)[0].embedding
+        base = agent.observe(obs).prefix.embedding
         for name, parameter in agent.backbone.named_parameters():
             if name.endswith(".B"):
                 assert not parameter.any()  # starts as the model it was
                 parameter += 0.1
-        assert not torch.equal(base, agent.observe(obs)[0].embedding)
-
-
-def test_the_weight_of_the_q_loss_moves_evenly_to_its_end():
-    args = dict(q_weight=0.1, online_steps=80)
-    for step, end, want in [
-        (20, 0.5, 0.1),
-        (40, 0.5, 0.2),
-        (100, 0.5, 0.5),
-        (130, 0.5, 0.5),
-        (60, 0.0, 0.05),
-        (60, None, 0.1),
-    ]:
-        run = SimpleNamespace(
-            args=script.Args(**args, q_weight_end=end), count={"global_step": step, "online_start": 20}
-        )
-        assert script.Run.q_weight(run) == pytest.approx(want)
-    run.count = {"global_step": 15}  # before stage 3
-    assert script.Run.q_weight(run) == 0.1
+        assert not torch.equal(base, agent.observe(obs).prefix.embedding)
 
 
 def test_released_weights(monkeypatch):
@@ -260,41 +241,36 @@ def test_released_weights(monkeypatch):
     )  # fmt: skip
     monkeypatch.setitem(pi0.PRESETS, "pi0", dataclasses.replace(pi0.PRESETS["pi0"], **sizes))
     flags = dict(camera=True, backbone="pi0", finetune="expert")
-    with pytest.raises(script.UserError, match="pieces, the embedding 64 rows"):
+    with pytest.raises(UserError, match="pieces, the embedding 64 rows"):
         toy_agent(**flags, checkpoint=str(FIXTURES / "pi0_tiny"))
     encode = lambda text, add_bos=False: [2] * add_bos + [3 + ord(c) % 60 for c in text]  # noqa: E731
     monkeypatch.setattr(pi0, "load_tokenizer", lambda file, rows: SimpleNamespace(encode=encode))
     agent = toy_agent(**flags, checkpoint=str(FIXTURES / "pi0_tiny"), env_id="PushCube-v1")
-    loaded = pi0.load_pi0(FIXTURES / "pi0_tiny", pi0.PRESETS["pi0"])
+    loaded = load_pi0(FIXTURES / "pi0_tiny", pi0.PRESETS["pi0"])
     assert torch.equal(agent.backbone.norm.weight, loaded.model.prefix.norm.weight)
-    assert agent.weights == {"weights": str(FIXTURES / "pi0_tiny"), "weights_sha256": loaded.sha256}
+    assert agent.weights == f"{FIXTURES / 'pi0_tiny'}, sha256 {loaded.sha256}"
     with torch.no_grad():
         row = agent.feature(toy_demos(camera=True).obs)  # 32 px images, resized; 3 of 5 action dimensions
-        assert agent.flow_policy.flow(agent.flow_policy.context(*zip_prefix(agent)), 2, rng()).shape == (6, 2, 6)
+        assert agent.flow_policy.flow(agent.observe(toy_demos(camera=True).obs).context, 2, rng()).shape == (6, 2, 6)
         half = toy_agent(**flags, checkpoint=str(FIXTURES / "pi0_tiny"), env_id="PushCube-v1", bf16=True)
         other = half.feature(toy_demos(camera=True).obs)
         assert half.backbone.norm.weight.dtype == torch.bfloat16 and other.dtype == torch.float32
         assert 0 < (row - other).abs().max() < 0.05 * row.abs().max()
-        assert half.flow_policy.flow(half.flow_policy.context(*zip_prefix(half)), 2, rng()).dtype == torch.float32
+        assert half.flow_policy.flow(half.observe(toy_demos(camera=True).obs).context, 2, rng()).dtype == torch.float32
     assert row.shape == (6, agent.feature_dim)
-    with pytest.raises(script.UserError, match=r"no weights at .*absent"):
+    with pytest.raises(UserError, match=r"no weights at .*absent"):
         toy_agent(**flags, checkpoint=str(FIXTURES / "absent"))
     monkeypatch.setitem(pi0.PRESETS, "pi0", dataclasses.replace(pi0.PRESETS["pi0"], state_dim=3))
-    with pytest.raises(script.UserError, match="has room for 3 numbers of proprio and 5 of actions"):
+    with pytest.raises(UserError, match="has room for 3 numbers of proprio and 5 of actions"):
         toy_agent(**flags)
-
-
-def zip_prefix(agent):
-    prefix, proprio = agent.observe(toy_demos(camera=True).obs)
-    return prefix.cache, prefix.valid, proprio
 
 
 @HEADS
 def test_dry_run(head):
     """Its parameters and rows are those of a real agent, and it costs no memory at the released size."""
     args = script.Args(env_id="PushCube-v1", obs_mode="state", head=head, device="cpu", hidden_dim=16, image_size=64)
-    found = script.dry_run(dataclasses.replace(args))
-    demos = script.Demos({"proprio": np.zeros((2, 25), np.float32)}, np.eye(2, 4, dtype=np.float32), np.ones(1, int), np.ones(1, int), "")  # fmt: skip
+    found = dry_run(dataclasses.replace(args))
+    demos = Demos({"proprio": np.zeros((2, 25), np.float32)}, np.eye(2, 4, dtype=np.float32), np.ones(1, int), np.ones(1, int), "")  # fmt: skip
     agent = script.Agent(args, demos)
     assert found["parameters"] == sum(p.numel() for p in agent.parameters())
     assert found["trained_in_stage_0"] == sum(
@@ -309,17 +285,27 @@ def test_dry_run(head):
 
 def test_dry_run_at_the_released_size():
     """Linear layers count twice their weights per token: the prefix' tokens and the samples give the bounds."""
-    flags = dict(backbone="pi0", head="flow", finetune="expert", device="cpu", chunk_len=10, flow_steps=2, dry_run=True)
-    found = script.dry_run(script.Args(**flags))
+    flags = dict(backbone="pi0", head="flow", finetune="expert", device="cpu", chunk_len=10, image_size=224)
+    found = dry_run(script.Args(**flags))
     assert found["parameters_pi0"] == 3_238_048_528
     layer = 2 * 1024 * 2048 + 2 * 1024 * 256 + 3 * 1024 * 4096 + 2 * 1024  # attention, MLP, norms
     projections = 3 * 1024 * 32 + 2 * 1024 + 32 + 3 * 1024 * 1024 + 2 * 1024  # of actions and state; the time MLP
     assert found["trained_in_stage_0"] == found["trained_online"] == 18 * layer + 1024 + projections
-    tokens, cache = 2 * 256 + 48, 2 * 18 * 256  # two cameras and the instruction
+    steps, tokens, cache = pi0_policy.FLOW_STEPS, 2 * 256 + 48, 2 * 18 * 256  # two cameras and the instruction
     assert found["replay_bytes_per_step"] == 4 * (tokens * (cache + 1) + 2048 + 25) + 16 + 40
     vit, vlm = 2 * 256 * 411e6, tokens * 1.98e9
-    assert found["flops_action_K1"] == pytest.approx(2 * (vit + vlm + 2 * 11 * 311e6), rel=0.15)
-    assert found["flops_action_K"] - found["flops_action_K1"] == pytest.approx(19 * 2 * 2 * 11 * 311e6, rel=0.15)
+    assert found["flops_action_K1"] == pytest.approx(2 * (vit + vlm + steps * 11 * 311e6), rel=0.15)
+    assert found["flops_action_K"] - found["flops_action_K1"] == pytest.approx(19 * 2 * steps * 11 * 311e6, rel=0.15)
+
+
+def test_dry_run_takes_the_flags_of_the_script(monkeypatch, capsys):
+    import dry_run as program
+
+    flags = parse_flags(script.Args, "", script.TABLES, ["--backbone", "pi05", "--image-size", "224", "--device", "cpu"])
+    program.main(flags)
+    assert json.loads(capsys.readouterr().out)["parameters_pi0"] == 3_353_433_872
+    with pytest.raises(UserError, match="give --image-size 224"):
+        dry_run(script.Args(backbone="pi0", device="cpu"))
 
 
 # --- runs ---
@@ -327,11 +313,6 @@ def test_dry_run_at_the_released_size():
 
 class Killed(BaseException):
     """What a kill looks like from the inside: nothing catches it."""
-
-
-def metrics(folder) -> list[tuple]:
-    with (folder / "metrics.csv").open() as file:
-        return [tuple(row) for row in csv.reader(file) if not row[2].startswith("time/")]
 
 
 LEARN = {
@@ -345,90 +326,86 @@ STAGES = [*LEARN, "end"]
 
 
 @pytest.fixture(scope="module", params=["consistency", "flow"])
-def whole(request, place, tmp_path_factory):
-    """An undisturbed run and the weights at the start of each stage and at the end."""
-    starts, enter = {}, script.Run.enter
+def both(request, place, tmp_path_factory):
+    """An undisturbed run with each head, and the weights at the start of each stage and at the end."""
+    starts, enter = {}, Run.enter
 
     def watched(self, stage):
-        if self.count["stage"] != stage or stage == "sft":
-            starts[stage] = {k: v.clone() for k, v in self.agent.state_dict().items()}
-        return enter(self, stage)
+        going_in = enter(self, stage)
+        starts[stage] = {k: v.clone() for k, v in self.agent.state_dict().items()}
+        return going_in
 
-    folder = tmp_path_factory.mktemp(request.param)
+    runs = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.Run, "enter", watched)
-        run = script.main(tiny_args(place, folder, run_name="whole", head=request.param))
-    starts["end"] = script.load_checkpoint(run)[0]
-    return SimpleNamespace(folder=run, starts=starts, head=request.param)
+        patch.setattr(Run, "enter", watched)
+        folder = script.main(tiny_args(place, script, runs=str(runs), run_name="whole", head=request.param))
+    starts["end"] = weights(folder)
+    return SimpleNamespace(folder=folder, starts=starts, head=request.param)
 
 
-def test_every_network_learns_in_its_stages_only(whole):
+def test_every_network_learns_in_its_stages_only(both):
     for stage, after in zip(STAGES, STAGES[1:]):
         for part in ("backbone", "flow", "actor", "critic", "target_critic"):
-            own = [k for k in whole.starts[stage] if k.startswith(part + ".")]
-            moved = [k for k in own if not torch.equal(whole.starts[stage][k], whole.starts[after][k])]
+            own = [k for k in both.starts[stage] if k.startswith(part + ".")]
+            moved = [k for k in own if not torch.equal(both.starts[stage][k], both.starts[after][k])]
             if part not in LEARN[stage]:
                 assert not moved, (stage, part, moved[:3])
             elif own:  # buffers; words never read; and nothing reads the last prefix output of a flow head
                 still = set(own) - set(moved)
                 idle = (".unit", ".mean", "embed_tokens.weight")
-                last = ("backbone.norm", "backbone.layers.1.") if whole.head == "flow" else ()
+                last = ("backbone.norm", "backbone.layers.1.") if both.head == "flow" else ()
                 assert not {k for k in still if not k.endswith(idle) and not k.startswith(last)}, (stage, part, still)
 
 
-def test_metrics_and_config(whole):
-    found = {row[2] for row in metrics(whole.folder)}
-    expected = {"losses/bc", "losses/td", "losses/calql", "losses/distill", "vgpd/zeta", "vgpd/ess", "values/q_std",
+def test_metrics_and_config(both):
+    found = {name for _, _, name, _ in rows(both.folder)}
+    expected = {"losses/bc", "losses/td", "losses/calql", "vgpd/zeta", "vgpd/ess", "values/q_std",
                 "calib/q_minus_return", "eval/success_once", "buffer/size", "lr/sft", "grad_norm/sft"}  # fmt: skip
-    assert expected <= found and ("losses/flow" in found) == (whole.head == "consistency")
-    for row in metrics(whole.folder)[1:]:
+    assert expected <= found and ("losses/flow" in found) == (both.head == "consistency")
+    for row in rows(both.folder):
         assert np.isfinite(float(row[3])) or row[2] == "calib/correlation", row
-    config = json.loads((whole.folder / "config.json").read_text())
-    assert config["script"] == "force_pi0.py" and config["weights"] == "random" and config["args"]["head"] == whole.head
+    config = json.loads((both.folder / "config.json").read_text())
+    assert config["script"] == "force_pi0.py" and config["weights"] == "random" and config["args"]["head"] == both.head
 
 
-def test_resume_equals_an_undisturbed_run(whole, place, monkeypatch):
+def test_a_killed_run_ends_as_an_undisturbed_one(both, place, monkeypatch):
     """Killed in stage 0, in its head's part and online, off a checkpoint, and gone on with."""
-    kills, tick = [("sft", 5), ("sft-head", 3), ("online", 5)], script.Run.tick
+    kills, tick = [("sft", 5), ("sft-head", 2), ("online", 5)], Run.tick
 
-    def killed_tick(self, logs, logger):
-        tick(self, logs, logger)
-        if kills and kills[0] == (self.count["stage"], self.count["stage_update"]):
+    def killed_tick(self, *rest, **more):
+        tick(self, *rest, **more)
+        if kills and kills[0] == (self.stage, self.stage_updates):
             raise Killed
 
-    monkeypatch.setattr(script.Run, "tick", killed_tick)
-    folder = whole.folder.with_name("killed")
-    args = tiny_args(place, whole.folder.parent, run_name="killed", head=whole.head)
+    monkeypatch.setattr(Run, "tick", killed_tick)
+    args = tiny_args(place, script, runs=str(both.folder.parent), run_name="killed", head=both.head)
     while kills:
         with pytest.raises(Killed):
             script.main(args)
         kills.pop(0)
-        args = script.Args(resume=str(folder), device="cpu")
-    assert script.main(args) == folder
-    assert metrics(folder) == metrics(whole.folder)
-    for key, value in script.load_checkpoint(folder)[0].items():
-        assert torch.equal(value, whole.starts["end"][key]), key
+        args = script.Args(resume=str(both.folder.with_name("killed")), device="cpu")
+    assert differences(both.folder, script.main(args)) == []
 
 
-def test_eval_only_and_a_start_from_the_run(whole, place, tmp_path, capsys):
+def test_eval_only_and_a_start_from_the_run(both, place, tmp_path, capsys):
     """--sft-checkpoint: the same policy acts after stage 0, which is left out; critics are new."""
     capsys.readouterr()
-    script.main(script.Args(eval_only=str(whole.folder), device="cpu"))
-    printed, last = capsys.readouterr().out, json.loads((whole.folder / "summary.json").read_text())["evaluations"][-1]
+    script.main(script.Args(eval_only=str(both.folder), device="cpu"))
+    printed, last = capsys.readouterr().out, json.loads((both.folder / "summary.json").read_text())["evaluations"][-1]
     own = json.loads(printed[printed.index("{") :])
-    assert all(own[k] == last[k] for k in own if k.startswith("eval/"))
-    args = tiny_args(place, tmp_path, head=whole.head, sft_checkpoint=str(whole.folder), run_name="next", warmup=False,
-                     offline_updates=0, online_steps=0)  # fmt: skip
+    assert all(own[k] == last[k] for k in own)
+    args = tiny_args(place, script, runs=str(tmp_path), head=both.head, sft_checkpoint=str(both.folder),
+                     run_name="next", warmup=False, offline_updates=0, online_steps=0)  # fmt: skip
     folder = script.main(args)
-    weights = script.load_checkpoint(folder)[0]
-    kept = [k for k in weights if k.startswith(("actor.", "backbone.", "flow."))]
-    assert kept and all(torch.equal(weights[k], whole.starts["end"][k]) for k in kept)
-    assert not torch.equal(weights["critic.chunk_in"], whole.starts["end"]["critic.chunk_in"])
-    assert json.loads((folder / "config.json").read_text())["weights"] == str(whole.folder)
-    other = "flow" if whole.head == "consistency" else "consistency"
-    for changes, words in ((dict(head=other), f"was trained with --head {whole.head}, not {other}"),
-                           (dict(sft_checkpoint=str(tmp_path / "no")), "is no run folder")):  # fmt: skip
-        with pytest.raises(script.UserError, match=words):
+    found = weights(folder)
+    kept = [k for k in found if k.startswith(("actor.", "backbone.", "flow."))]
+    assert kept and all(torch.equal(found[k], both.starts["end"][k]) for k in kept)
+    assert not torch.equal(found["critic.chunk_in"], both.starts["end"]["critic.chunk_in"])
+    assert json.loads((folder / "config.json").read_text())["weights"] == f"run {both.folder}"
+    other = "flow" if both.head == "consistency" else "consistency"
+    for changes, words in ((dict(head=other), f"was trained with --head {both.head}, not {other}"),
+                           (dict(sft_checkpoint=str(tmp_path / "no")), "is no run folder of force_pi0.py")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
             script.main(dataclasses.replace(args, run_name="bad", **changes))
 
 
@@ -439,23 +416,37 @@ def test_eval_only_and_a_start_from_the_run(whole, place, tmp_path, capsys):
     (dict(backbone="pi0"), "--backbone pi0 needs its weights: --checkpoint hf://lerobot/pi0_base"),
     (dict(checkpoint="x"), "--backbone pi0-compact none"),
     (dict(backbone="pi05", checkpoint="x"), "needs --obs-mode rgb"),
+    (dict(backbone="pi05", checkpoint="x", obs_mode="rgb"), "pi05 sees 224 pixels: give --image-size 224, not 64"),
     (dict(bf16=True), "--bf16 needs a frozen, released model"),
-    (dict(flow_steps=0), "--flow-steps must be at least 1"),
-    (dict(backbone="pi0", checkpoint="nowhere", obs_mode="rgb", finetune="head"), "no weights at nowhere"),
+    (dict(flow_times=0), "--flow-times must be at least 1"),
+    (dict(backbone="pi0", checkpoint="nowhere", obs_mode="rgb", image_size=224, finetune="head"), "no weights at nowhere"),
 ], ids=str)  # fmt: skip
 def test_flags_that_cannot_be(flags, words, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "load_demos", lambda args: toy_demos())
-    with pytest.raises(script.UserError, match=words):
-        script.main(tiny_args(place, tmp_path, **flags))
+    monkeypatch.setattr(script, "load_demos", lambda *_: toy_demos())
+    monkeypatch.setattr(script, "make_env", lambda *_: None)
+    with pytest.raises(UserError, match=words):
+        script.main(tiny_args(place, script, runs=str(tmp_path), **flags))
     assert not list(tmp_path.iterdir())
 
 
 def test_shared_flags_have_the_same_defaults():
-    """But for the model, and what force_octo.py shortens and lengthens with a camera."""
+    """But for the model, and what stage 0 and stage 3 take with it."""
     theirs = {f.name: f.default for f in dataclasses.fields(force_octo.Args)}
     ours = {f.name: f.default for f in dataclasses.fields(script.Args)}
     assert theirs.keys() - ours.keys() == set()
     assert {name for name in theirs if theirs[name] != ours[name]} == {"backbone", "sft_updates", "online_steps"}
-    with_state = force_octo.Args(obs_mode="state", device="cpu")
-    force_octo.validate(with_state)
-    assert (with_state.sft_updates, with_state.online_steps) == (ours["sft_updates"], ours["online_steps"])
+    one, two = (fill(s.Args, s.TABLES, obs_mode="state", env_id="other") for s in (force_octo, script))
+    differ = {name for name in theirs if getattr(one, name) != getattr(two, name)}
+    assert differ == {"backbone", "sft_updates", "online_steps"}
+
+
+def test_defaults_by_task_are_the_benchmarks():
+    """With the number of updates and flags as in benchmark/commands/pi0-state.sh and pi0-rgb.sh."""
+    push = fill(script.Args, script.TABLES, env_id="PushCube-v1", obs_mode="state")
+    assert (push.num_demos, push.sft_updates, push.online_steps) == (50, 3000, 8000)
+    assert (push.gamma, push.q_weight, push.explore_noise, push.candidate_noise) == (0.95, 0.05, 0.1, 0.1)
+    pick = fill(script.Args, script.TABLES, env_id="PickCube-v1", obs_mode="state")
+    stack = fill(script.Args, script.TABLES, env_id="StackCube-v1", obs_mode="state")
+    assert (pick.online_steps, stack.online_steps, pick.gamma, stack.q_weight) == (5000, 8000, 0.98, 0.02)
+    camera = fill(script.Args, script.TABLES, env_id="PickCube-v1")
+    assert (camera.num_demos, camera.sft_updates, camera.online_steps, camera.q_weight) == (100, 3000, 4000, 0.0)

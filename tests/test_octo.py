@@ -19,12 +19,11 @@ from backbones.octo import (
     DiffusionHead,
     HashText,
     Octo,
-    OctoError,
     SpatialPoints,
     attention_pattern,
-    load_octo,
 )
-from backbones.octo_weights import flax_layout, read_flax, save_octo
+from backbones.octo_weights import flax_layout, load_octo, read_flax, save_octo
+from plumbing import UserError
 
 torch.set_num_threads(1)
 
@@ -164,7 +163,7 @@ def test_t5_token_ids():
     ids = t5.t5_token_ids(REFERENCE["tokenizer/sentences"].tolist(), 16, FIXTURES / "spiece.model")
     assert ids.tolist() == REFERENCE["tokenizer/input_ids"].tolist()
     assert (ids > 0).long().tolist() == REFERENCE["tokenizer/attention_mask"].tolist()
-    with pytest.raises(ValueError, match="no T5 tokenizer at"):
+    with pytest.raises(UserError, match="no T5 tokenizer at"):
         t5.t5_token_ids(["x"], 16, FIXTURES / "absent.model")
 
 
@@ -205,7 +204,7 @@ def copy(tmp_path):
 
 
 def refuse(folder, pattern, config=TINY_CONFIG):
-    with pytest.raises(OctoError, match=pattern) as caught:
+    with pytest.raises(UserError, match=pattern) as caught:
         load_octo(folder, config)
     assert "\n" not in str(caught.value)
 
@@ -375,7 +374,7 @@ def test_own_format_round_trip(config, tmp_path):
 
 
 def test_check_weights_prints_one_line_errors(tmp_path):
-    command = [sys.executable, "-m", "backbones.octo", "--check-weights", str(tmp_path)]
+    command = [sys.executable, "-m", "backbones.octo_weights", str(tmp_path)]
     done = subprocess.run(command, cwd=FIXTURES.parent.parent, capture_output=True, text=True)
     assert done.returncode == 1
     assert re.fullmatch(r"error: no weights at [^\n]+\n", done.stderr), done.stderr
@@ -561,8 +560,8 @@ def test_full_size_checkpoint(preset, size, limit, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     code = f"""
 import torch; torch.set_num_threads(1)
-from backbones.octo import PRESETS, load_octo
-from backbones.octo_weights import check_weights
+from backbones.octo import PRESETS
+from backbones.octo_weights import check_weights, load_octo
 loaded = load_octo({str(tmp_path)!r})
 assert loaded.model.config == PRESETS[{preset!r}]
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from backbones import pi0, pi0_weights
-from backbones.pi0 import PRESETS, Pi0, Pi0Error, load_pi0, resize_with_pad, state_bins, time_embedding
-from backbones.pi0_weights import DEAD, TIED, find_statistics, released_name
+from backbones.pi0 import PRESETS, Pi0, resize_with_pad, state_bins, time_embedding
+from backbones.pi0_weights import DEAD, TIED, find_statistics, load_pi0, released_name
+from plumbing import UserError
 
 torch.set_num_threads(1)
 
@@ -156,7 +157,7 @@ def test_prompts_match_the_original(tiny):
             own, mask = prefix.prompt(prompt, row[None] if name == "pi05" else None)
             n = valid.sum()
             assert own[0, :n].tolist() == ids[:n].tolist() and mask[0, :n].all() and not mask[0, n:].any()
-    with pytest.raises(Pi0Error, match="pieces, the embedding 64 rows"):
+    with pytest.raises(UserError, match="pieces, the embedding 64 rows"):
         tiny["pi0"].prefix.prompt("push it")
 
 
@@ -194,7 +195,7 @@ def folder(tmp_path):
 
 
 def refuse(source, pattern, config=TINY["pi0"]):
-    with pytest.raises(Pi0Error, match=pattern) as caught:
+    with pytest.raises(UserError, match=pattern) as caught:
         load_pi0(source, config)
     assert "\n" not in str(caught.value)
 
@@ -291,14 +292,14 @@ def test_the_tokenizer_is_fetched_once(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
-    with pytest.raises(Pi0Error, match="can't fetch PaliGemma's tokenizer from https://storage.*no route.*save it as"):
-        pi0_weights.fetch_tokenizer()
+    with pytest.raises(UserError, match="can't fetch PaliGemma's tokenizer from https://storage.*no route.*save it as"):
+        pi0.fetch_tokenizer()
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     for _ in range(2):
-        assert pi0_weights.fetch_tokenizer().is_file()
+        assert pi0.fetch_tokenizer().is_file()
     assert len(fetched) == 1
     (tmp_path / "bad.model").write_text("no")
-    with pytest.raises(Pi0Error, match="is no SentencePiece model"):
+    with pytest.raises(UserError, match="is no SentencePiece model"):
         pi0.load_tokenizer(tmp_path / "bad.model", 400)
 
 
@@ -314,7 +315,7 @@ def test_statistics_of_both_families(tmp_path):
     assert found["org/robot"]["actions"] == {"mean": [0.5, 1.0], "std": [1.0, 2.0]}
     assert found["lerobot"] == {"state": {"q01": [-1.0], "q99": [2.0]}, "actions": {"mean": [3.0]}}
     file.write_text("{}")
-    with pytest.raises(Pi0Error, match="norm_stats.json holds no normalisation statistics"):
+    with pytest.raises(UserError, match="norm_stats.json holds no normalisation statistics"):
         find_statistics(tmp_path)
 
 
@@ -352,5 +353,5 @@ def test_compact_models(name):
     still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
     assert still == []
     assert not torch.equal(model.prefix.prompt("push the cube", state)[0][:, 2], model.prefix.prompt("push the ball", state)[0][:, 2])  # fmt: skip
-    with pytest.raises(Pi0Error, match="the prompt has"):
+    with pytest.raises(UserError, match="the prompt has"):
         model.prefix.prompt("word " * 100, state)

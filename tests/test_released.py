@@ -13,8 +13,8 @@ from conftest import FIXTURES, tiny_args
 import bc
 import force_octo as script
 from backbones import t5
-from backbones.octo import PRESETS, DiffusionHead, Octo, load_octo
-from backbones.octo_weights import flax_layout
+from backbones.octo import PRESETS, DiffusionHead, Octo
+from backbones.octo_weights import flax_layout, load_octo
 
 THIN = dataclasses.replace(  # the released inputs, with a trunk that runs in milliseconds
     PRESETS["octo-small"], token_dim=32, num_layers=1, num_heads=4, mlp_dim=32, stem_features=(32, 32, 32, 32),

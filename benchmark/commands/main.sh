@@ -1,39 +1,39 @@
 # All methods, privileged state
 # The same 50 demonstrations of a task for all. All but CO-RFT start from the policy of the task's first line (CO-RFT clones
 # its own, with a plain chunk head), and the online methods of a task have the same number of control steps after hand-over.
-# PullCube takes PushCube's flags. Cal-QL alone is conrft.py offline, with a new head and no imitation.
+# Cal-QL alone is conrft.py offline, with a new head and no imitation.
 # By hand: bash benchmark/commands/main.sh, or seed=1 and one of the lines. In parallel: benchmark/run.py.
 for seed in 1 2 3; do
   # PushCube
-  python bc.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --seed $seed --runs runs/benchmark --run-name bc-push-state-50-$seed
-  python conrft.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-push-state-$seed
-  python conrft.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --online-steps 5000 --seed $seed --runs runs/benchmark --run-name conrft-push-state-$seed
-  python force_octo.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --seed $seed --runs runs/benchmark --run-name force-push-state-$seed
-  python force_octo.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --no-warmup --seed $seed --runs runs/benchmark --run-name force-push-state-no-warmup-$seed
-  python force_octo.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --no-vgpd --seed $seed --runs runs/benchmark --run-name force-push-state-no-vgpd-$seed
-  python co_rft_chunked.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --actor-until success --eval-elsewhere --seed $seed --runs runs/benchmark --run-name corft-push-state-$seed
+  python bc.py --env-id PushCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name bc-push-state-50-$seed
+  python conrft.py --env-id PushCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-push-state-$seed
+  python conrft.py --env-id PushCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --seed $seed --runs runs/benchmark --run-name conrft-push-state-$seed
+  python force_octo.py --env-id PushCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --seed $seed --runs runs/benchmark --run-name force-push-state-$seed
+  python force_octo.py --env-id PushCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --no-warmup --seed $seed --runs runs/benchmark --run-name force-push-state-no-warmup-$seed
+  python force_octo.py --env-id PushCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --no-vgpd --seed $seed --runs runs/benchmark --run-name force-push-state-no-vgpd-$seed
+  python co_rft_chunked.py --env-id PushCube-v1 --obs-mode state --eval-elsewhere --seed $seed --runs runs/benchmark --run-name corft-push-state-$seed
   # PullCube
-  python bc.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --seed $seed --runs runs/benchmark --run-name bc-pull-state-50-$seed
-  python conrft.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-pull-state-$seed
-  python conrft.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 5000 --seed $seed --runs runs/benchmark --run-name conrft-pull-state-$seed
-  python force_octo.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --seed $seed --runs runs/benchmark --run-name force-pull-state-$seed
-  python force_octo.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --no-warmup --seed $seed --runs runs/benchmark --run-name force-pull-state-no-warmup-$seed
-  python force_octo.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --no-vgpd --seed $seed --runs runs/benchmark --run-name force-pull-state-no-vgpd-$seed
-  python co_rft_chunked.py --env-id PullCube-v1 --obs-mode state --num-demos 50 --actor-until success --seed $seed --runs runs/benchmark --run-name corft-pull-state-$seed
+  python bc.py --env-id PullCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name bc-pull-state-50-$seed
+  python conrft.py --env-id PullCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-pull-state-$seed
+  python conrft.py --env-id PullCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 5000 --seed $seed --runs runs/benchmark --run-name conrft-pull-state-$seed
+  python force_octo.py --env-id PullCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --seed $seed --runs runs/benchmark --run-name force-pull-state-$seed
+  python force_octo.py --env-id PullCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --no-warmup --seed $seed --runs runs/benchmark --run-name force-pull-state-no-warmup-$seed
+  python force_octo.py --env-id PullCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --no-vgpd --seed $seed --runs runs/benchmark --run-name force-pull-state-no-vgpd-$seed
+  python co_rft_chunked.py --env-id PullCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name corft-pull-state-$seed
   # PickCube
-  python bc.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --seed $seed --runs runs/benchmark --run-name bc-pick-state-50-$seed
-  python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-pick-state-$seed
-  python conrft.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 5000 --seed $seed --runs runs/benchmark --run-name conrft-pick-state-$seed
-  python force_octo.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 5000 --seed $seed --runs runs/benchmark --run-name force-pick-state-$seed
-  python force_octo.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 5000 --no-warmup --seed $seed --runs runs/benchmark --run-name force-pick-state-no-warmup-$seed
-  python force_octo.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 5000 --no-vgpd --seed $seed --runs runs/benchmark --run-name force-pick-state-no-vgpd-$seed
-  python co_rft_chunked.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --eval-elsewhere --seed $seed --runs runs/benchmark --run-name corft-pick-state-$seed
+  python bc.py --env-id PickCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name bc-pick-state-50-$seed
+  python conrft.py --env-id PickCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-pick-state-$seed
+  python conrft.py --env-id PickCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --seed $seed --runs runs/benchmark --run-name conrft-pick-state-$seed
+  python force_octo.py --env-id PickCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --seed $seed --runs runs/benchmark --run-name force-pick-state-$seed
+  python force_octo.py --env-id PickCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --no-warmup --seed $seed --runs runs/benchmark --run-name force-pick-state-no-warmup-$seed
+  python force_octo.py --env-id PickCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --no-vgpd --seed $seed --runs runs/benchmark --run-name force-pick-state-no-vgpd-$seed
+  python co_rft_chunked.py --env-id PickCube-v1 --obs-mode state --eval-elsewhere --seed $seed --runs runs/benchmark --run-name corft-pick-state-$seed
   # StackCube
-  python bc.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --seed $seed --runs runs/benchmark --run-name bc-stack-state-50-$seed
-  python conrft.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-stack-state-$seed
-  python conrft.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --online-steps 8000 --seed $seed --runs runs/benchmark --run-name conrft-stack-state-$seed
-  python force_octo.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --online-steps 8000 --success-filter True --explore-noise 0 --q-weight 0 --seed $seed --runs runs/benchmark --run-name force-stack-state-$seed
-  python force_octo.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --online-steps 8000 --success-filter True --explore-noise 0 --q-weight 0 --no-warmup --seed $seed --runs runs/benchmark --run-name force-stack-state-no-warmup-$seed
-  python force_octo.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --online-steps 8000 --success-filter True --explore-noise 0 --q-weight 0 --no-vgpd --seed $seed --runs runs/benchmark --run-name force-stack-state-no-vgpd-$seed
-  python co_rft_chunked.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --eval-elsewhere --seed $seed --runs runs/benchmark --run-name corft-stack-state-$seed
+  python bc.py --env-id StackCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name bc-stack-state-50-$seed
+  python conrft.py --env-id StackCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-stack-state-$seed
+  python conrft.py --env-id StackCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --seed $seed --runs runs/benchmark --run-name conrft-stack-state-$seed
+  python force_octo.py --env-id StackCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --seed $seed --runs runs/benchmark --run-name force-stack-state-$seed
+  python force_octo.py --env-id StackCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --no-warmup --seed $seed --runs runs/benchmark --run-name force-stack-state-no-warmup-$seed
+  python force_octo.py --env-id StackCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --no-vgpd --seed $seed --runs runs/benchmark --run-name force-stack-state-no-vgpd-$seed
+  python co_rft_chunked.py --env-id StackCube-v1 --obs-mode state --eval-elsewhere --seed $seed --runs runs/benchmark --run-name corft-stack-state-$seed
 done

@@ -3,8 +3,8 @@
 # flow head on PushCube.
 # By hand: bash benchmark/commands/pi0-state.sh, or seed=1 and one of the lines. In parallel: benchmark/run.py.
 for seed in 1 2 3; do
-  python force_pi0.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-updates 3000 --online-steps 8000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --seed $seed --runs runs/benchmark --run-name pi0-push-state-$seed
-  python force_pi0.py --env-id PickCube-v1 --obs-mode state --num-demos 50 --sft-updates 3000 --online-steps 5000 --seed $seed --runs runs/benchmark --run-name pi0-pick-state-$seed
-  python force_pi0.py --env-id StackCube-v1 --obs-mode state --num-demos 50 --sft-updates 3000 --online-steps 8000 --seed $seed --runs runs/benchmark --run-name pi0-stack-state-$seed
-  python force_pi0.py --env-id PushCube-v1 --obs-mode state --num-demos 50 --sft-updates 3000 --online-steps 5000 --gamma 0.95 --q-weight 0.05 --explore-noise 0.1 --candidate-noise 0.1 --head flow --seed $seed --runs runs/benchmark --run-name pi0-push-state-flow-$seed
+  python force_pi0.py --env-id PushCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name pi0-push-state-$seed
+  python force_pi0.py --env-id PickCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name pi0-pick-state-$seed
+  python force_pi0.py --env-id StackCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name pi0-stack-state-$seed
+  python force_pi0.py --env-id PushCube-v1 --obs-mode state --online-steps 5000 --head flow --seed $seed --runs runs/benchmark --run-name pi0-push-state-flow-$seed
 done

@@ -1,0 +1,449 @@
+"""What is part of several algorithms stands in each script, and behaves alike: equal tensors for equal seeds and inputs.
+
+`force_octo.py` is what the others are compared with. A deliberate difference is in the table OWN_FORM, or the probe
+says how the script's own form is called so that it does the same.
+"""
+
+import importlib
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS
+from test_layout import TREES, definitions
+from torch import nn
+
+from plumbing import Demos, fill
+
+OWN_FORM = {  # (name, script): what differs on purpose
+    ("td_target", "co_rft_chunked"): "one target for each prefix of a chunk",
+    ("mc_returns", "co_rft_chunked"): "rewards start at 0, so nothing has to stand for what follows a truncation",
+    ("Batch", "co_rft_chunked"): "prefixes of chunks",
+    ("draw", "co_rft_chunked"): "from one data set, by its rows",
+    ("ConsistencyActor__second_step", "conrft"): "one step, as in its paper",
+    ("td_target__mixed", "co_rft_chunked"): "one target for each prefix of a chunk",
+    ("td_target__mixed", "conrft"): "plain TD, as in its paper",
+    ("calql_loss__rate", "conrft"): "of the policy's actions, not of the random ones",
+    ("add_demonstrations__stay", "conrft"): "no steps past the success, no column for it",
+    ("warmup_cosine", "bc"): "the same up to the last bit: rounded in another order",
+}
+ELSEWHERE = {  # names that scripts share, and what holds their behaviour
+    "Args": "test_layout.py: flags",
+    "TABLES": "test_layout.py: they fit their flags",
+    "LIMITS": "test_cli.py and the scripts' own tests",
+    "BY_OBS_MODE": "a script's own defaults",
+    "BY_TASK": "a script's own defaults",
+    "BY_PRESET": "a script's own defaults",
+    "PUSH": "a script's own defaults",
+    "validate": "the scripts' own tests",
+    "Agent": "its networks are compared; the rest is the script's own",
+    "update_critic": "the scripts' own tests",
+    "update_actor": "the scripts' own tests",
+    "main": "test_resume.py and the scripts' own tests",
+    "film_policy": "test_training.py",
+    "bc_loss": "chooses a head's loss; those are compared",
+    "embed_demonstrations": "test_training.py",
+    "held_out": "the scripts' own tests",
+    "collect": "test_resume.py",
+    "SIGMA_MIN": "through karras_sigmas", "SIGMA_MAX": "through karras_sigmas",
+    "RHO": "through karras_sigmas", "NUM_SIGMAS": "through karras_sigmas",
+}  # fmt: skip
+UNIT = torch.tensor([0.5, 0.2, 1.0, 0.25])
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+FEATURE = torch.randn(6, 5, generator=rng(1))
+CHUNK = torch.rand(6, 4, generator=rng(2)) * 2 - 1
+Q = torch.randn(3, 6, generator=rng(3))
+SUCCESS = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+
+
+def seeded(cls, *args, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return cls(*args, **kwargs)
+
+
+def by_name(function, **known):
+    """Call a function with those of the known arguments that it has."""
+    own = inspect.signature(function).parameters
+    return function(**{name: value for name, value in known.items() if name in own})
+
+
+def common(columns) -> dict:
+    """What every script's batches and buffers hold; those that imitate successes only have a column for it."""
+    columns = columns if isinstance(columns, dict) else vars(columns)
+    return {name: value for name, value in columns.items() if name != "success"}
+
+
+# --- what is compared: functions of a script that give tensors, arrays, or numbers, by the name that they are about ---
+PROBES = {}
+
+
+def probe(function):
+    PROBES[function.__name__] = function  # NAME__ASPECT: one more look at NAME
+    return function
+
+
+def about(name: str) -> str:
+    return name.split("__")[0]
+
+
+@probe
+def karras_sigmas(s):
+    return s.karras_sigmas()
+
+
+@probe
+def gaussian(s):
+    return s.gaussian((2, 3), FEATURE, rng())
+
+
+@probe
+def ConsistencyActor(s):
+    net = seeded(s.ConsistencyActor, 5, UNIT, hidden=8)
+    sigma = torch.tensor([[0.002, 0.3, 80.0]])
+    noisy = CHUNK[:, None].expand(-1, 3, -1)
+    return [net.state_dict(), net.denoise(FEATURE, noisy, sigma), net.sample(FEATURE, 3, rng())]
+
+
+@probe
+def ConsistencyActor__second_step(s):
+    return seeded(s.ConsistencyActor, 5, UNIT, hidden=8).sample(FEATURE, 3, rng(), 0.4)
+
+
+@probe
+def EnsembleCritic(s):
+    net = seeded(s.EnsembleCritic, 3, 5, UNIT, 8)
+    return [net.state_dict(), net(FEATURE, CHUNK), net(FEATURE, CHUNK[:, None].expand(-1, 2, -1))]
+
+
+@probe
+def Batch(s):
+    names = [name for name in inspect.signature(s.Batch).parameters if name != "success"]
+    extra = {"success": torch.zeros(2)} if "success" in inspect.signature(s.Batch).parameters else {}
+    one, two = (s.Batch(**{name: torch.full((2,), float(i + k)) for i, name in enumerate(names)}, **extra) for k in (0, 9))
+    return [names, common(one.cat(two)), common(one.to("cpu"))]
+
+
+@probe
+def mc_returns(s):
+    reward = np.array([0.1, -0.05, 0.0, 1.0], np.float32)
+    return [s.mc_returns(reward, ended, 0.9, -0.05) for ended in (True, False)]
+
+
+@probe
+def ReplayBuffer(s):
+    buffer, hold = s.ReplayBuffer(2, 1, 3, 0.9), np.array([-7.0], np.float32)
+    for length, steps, ended in ((8, 6, True), (5, 5, False), (2, 2, True)):
+        feature = torch.randn(length + 1, 2, generator=rng(length))
+        reward = np.linspace(-0.05, 1, steps, dtype=np.float32)
+        action = np.arange(length, dtype=np.float32)[:, None]
+        by_name(
+            buffer.add, feature=feature, action=action, reward=reward, terminated=ended, success=True,
+            reward_failure=-0.05, hold=hold,
+        )  # fmt: skip
+    copy = s.ReplayBuffer(2, 1, 3, 0.9)
+    copy.load_state_dict(buffer.state_dict())
+    copied = copy.gather(copy.draw(20, rng()))
+    return [buffer.starts, common(buffer.gather(buffer.starts)), common(buffer.state_dict()), common(copied)]
+
+
+def batch(**more):
+    return SimpleNamespace(reward=Q[0], bootstrap=SUCCESS * 0.9, mc_return=Q[1], **more)
+
+
+@probe
+def td_target(s):
+    return by_name(s.td_target, batch=batch(), next_q=Q, return_mix=0.0, low=-0.5, high=1.0)
+
+
+@probe
+def td_target__mixed(s):
+    return s.td_target(batch(), Q, 0.3, -0.5, 1.0)
+
+
+@probe
+def calql_loss(s):
+    """ConRFT's paper bounds the policy's actions only, and its code, as the others, all."""
+    sampled = torch.randn(3, 6, 4, generator=rng(5))
+    parts = dict(q_sampled=sampled, q_random=sampled[..., :2], q_policy=sampled[..., 2:], bound_random=True)
+    return by_name(s.calql_loss, q_data=Q, mc_return=Q[0], **parts)[0]
+
+
+@probe
+def calql_loss__rate(s):
+    return s.calql_loss(Q, torch.randn(3, 6, 4, generator=rng(5)), Q[0])[1]
+
+
+@probe
+def consistency_loss(s):
+    net = seeded(s.ConsistencyActor, 5, UNIT, hidden=8)
+    return [s.consistency_loss(net, FEATURE, CHUNK, rng()), s.consistency_loss(net, FEATURE, CHUNK, rng(), 4)]
+
+
+@probe
+def mse_loss(s):
+    """bc.py's is of a head in its own units, and of each sample."""
+    in_units = s.mse_loss(FEATURE[:, :4] / UNIT, CHUNK / UNIT) if s.__name__ == "bc" else None
+    return s.mse_loss(FEATURE[:, :4], CHUNK, UNIT) if in_units is None else in_units.mean()
+
+
+@probe
+def success_weighted_bc(s):
+    return [s.success_weighted_bc(Q[0], SUCCESS), s.success_weighted_bc(Q[0], torch.zeros(6))]
+
+
+@probe
+def q_loss(s):
+    plain, normalised = ("raw", "mean-abs") if "scale" in inspect.signature(s.q_loss).parameters else (False, True)
+    return [s.q_loss(Q, plain), s.q_loss(Q, normalised)]
+
+
+@probe
+def vgpd_target(s):
+    return [s.vgpd_target(Q, torch.zeros(3), 0.7, adaptive) for adaptive in (False, True)]
+
+
+@probe
+def self_distilled(s):
+    net, critic = seeded(s.ConsistencyActor, 5, UNIT, hidden=8), seeded(s.EnsembleCritic, 3, 5, UNIT, 8)
+    agent = SimpleNamespace(candidates=lambda f, args, g: net.sample(f, args.K, g, 0.4), critic=critic)
+    args = SimpleNamespace(K=5, temperature=1.0, temperature_adaptive=True)
+    return s.self_distilled(agent, SimpleNamespace(feature=FEATURE, chunk=CHUNK), SUCCESS > 0, args, rng())
+
+
+@probe
+def polyak_update(s):
+    one, two = seeded(nn.Linear, 2, 3), nn.Linear(2, 3)
+    s.polyak_update(one, two, 0.3)
+    return [one.state_dict(), two.state_dict()]
+
+
+@probe
+def warmup_cosine(s):
+    return [s.warmup_cosine(step, 60) for step in range(60)]
+
+
+@probe
+def forget(s):
+    net = seeded(nn.Linear, 2, 3)
+    optimizer = torch.optim.Adam(net.parameters())
+    with torch.enable_grad():
+        net(torch.ones(2)).sum().backward()
+    optimizer.step()
+    s.forget(optimizer)
+    return optimizer.state_dict()["state"]
+
+
+@probe
+def Reward(s):
+    return [s.Reward._fields]
+
+
+@probe
+def reward_of(s):
+    return [s.reward_of(SimpleNamespace(reward=reward, gamma=0.9)) for reward in ("binary", "conrft")]
+
+
+class Env:
+    """Two environments that end after other numbers of steps; they succeed when what was done sums up to enough."""
+
+    def reset(self, seed, options):
+        self.t, self.sums, self.every = 0, np.array(seed) % 7 / 7, options["every"]
+        return {"proprio": self.sums[:, None].copy()}, {}
+
+    def step(self, action):
+        self.t += 1
+        self.sums = self.sums + action.sum(-1)
+        success = self.sums > 1.2
+        return {"proprio": self.sums[:, None].copy()}, success, None, None, {"ended": success | (self.t > 8)}
+
+
+class Player:
+    """A policy that goes on the more the further it is, with noise."""
+
+    H, window, feature_dim = 3, 1, 1
+
+    def recent(self, seen):
+        return seen[-1]
+
+    def feature(self, obs):
+        return torch.as_tensor(obs["proprio"])
+
+    def act(self, feature, generator=None, push=0.0):
+        steps = torch.arange(3)[None, :, None] * 0.01
+        return (feature[:, None] * 0.1 + steps + push).numpy()
+
+    def denormalise(self, action):
+        return action * 2
+
+    def normalise(self, action):
+        return action / 2
+
+    def hold_action(self, last):
+        return last * 0
+
+
+PLAY = SimpleNamespace(
+    max_episode_steps=10, eval_episodes=5, num_envs=2, device="cpu", reward="binary", gamma=0.9, explore_noise=0.02,
+    truncation="bootstrap",
+)  # fmt: skip
+
+
+@probe
+def rollout(s):
+    found = by_name(
+        s.rollout, env=Env(), agent=Player(), args=PLAY, seeds=[3, 5], generator=rng(), training=False, operator=None
+    )
+    return np.stack([getattr(episode, "success", episode) for episode in found])
+
+
+@probe
+def evaluate(s):
+    return by_name(s.evaluate, env=Env(), agent=Player(), args=PLAY)
+
+
+@probe
+def Episode(s):
+    episodes = by_name(
+        s.rollout, env=Env(), agent=Player(), args=PLAY, seeds=[3, 6], generator=rng(), training=True, operator=None
+    )
+    return [[e.feature, e.action, e.success, e.terminated] for e in episodes]
+
+
+@probe
+def add_episode(s):
+    return common(played(s, [3, 6]).state_dict())
+
+
+def played(s, seeds):
+    """A replay buffer with what came of these episodes."""
+    buffer = s.ReplayBuffer(1, 1, 3, 0.9)
+    known = dict(env=Env(), agent=Player(), args=PLAY, generator=rng(), training=True, operator=None)
+    for episode in by_name(s.rollout, seeds=seeds, **known):
+        s.add_episode(buffer, episode, Player(), PLAY)
+    return buffer
+
+
+@probe
+def draw(s):
+    agent = SimpleNamespace(perturb=lambda feature, noise, g: feature + noise * torch.randn(feature.shape, generator=g))
+    args = SimpleNamespace(batch_size=8, device="cpu", proprio_noise=0.1)
+    found = []
+    for policy in (s.ReplayBuffer(1, 1, 3, 0.9), played(s, [5, 6])):
+        generators = {"batch": rng(), "update": rng(1)}
+        batch, is_expert = s.draw(played(s, [3, 4]), policy, agent, args, generators)
+        found.append([common(batch), is_expert])
+    return found
+
+
+def demonstrated(s, **flags):
+    action = np.linspace(-0.5, 0.5, 9, dtype=np.float32)[:, None]
+    success = np.array([0, 1, 1, 0, 0, 0, 1, 0, 0], bool)
+    demos = Demos({}, action, np.array([4, 3]), np.array([2, 2]), "toy", success)
+    buffer = s.ReplayBuffer(1, 1, 3, 0.9)
+    args = SimpleNamespace(reward="conrft", gamma=0.9, truncation="bootstrap", **flags)
+    s.add_demonstrations(buffer, demos, Player(), args)
+    return buffer.state_dict()
+
+
+@probe
+def add_demonstrations(s):
+    return common(demonstrated(s, stay=False))
+
+
+@probe
+def add_demonstrations__stay(s):
+    return [demonstrated(s, stay=True), demonstrated(s, stay=False)]
+
+
+@probe
+def calibration(s):
+    agent = SimpleNamespace(critic=seeded(s.EnsembleCritic, 3, 1, torch.ones(3), 8))
+    return [s.calibration(agent, policy, PLAY) for policy in (s.ReplayBuffer(1, 1, 3, 0.9), played(s, [3, 5]))]
+
+
+@probe
+def make_env(s):
+    """Real ManiSkill, from both cameras."""
+    flags = dict(env_id="PushCube-v1", obs_mode="rgb", cameras="both", image_size=64, num_envs=1, torch_threads=1)
+    env = s.make_env(fill(s.Args, s.TABLES, **flags), 1)
+    seen = [env.reset(seed=[5])[0]]
+    for push in (0.5, -0.3):
+        obs, success, _, _, info = env.step(np.full((1, 4), push, np.float32))
+        seen.append({k: v.copy() for k, v in obs.items()} | {"success": success, "ended": info["ended"]})
+    env.close()
+    return seen
+
+
+PROBES["make_maniskill"] = make_env  # which is made of it
+
+
+# --- and how ---
+def same(one, two) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    return np.array_equal(one, two) if isinstance(one, np.ndarray) else type(one) is type(two) and one == two
+
+
+DEFINED = {name: definitions(tree) for name, tree in TREES.items()}
+REFERENCES = {name: next(s for s in ("force_octo", *SCRIPTS) if about(name) in DEFINED[s]) for name in PROBES}
+PAIRS = [
+    (name, script)
+    for name in PROBES
+    for script in SCRIPTS
+    if about(name) in DEFINED[script] and script != REFERENCES[name] and name != "make_maniskill"
+]
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What the script that the others are compared with gives, once for each probe."""
+    known = {}
+
+    def of(name):
+        if name not in known:
+            known[name] = PROBES[name](importlib.import_module(REFERENCES[name]))
+        return known[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name, script", PAIRS)
+@torch.no_grad()
+def test_equal_seeds_and_inputs_give_equal_tensors(name, script, found):
+    own = importlib.import_module(script)
+    if (name, script) in OWN_FORM:
+        try:
+            differs = not same(found(name), PROBES[name](own))
+        except (TypeError, AttributeError):  # it takes other arguments
+            differs = True
+        assert differs, f"{script} has no form of its own any more: take it out of OWN_FORM"
+    else:
+        assert same(found(name), PROBES[name](own))
+
+
+def test_everything_that_scripts_share_is_compared():
+    shared = {name for own in DEFINED.values() for name in own if sum(name in other for other in DEFINED.values()) > 1}
+    assert shared - PROBES.keys() - ELSEWHERE.keys() == set()
+    assert {about(name) for name, _ in OWN_FORM} | ELSEWHERE.keys() <= shared
+
+
+def test_a_difference_is_seen():
+    one = {"a": [torch.ones(2), np.ones(2), 1.0], "b": "x"}
+    assert same(one, {"a": [torch.ones(2), np.ones(2), 1.0], "b": "x"})
+    for other in (
+        {"a": [torch.ones(2), np.ones(2), 1.0]}, {"a": [torch.ones(2) + 1e-7, np.ones(2), 1.0], "b": "x"},
+        {"a": [torch.ones(2), np.zeros(2), 1.0], "b": "x"}, {"a": [torch.ones(2), np.ones(2), 2.0], "b": "x"},
+        {"a": [torch.ones(2), np.ones(2)], "b": "x"},
+    ):  # fmt: skip
+        assert not same(one, other)
