@@ -145,7 +145,7 @@ class Args(RunArgs):
     candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
     candidate_noise: float = 0.02  # Gaussian push on candidates, in units of the action box
     explore_noise: float = 0.0  # the same push on the chunks of training episodes
-    actor_ema: float = 0.999  # decay of pi_old, which acts and proposes (0: off; 1: only at the end of a round)
+    actor_ema: float = 0.999  # decay of pi_old, which acts and proposes (0: off); stage 3 of `full`: renewed each round
 
 
 # The defaults above are for cameras. What else a choice changes; flags on the command line always win.
@@ -179,8 +179,8 @@ LIMITS = {  # what a number must be: the test for it, and the flags; all other n
         sft_batch_size critic_updates cql_samples eval_freq round_steps"""),
     "at least 2": (lambda x: x >= 2, "batch_size"),
     "positive": (lambda x: x > 0, "sft_lr reinforce_lr temperature"),
-    "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix actor_ema"),
-    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
+    "within [0, 1]": (lambda x: 0 <= x <= 1, "tau return_mix"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma actor_ema"),
     "a multiple of 32": (lambda x: x > 0 and x % 32 == 0, "image_size"),
 }  # fmt: skip
 
@@ -255,7 +255,8 @@ class Batch:
     next_feature: Tensor  # [B, F] at t + n
     mc_return: Tensor  # [B] discounted return from t on
     success: Tensor  # [B] 1 if the whole trajectory succeeded
-    row: Tensor  # [B] of the buffer that it is from
+    expert: Tensor  # [B] bool: from the expert buffer
+    row: Tensor  # [B] of that buffer
 
     def cat(self, other: Batch) -> Batch:
         pairs = zip(vars(self).values(), vars(other).values())
@@ -306,8 +307,9 @@ class Episode:
 class ReplayBuffer:
     """Whole episodes, one row per observation; chunked transitions are put together when they are drawn."""
 
-    def __init__(self, agent: Agent, args: Args, obs: dict[str, Tensor]):
+    def __init__(self, agent: Agent, args: Args, obs: dict[str, Tensor], expert: bool):
         """`obs` [0, ...]: what rows keep of their observations beside the features; {}: nothing."""
+        self.expert = expert
         self.chunk_len = args.chunk_len
         self.window = agent.window
         self.gamma = args.gamma
@@ -324,6 +326,7 @@ class ReplayBuffer:
             "last": torch.empty(0, dtype=torch.long),  # row of the episode's last observation
         })  # fmt: skip
         self.starts = Table({"row": torch.empty(0, dtype=torch.long)})  # from which a chunk may be drawn
+        self.tables = {"steps": self.steps, "seen": self.seen, "starts": self.starts}  # what a checkpoint holds
 
     def add(self, episode: Episode, reward: Reward, hold: np.ndarray, stay: int = 0) -> None:
         """Append one episode of T steps. Chunks that a time limit cuts short are left out.
@@ -388,6 +391,7 @@ class ReplayBuffer:
             next_feature=steps["feature"][following],
             mc_return=steps["mc_return"][rows],
             success=steps["success"][rows],
+            expert=torch.full((len(rows),), self.expert),
             row=rows,
         ).to(device)
 
@@ -647,6 +651,18 @@ def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool)
 
 
 # === Updates =========================================================================================================
+def update_clone(agent: Agent, optimizer, feature: Tensor, chunk: Tensor, args: Args, generator) -> dict:
+    """Stage 0: one step of behaviour cloning. Shapes: feature [B, F], chunk [B, D]."""
+    feature = agent.perturb(feature, args.proprio_noise, generator)
+    loss = consistency_loss(agent.actor, feature, chunk, generator, args.noise_levels).mean()
+    learns = optimizer.param_groups[0]
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(learns["params"], 1.0)
+    optimizer.step()
+    return {"losses/bc": loss, "grad_norm/sft": grad_norm, "lr/sft": learns["lr"]}
+
+
 def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: float, generator) -> dict:
     """One step on Eq. (1), or on Eq. (8) with cql_alpha = 0, and the Polyak step of the targets."""
     n = args.cql_samples
@@ -686,13 +702,13 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
 
 
 @torch.no_grad()
-def self_distilled(agent: Agent, batch: Batch, expert: Tensor, args: Args, generator) -> tuple[Tensor, dict]:
-    """What the actor imitates in stage 3: [B, D]. expert [B] bool: the sample is from the expert buffer.
+def self_distilled(agent: Agent, batch: Batch, args: Args, generator) -> tuple[Tensor, dict]:
+    """What the actor imitates in stage 3: [B, D].
 
     The expert half imitates its own actions, Eq. (12). The policy's half imitates one of its K proposals, or what it
     did, by the gate of Eq. (14).
     """
-    rows = (~expert).nonzero()[:, 0]
+    rows = (~batch.expert).nonzero()[:, 0]
     feature, chunk = batch.feature[rows], batch.chunk[rows]
     candidates = agent.candidates(feature, args, generator)  # [B', K, D]
     q = agent.critic(feature, candidates).mean(0)  # [B', K]
@@ -715,9 +731,9 @@ def self_distilled(agent: Agent, batch: Batch, expert: Tensor, args: Args, gener
 
 def update_actor(
     agent: Agent, optimizer, batch: Batch, feature: Tensor, target: Tensor, args: Args, generator,
-    bc_weight: float, q_weight: float, successes_only: bool = False,
+    bc_weight: float, q_weight: float, ema: float, successes_only: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """One step on bc_weight * BC(target [B, D]) + q_weight * L_Q, Eqs. (2-4), (5-7) or (9).
+    """One step on bc_weight * BC(target [B, D]) + q_weight * L_Q, Eqs. (2-4), (5-7) or (9), and on pi_old's average.
 
     feature [B, F] is the actor's: batch.feature, or that of a backbone that learns too. The critic sees batch.feature.
     """
@@ -738,8 +754,31 @@ def update_actor(
     loss.backward()
     logs["grad_norm/actor"] = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
+    polyak_update(agent.actor, agent.actor_ema, 1 - ema)
     logs["losses/actor"] = loss
     return logs
+
+
+def update_online(
+    agent: Agent, optimizer, expert: ReplayBuffer, policy: ReplayBuffer, batch: Batch, args: Args, generator,
+    q_weight: float,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Stage 3: one step of the actor on Eq. (9), of its backbone too with --online-finetune full."""
+    target = batch.chunk
+    found = {}
+    if args.vgpd:
+        target, found = self_distilled(agent, batch, args, generator)
+    feature = batch.feature
+    ema = args.actor_ema
+    if args.online_finetune == "full":
+        obs = observations(expert, policy, batch)
+        feature = agent.perturb(agent.feature(obs), args.proprio_noise, generator)
+        ema = 1.0  # pi_old stays as it is until the end of the round
+    logs = update_actor(
+        agent, optimizer, batch, feature, target, args, generator,
+        bc_weight=args.distill_weight, q_weight=q_weight, ema=ema, successes_only=args.success_filter,
+    )  # fmt: skip
+    return found | logs
 
 
 @torch.no_grad()
@@ -887,8 +926,8 @@ def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
 
 def draw(
     expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict[str, torch.Generator]
-) -> tuple[Batch, Tensor]:
-    """A batch and which of it is expert data: half and half, or demonstrations only while there are no rollouts."""
+) -> Batch:
+    """Half expert, half policy buffer; demonstrations only while there are no rollouts."""
     size = args.batch_size
     device = args.device
     own = size // 2 if policy.starts.rows else 0
@@ -899,14 +938,24 @@ def draw(
         batch = batch.cat(policy.gather(rows, device))
     batch.feature = agent.perturb(batch.feature, args.proprio_noise, rng["update"])
     batch.next_feature = agent.perturb(batch.next_feature, args.proprio_noise, rng["update"])
-    return batch, torch.arange(size, device=device) < size - own
+    return batch
 
 
-def observations(expert: ReplayBuffer, policy: ReplayBuffer, batch: Batch, is_expert: Tensor) -> dict[str, Tensor]:
+def update_critics(
+    agent: Agent, optimizer, expert: ReplayBuffer, policy: ReplayBuffer, args: Args, rng: dict[str, torch.Generator],
+    cql_alpha: float,
+) -> tuple[Batch, dict]:  # fmt: skip
+    """The critic's updates before one of the actor, which takes the last batch."""
+    for _ in range(args.critic_updates):
+        batch = draw(expert, policy, agent, args, rng)
+        logs = update_critic(agent, optimizer, batch, args, cql_alpha, rng["update"])
+    return batch, logs
+
+
+def observations(expert: ReplayBuffer, policy: ReplayBuffer, batch: Batch) -> dict[str, Tensor]:
     """What the samples of a batch saw, for a backbone that learns."""
-    rows = batch.row.cpu()
-    shown = expert.observations(rows[is_expert.cpu()])
-    own = policy.observations(rows[~is_expert.cpu()])
+    shown = expert.observations(batch.row[batch.expert].cpu())
+    own = policy.observations(batch.row[~batch.expert].cpu())
     return joined(shown, own)
 
 
@@ -937,8 +986,8 @@ def main(args: Args) -> Path:
     if args.sft_checkpoint:
         load_sft_weights(agent, args, head="consistency")
     kept = demos.empty_obs() if args.online_finetune == "full" else {}
-    expert = ReplayBuffer(agent, args, kept)  # demonstrations, successes
-    policy = ReplayBuffer(agent, args, kept)  # all rollouts
+    expert = ReplayBuffer(agent, args, kept, expert=True)  # demonstrations, successes
+    policy = ReplayBuffer(agent, args, kept, expert=False)  # all rollouts
     add_demonstrations(expert, demos, agent, args)
     cloned = nn.ModuleList([agent.actor])
     if args.finetune == "full":
@@ -957,10 +1006,8 @@ def main(args: Args) -> Path:
     about = {"method": "FORCE", "weights": agent.weights}
     run = Run(args, __file__, stages, about, Evaluator(args, make_env, evaluate, agent))
     run.keep(  # what a checkpoint holds; a resumed run loads it here
-        agent, expert_steps=expert.steps, expert_seen=expert.seen, expert_starts=expert.starts,
-        policy_steps=policy.steps, policy_seen=policy.seen, policy_starts=policy.starts,
-        critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, online_optimizer=online_optimizer,
-        sft_optimizer=sft_optimizer, averaged=averaged,
+        agent, expert=expert, policy=policy, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
+        online_optimizer=online_optimizer, sft_optimizer=sft_optimizer, averaged=averaged,
     )  # fmt: skip
     noise = run.rng["update"]
     demos_at = partial(demos.at, window=agent.window)
@@ -982,14 +1029,9 @@ def main(args: Args) -> Path:
                 if args.finetune == "full":
                     obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])
                     feature = agent.feature(obs)
-                feature = agent.perturb(feature, args.proprio_noise, noise)
-                loss = consistency_loss(agent.actor, feature, batch.chunk, noise, args.noise_levels).mean()
-                sft_optimizer.zero_grad()
-                loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(cloned.parameters(), 1.0)
-                sft_optimizer.step()
+                logs = update_clone(agent, sft_optimizer, feature, batch.chunk, args, noise)
                 averaged.update_parameters(cloned)
-                run.tick({"losses/bc": loss, "grad_norm/sft": grad_norm, "lr/sft": lr})
+                run.tick(logs)
             if args.sft_updates:
                 cloned.load_state_dict(averaged.module.state_dict())
             agent.actor_ema.load_state_dict(agent.actor.state_dict())
@@ -1000,14 +1042,11 @@ def main(args: Args) -> Path:
     # Stage 1: Cal-QL and BC on demonstrations, Eqs. (1-4)
     if run.enter("offline"):
         for _ in run.updates_until(args.offline_updates, "[1/3] offline Cal-QL"):
-            for _ in range(args.critic_updates):
-                batch, _ = draw(expert, policy, agent, args, run.rng)
-                logs = update_critic(agent, critic_optimizer, batch, args, args.cql_alpha, noise)
+            batch, logs = update_critics(agent, critic_optimizer, expert, policy, args, run.rng, args.cql_alpha)
             logs |= update_actor(
                 agent, actor_optimizer, batch, batch.feature, batch.chunk, args, noise,
-                bc_weight=args.bc_weight, q_weight=args.offline_q_weight,
+                bc_weight=args.bc_weight, q_weight=args.offline_q_weight, ema=args.actor_ema,
             )  # fmt: skip
-            polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
             run.tick(logs)
         forget(critic_optimizer, actor_optimizer)  # ConRFT starts each stage with a fresh Adam
         run.evaluate(whole=True)
@@ -1019,15 +1058,12 @@ def main(args: Args) -> Path:
         if not run.stage_updates:
             run.log(calibration(agent, policy, args))
         for step in run.updates_until(args.warmup_updates, "[2/3] warm-up"):
-            for _ in range(args.critic_updates):
-                batch, _ = draw(expert, policy, agent, args, run.rng)
-                logs = update_critic(agent, critic_optimizer, batch, args, args.cql_alpha, noise)
+            batch, logs = update_critics(agent, critic_optimizer, expert, policy, args, run.rng, args.cql_alpha)
             if step >= args.warmup_updates // 2:  # the first half trains the critic only
                 logs |= update_actor(
                     agent, actor_optimizer, batch, batch.feature, batch.chunk, args, noise,
-                    bc_weight=args.bc_weight, q_weight=args.offline_q_weight, successes_only=True,
+                    bc_weight=args.bc_weight, q_weight=args.offline_q_weight, ema=args.actor_ema, successes_only=True,
                 )  # fmt: skip
-                polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
             run.tick(logs)
         run.log(calibration(agent, policy, args))
         forget(critic_optimizer, actor_optimizer)
@@ -1048,22 +1084,8 @@ def main(args: Args) -> Path:
             for step in run.updates_until(last):
                 lr = online_lr(step - first, last - first, args)
                 online_optimizer.param_groups[0]["lr"] = lr
-                for _ in range(args.critic_updates):
-                    batch, is_expert = draw(expert, policy, agent, args, run.rng)
-                    logs = update_critic(agent, critic_optimizer, batch, args, 0.0, noise)
-                target = batch.chunk
-                if args.vgpd:
-                    target, found = self_distilled(agent, batch, is_expert, args, noise)
-                    logs |= found
-                feature = batch.feature
-                if args.online_finetune == "full":
-                    obs = observations(expert, policy, batch, is_expert)
-                    feature = agent.perturb(agent.feature(obs), args.proprio_noise, noise)
-                logs |= update_actor(
-                    agent, online_optimizer, batch, feature, target, args, noise,
-                    bc_weight=args.distill_weight, q_weight=q_weight, successes_only=args.success_filter,
-                )  # fmt: skip
-                polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
+                batch, logs = update_critics(agent, critic_optimizer, expert, policy, args, run.rng, cql_alpha=0.0)
+                logs |= update_online(agent, online_optimizer, expert, policy, batch, args, noise, q_weight)
                 run.tick(logs, may_save=False)
             if args.online_finetune == "full":  # pi_old <- pi, and what the critic reads is embedded by its backbone
                 agent.actor_ema.load_state_dict(agent.actor.state_dict())
