@@ -267,18 +267,13 @@ class Batch:
 
 
 class Reward(NamedTuple):
-    """Reward of a step, by its success, and the discounted returns that are possible."""
+    """Of a control step, by whether it succeeds."""
 
     fail: float
     success: float
-    lowest: float
-    highest: float
 
 
-def reward_of(args: Args) -> Reward:
-    if args.reward == "binary":
-        return Reward(fail=0.0, success=1.0, lowest=0.0, highest=1.0)
-    return Reward(fail=-0.05, success=10.0, lowest=-0.05 / (1 - args.gamma), highest=10.0)
+REWARDS = {"binary": Reward(0.0, 1.0), "conrft": Reward(-0.05, 10.0)}
 
 
 def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failure: float) -> np.ndarray:
@@ -671,8 +666,9 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
         next_chunks = agent.actor_ema.sample(batch.next_feature, n if cql_alpha else 1, generator)  # [B, n, D]
         two = torch.randperm(args.num_critics, generator=generator, device=device)[:2]
         next_q = agent.target_critic(batch.next_feature, next_chunks[:, 0])[two]
-        reward = reward_of(args)
-        target = td_target(batch, next_q, args.return_mix, reward.lowest, reward.highest)
+        reward = REWARDS[args.reward]
+        lowest = reward.fail / (1 - args.gamma)
+        target = td_target(batch, next_q, args.return_mix, lowest, reward.success)
     q_data = agent.critic(batch.feature, batch.chunk)  # [E, B]
     loss_td = (q_data - target).square().mean()
     loss = loss_td
@@ -760,9 +756,8 @@ def update_actor(
 
 
 def update_online(
-    agent: Agent, optimizer, expert: ReplayBuffer, policy: ReplayBuffer, batch: Batch, args: Args, generator,
-    q_weight: float,
-) -> dict[str, Tensor]:  # fmt: skip
+    agent: Agent, optimizer, batch: Batch, observed, args: Args, generator, q_weight: float
+) -> dict[str, Tensor]:
     """Stage 3: one step of the actor on Eq. (9), of its backbone too with --online-finetune full."""
     target = batch.chunk
     found = {}
@@ -771,8 +766,8 @@ def update_online(
     feature = batch.feature
     ema = args.actor_ema
     if args.online_finetune == "full":
-        obs = observations(expert, policy, batch)
-        feature = agent.perturb(agent.feature(obs), args.proprio_noise, generator)
+        feature = agent.feature(observed(batch))
+        feature = agent.perturb(feature, args.proprio_noise, generator)
         ema = 1.0  # pi_old stays as it is until the end of the round
     logs = update_actor(
         agent, optimizer, batch, feature, target, args, generator,
@@ -855,13 +850,13 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
             seeds = range(first, first + args.num_envs)
             episodes = rollout(env, agent, args, seeds, generator, whole=whole)
             success += [episode.success for episode in episodes]
-    reward = reward_of(args)
+    reward = REWARDS[args.reward]
     return success_metrics(success[: args.eval_episodes], args.max_episode_steps, reward.fail, reward.success)
 
 
 def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, stay: int = 0) -> None:
     hold = agent.hold_action(episode.action[-1])
-    buffer.add(episode, reward_of(args), hold, stay)
+    buffer.add(episode, REWARDS[args.reward], hold, stay)
 
 
 def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: Args) -> None:
@@ -924,9 +919,7 @@ def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
     )
 
 
-def draw(
-    expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict[str, torch.Generator]
-) -> Batch:
+def draw(expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> Batch:
     """Half expert, half policy buffer; demonstrations only while there are no rollouts."""
     size = args.batch_size
     device = args.device
@@ -941,18 +934,15 @@ def draw(
     return batch
 
 
-def update_critics(
-    agent: Agent, optimizer, expert: ReplayBuffer, policy: ReplayBuffer, args: Args, rng: dict[str, torch.Generator],
-    cql_alpha: float,
-) -> tuple[Batch, dict]:  # fmt: skip
+def update_critics(agent: Agent, optimizer, next_batch, args: Args, generator, cql_alpha: float) -> tuple[Batch, dict]:
     """The critic's updates before one of the actor, which takes the last batch."""
     for _ in range(args.critic_updates):
-        batch = draw(expert, policy, agent, args, rng)
-        logs = update_critic(agent, optimizer, batch, args, cql_alpha, rng["update"])
+        batch = next_batch()
+        logs = update_critic(agent, optimizer, batch, args, cql_alpha, generator)
     return batch, logs
 
 
-def observations(expert: ReplayBuffer, policy: ReplayBuffer, batch: Batch) -> dict[str, Tensor]:
+def look(expert: ReplayBuffer, policy: ReplayBuffer, batch: Batch) -> dict[str, Tensor]:
     """What the samples of a batch saw, for a backbone that learns."""
     shown = expert.observations(batch.row[batch.expert].cpu())
     own = policy.observations(batch.row[~batch.expert].cpu())
@@ -1011,6 +1001,8 @@ def main(args: Args) -> Path:
     )  # fmt: skip
     noise = run.rng["update"]
     demos_at = partial(demos.at, window=agent.window)
+    next_batch = partial(draw, expert, policy, agent, args, run.rng)
+    observed = partial(look, expert, policy)
     if args.eval_only:
         print(json.dumps(evaluate(env, agent, args), indent=2))
         return run.folder
@@ -1042,7 +1034,7 @@ def main(args: Args) -> Path:
     # Stage 1: Cal-QL and BC on demonstrations, Eqs. (1-4)
     if run.enter("offline"):
         for _ in run.updates_until(args.offline_updates, "[1/3] offline Cal-QL"):
-            batch, logs = update_critics(agent, critic_optimizer, expert, policy, args, run.rng, args.cql_alpha)
+            batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, args.cql_alpha)
             logs |= update_actor(
                 agent, actor_optimizer, batch, batch.feature, batch.chunk, args, noise,
                 bc_weight=args.bc_weight, q_weight=args.offline_q_weight, ema=args.actor_ema,
@@ -1058,7 +1050,7 @@ def main(args: Args) -> Path:
         if not run.stage_updates:
             run.log(calibration(agent, policy, args))
         for step in run.updates_until(args.warmup_updates, "[2/3] warm-up"):
-            batch, logs = update_critics(agent, critic_optimizer, expert, policy, args, run.rng, args.cql_alpha)
+            batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, args.cql_alpha)
             if step >= args.warmup_updates // 2:  # the first half trains the critic only
                 logs |= update_actor(
                     agent, actor_optimizer, batch, batch.feature, batch.chunk, args, noise,
@@ -1084,8 +1076,8 @@ def main(args: Args) -> Path:
             for step in run.updates_until(last):
                 lr = online_lr(step - first, last - first, args)
                 online_optimizer.param_groups[0]["lr"] = lr
-                batch, logs = update_critics(agent, critic_optimizer, expert, policy, args, run.rng, cql_alpha=0.0)
-                logs |= update_online(agent, online_optimizer, expert, policy, batch, args, noise, q_weight)
+                batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, 0.0)
+                logs |= update_online(agent, online_optimizer, batch, observed, args, noise, q_weight)
                 run.tick(logs, may_save=False)
             if args.online_finetune == "full":  # pi_old <- pi, and what the critic reads is embedded by its backbone
                 agent.actor_ema.load_state_dict(agent.actor.state_dict())
