@@ -21,7 +21,6 @@ Flags, run folders, checkpoints, logs and demonstration files are in plumbing/, 
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from plumbing import (
     EVAL_SEED,
     TASKS,
     Demos,
+    Evaluator,
     ObsWrapper,
     Run,
     RunArgs,
@@ -48,8 +48,10 @@ from plumbing import (
     check_flags,
     check_octo,
     film,
+    lighten,
     load_demos,
     parse_flags,
+    prepare_process,
     run_script,
     simulator_errors,
     stored_args,
@@ -69,6 +71,7 @@ class Args(RunArgs):
     robot_uids: str = "panda"  # robot model
     cameras: Literal["primary", "both"] = "both"  # one that looks at the table, or one on panda's hand too (rgb)
     image_size: int = 64  # pixels a side (hand: half of it, from 64 on); released weights need 256
+    full_meshes: bool = False  # draw the arm with all of its triangles: three times as long without a GPU
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
     num_envs: int = 2  # environments side by side (physx_cpu: a process each)
 
@@ -115,9 +118,7 @@ def validate(args: Args) -> None:
 # === Environment =====================================================================================================
 def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
     """A batch of ManiSkill environments in this process (physx_cpu: of one). Raises: UserError."""
-    torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
-    if not gc.get_freeze_count():  # ManiSkill collects garbage at every reset: spare it all that stands by now
-        gc.freeze()
+    prepare_process(args)
     on_gpu = args.sim_backend == "physx_cuda"
     with simulator_errors(args.env_id):
         env = gym.make(
@@ -136,6 +137,8 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
             max_episode_steps=1_000_000,  # `rollout` keeps the time limit
             reconfiguration_freq=0 if on_gpu else 1,  # PhysX on the CPU remembers contacts across resets
         )
+    if args.obs_mode == "rgb" and not (on_gpu or args.full_meshes):
+        env = lighten(env)
     return ObsWrapper(env)
 
 
@@ -376,12 +379,17 @@ def action_error(predicted: Tensor, chunk: Tensor, spread: Tensor) -> Tensor:
 
 # === Episodes and buffers ============================================================================================
 @torch.no_grad()
-def rollout(env, agent: Agent, args: Args, seeds, generator, frames=None) -> np.ndarray:
-    """One episode per environment, side by side, to the time limit; the policy is asked once a chunk.
+@torch.inference_mode()
+def rollout(env, agent: Agent, args: Args, seeds, generator, whole: bool = True, frames=None) -> list[np.ndarray]:
+    """One episode per environment, side by side; the policy is asked once a chunk.
 
-    `frames` collects the first environment's video. Returns: success [N, T] at each step.
+    whole    an episode goes on to the time limit after a success, to see whether that lasts
+    frames   collects the first environment's video
+    Returns: success [T] at each step, for each episode.
     """
     H = agent.H
+    ended = np.zeros(len(seeds), dtype=bool)
+    length = np.full(len(seeds), args.max_episode_steps)
     every = 1 if agent.window > 1 else H
     obs, _ = env.reset(seed=list(seeds), options={"every": every})
     seen = [obs]  # the last observations, as many as Octo looks back at
@@ -396,21 +404,28 @@ def rollout(env, agent: Agent, args: Args, seeds, generator, frames=None) -> np.
         successes.append(success > 0)
         if frames is not None:
             frames.append(env.call("render")[0])
-    return np.stack(successes, 1)
+        over = successes[-1] & (not whole)
+        length[over & ~ended] = t + 1
+        ended |= over
+        if ended.all():
+            break
+    success = np.stack(successes, 1)  # [N, T]
+    return [steps[:T] for steps, T in zip(success, length)]
 
 
-def evaluate(env, agent: Agent, args: Args) -> dict[str, float]:
+def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, float]:
     """Success over the fixed evaluation episodes: the same initial states and policy noise every time.
 
     It leaves torch's global generator and those of training alone, so training doesn't depend on when it is called.
     """
-    generator = torch.Generator(args.device).manual_seed(0)
+    generator = torch.Generator(args.device)
     success = []
     with torch.random.fork_rng(devices=[]):
         for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
+            generator.manual_seed(first)
             seeds = range(first, first + args.num_envs)
-            success.append(rollout(env, agent, args, seeds, generator))
-    return success_metrics(np.concatenate(success)[: args.eval_episodes])
+            success += rollout(env, agent, args, seeds, generator, whole)
+    return success_metrics(success[: args.eval_episodes], args.max_episode_steps)
 
 
 @torch.no_grad()
@@ -458,7 +473,9 @@ def main(args: Args) -> Path:
     averaged = torch.optim.swa_utils.AveragedModel(agent, multi_avg_fn=average)
     acting = averaged.module  # what is evaluated, and what other scripts start from
 
-    run = Run(args, __file__, stages=("bc",), about={"weights": agent.weights})
+    about = {"method": f"BC, {args.head} head", "weights": agent.weights}
+    evaluator = Evaluator(args, make_env, evaluate, acting)
+    run = Run(args, __file__, ("bc",), about, evaluator)
     run.keep(acting, raw=agent, averaged=averaged, optimizer=optimizer)  # a resumed run loads it here
     noise = run.rng["update"]
     if args.eval_only:
@@ -490,7 +507,7 @@ def main(args: Args) -> Path:
                 if len(chunks.held) and run.updates % args.val_freq == 0:
                     run.log(held_out(acting, demos, chunks, args.device))
                 run.save_if_due()
-        run.evaluated(evaluate(env, acting, args))
+        run.evaluate(whole=True)
 
     run.finish(demonstrations=demos.source, demo_steps_to_success=demos.mean_steps())
     film_policy(acting, args, run.folder)
@@ -511,7 +528,8 @@ def film_policy(agent: Agent, args: Args, folder: Path) -> None:
     generator = torch.Generator(args.device).manual_seed(0)
 
     def play(env, seed: int, frames: list) -> bool:
-        return bool(rollout(env, agent, args, [seed], generator, frames).any())
+        (success,) = rollout(env, agent, args, [seed], generator, frames=frames)
+        return bool(success.any())
 
     film(args, make_env, folder / "videos", play)
 
