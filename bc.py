@@ -378,7 +378,6 @@ def action_error(predicted: Tensor, chunk: Tensor, spread: Tensor) -> Tensor:
 
 
 # === Episodes and buffers ============================================================================================
-@torch.no_grad()
 @torch.inference_mode()
 def rollout(env, agent: Agent, args: Args, seeds, generator, whole: bool = True, frames=None) -> list[np.ndarray]:
     """One episode per environment, side by side; the policy is asked once a chunk.
@@ -463,7 +462,6 @@ def main(args: Args) -> Path:
     args = stored_args(args, __file__)
     validate(args)
     demos = load_demos(args, make_env)
-    env = make_env(args, args.num_envs)
     torch.manual_seed(args.seed)
     agent = Agent(args, demos).to(args.device)
     chunks = Chunks(demos, agent, args.holdout)
@@ -479,6 +477,7 @@ def main(args: Args) -> Path:
     run.keep(acting, raw=agent, averaged=averaged, optimizer=optimizer)  # a resumed run loads it here
     noise = run.rng["update"]
     if args.eval_only:
+        env = make_env(args, args.num_envs)
         print(json.dumps(evaluate(env, acting, args), indent=2))
         return run.folder
 
@@ -511,7 +510,6 @@ def main(args: Args) -> Path:
 
     run.finish(demonstrations=demos.source, demo_steps_to_success=demos.mean_steps())
     film_policy(acting, args, run.folder)
-    env.close()
     return run.folder
 
 

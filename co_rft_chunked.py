@@ -40,7 +40,6 @@ Flags, run folders, checkpoints, logs and demonstration files are in plumbing/, 
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from dataclasses import dataclass, replace
@@ -60,6 +59,7 @@ from plumbing import (
     SPAWN,
     TASKS,
     Demos,
+    Evaluator,
     ObsWrapper,
     Run,
     RunArgs,
@@ -70,9 +70,11 @@ from plumbing import (
     check_flags,
     check_octo,
     film,
+    lighten,
     load_demos,
     load_sft_weights,
     parse_flags,
+    prepare_process,
     run_script,
     simulator_errors,
     stored_args,
@@ -92,6 +94,7 @@ class Args(RunArgs):
     robot_uids: str = "panda"  # robot model
     cameras: Literal["primary", "both"] = "both"  # one that looks at the table, or one on panda's hand too (rgb)
     image_size: int = 64  # pixels a side (hand: half of it, from 64 on); released weights need 256
+    full_meshes: bool = False  # draw the arm with all of its triangles: three times as long without a GPU
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
     num_envs: int = 2  # environments side by side (physx_cpu: a process each)
 
@@ -192,9 +195,7 @@ def held_demos(share: float, num_demos: int) -> int:
 # === Environment =====================================================================================================
 def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
     """A batch of ManiSkill environments in this process (physx_cpu: of one). Raises: UserError."""
-    torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
-    if not gc.get_freeze_count():  # ManiSkill collects garbage at every reset: spare it all that stands by now
-        gc.freeze()
+    prepare_process(args)
     on_gpu = args.sim_backend == "physx_cuda"
     with simulator_errors(args.env_id):
         env = gym.make(
@@ -213,6 +214,8 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
             max_episode_steps=1_000_000,  # `rollout` keeps the time limit
             reconfiguration_freq=0 if on_gpu else 1,  # PhysX on the CPU remembers contacts across resets
         )
+    if args.obs_mode == "rgb" and not (on_gpu or args.full_meshes):
+        env = lighten(env)
     return ObsWrapper(Spawn(env, args.env_id, args.spawn))
 
 
@@ -630,13 +633,17 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
 
 
 # === Episodes and buffers ============================================================================================
-@torch.no_grad()
-def rollout(env, agent: Agent, args: Args, seeds, frames=None) -> np.ndarray:
-    """One episode per environment, side by side, to the time limit; the policy is asked once a chunk.
+@torch.inference_mode()
+def rollout(env, agent: Agent, args: Args, seeds, whole: bool = True, frames=None) -> list[np.ndarray]:
+    """One episode per environment, side by side; the policy is asked once a chunk.
 
-    `frames` collects the first environment's video. Returns: success [N, T] at each step.
+    whole    an episode goes on to the time limit after a success, to see whether that lasts
+    frames   collects the first environment's video
+    Returns: success [T] at each step, for each episode.
     """
     H = agent.H
+    ended = np.zeros(len(seeds), dtype=bool)
+    length = np.full(len(seeds), args.max_episode_steps)
     every = 1 if agent.window > 1 else H
     obs, _ = env.reset(seed=list(seeds), options={"every": every})
     seen = [obs]  # the last observations, as many as Octo looks back at
@@ -651,10 +658,27 @@ def rollout(env, agent: Agent, args: Args, seeds, frames=None) -> np.ndarray:
         successes.append(success > 0)
         if frames is not None:
             frames.append(env.call("render")[0])
-    return np.stack(successes, 1)
+        over = successes[-1] & (not whole)
+        length[over & ~ended] = t + 1
+        ended |= over
+        if ended.all():
+            break
+    success = np.stack(successes, 1)  # [N, T]
+    return [steps[:T] for steps, T in zip(success, length)]
 
 
-def evaluate(env, agent: Agent, args: Args) -> dict[str, float]:
+def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, float]:
+    """Success where objects start as in the demonstrations, and where none does so (--eval-elsewhere): eval/*_ood."""
+    metrics = evaluate_place(env, agent, args, whole)
+    if args.eval_elsewhere:
+        elsewhere = make_env(replace(args, spawn="ood"), args.num_envs)
+        unseen = evaluate_place(elsewhere, agent, args, whole)
+        elsewhere.close()
+        metrics |= {f"{name}_ood": value for name, value in unseen.items()}
+    return metrics
+
+
+def evaluate_place(env, agent: Agent, args: Args, whole: bool) -> dict[str, float]:
     """Success over the fixed evaluation episodes: the same initial states every time.
 
     It leaves torch's global generator and those of training alone, so training doesn't depend on when it is called.
@@ -663,17 +687,8 @@ def evaluate(env, agent: Agent, args: Args) -> dict[str, float]:
     with torch.random.fork_rng(devices=[]):
         for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
             seeds = range(first, first + args.num_envs)
-            success.append(rollout(env, agent, args, seeds))
-    return success_metrics(np.concatenate(success)[: args.eval_episodes])
-
-
-def evaluate_places(env, elsewhere, agent: Agent, args: Args) -> dict[str, float]:
-    """Success where objects start as in the demonstrations, and where none does so (--eval-elsewhere): eval/*_ood."""
-    metrics = evaluate(env, agent, args)
-    if elsewhere:
-        unseen = evaluate(elsewhere, agent, args)
-        metrics |= {f"{name}_ood": value for name, value in unseen.items()}
-    return metrics
+            success += rollout(env, agent, args, seeds, whole)
+    return success_metrics(success[: args.eval_episodes], args.max_episode_steps)
 
 
 @torch.no_grad()
@@ -720,8 +735,6 @@ def main(args: Args) -> Path:
     args = stored_args(args, __file__, beside="eval_episodes eval_elsewhere")
     validate(args)
     demos = load_demos(args, make_env)
-    env = make_env(args, args.num_envs)
-    elsewhere = make_env(replace(args, spawn="ood"), args.num_envs) if args.eval_elsewhere else None
     torch.manual_seed(args.seed)
     agent = Agent(args, demos).to(args.device)
     if args.sft_checkpoint:
@@ -736,17 +749,18 @@ def main(args: Args) -> Path:
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr)
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.actor_lr)
 
-    run = Run(
-        args, __file__, stages=("sft", "offline"), about={"weights": agent.weights},
-        generators=("batch", "critic", "actor", "update"),
-    )  # fmt: skip
+    about = {"method": "CO-RFT", "weights": agent.weights}
+    evaluator = Evaluator(args, make_env, evaluate, agent)
+    generators = ("batch", "critic", "actor", "update")
+    run = Run(args, __file__, ("sft", "offline"), about, evaluator, generators)
     run.keep(  # what a checkpoint holds; a resumed run loads it here
         agent, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, sft_optimizer=sft_optimizer,
         averaged=averaged,
     )  # fmt: skip
     noise = run.rng["update"]
     if args.eval_only:
-        print(json.dumps(evaluate_places(env, elsewhere, agent, args), indent=2))
+        env = make_env(args, args.num_envs)
+        print(json.dumps(evaluate(env, agent, args), indent=2))
         return run.folder
     data = ChunkData(demos, agent, args)  # in the units of the loaded policy
 
@@ -771,7 +785,7 @@ def main(args: Args) -> Path:
                 cloned.load_state_dict(averaged.module.state_dict())
             agent.target_actor.load_state_dict(agent.actor.state_dict())
         run.drop("sft_optimizer", "averaged")
-        run.evaluated(evaluate_places(env, elsewhere, agent, args))
+        run.evaluate(whole=True)
 
     # Stage 2: Cal-QL over the prefixes of chunks, and the actor that follows it, Eqs. (3-6), (8) and (9)
     if run.enter("offline"):
@@ -787,13 +801,10 @@ def main(args: Args) -> Path:
             if args.holdout and run.stage_updates % args.val_freq == 0:
                 run.log(held_out(data, agent, args))
             run.save_if_due()
-        run.evaluated(evaluate_places(env, elsewhere, agent, args))
+        run.evaluate(whole=True)
 
     run.finish(spawn=args.spawn, demonstrations=demos.source, demo_steps_to_success=demos.mean_steps())
     film_policy(agent, args, run.folder)
-    env.close()
-    if elsewhere:
-        elsewhere.close()
     return run.folder
 
 
@@ -809,7 +820,8 @@ def film_policy(agent: Agent, args: Args, folder: Path) -> None:
     """The first evaluation episodes as videos."""
 
     def play(env, seed: int, frames: list) -> bool:
-        return bool(rollout(env, agent, args, [seed], frames).any())
+        (success,) = rollout(env, agent, args, [seed], frames=frames)
+        return bool(success.any())
 
     film(args, make_env, folder / "videos", play)
 
