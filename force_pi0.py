@@ -38,10 +38,10 @@ Flags, run folders, checkpoints, logs and demonstration files are in plumbing/, 
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -59,18 +59,23 @@ from plumbing import (
     TASKS,
     TRAIN_SEED,
     Demos,
+    Evaluator,
     ObsWrapper,
     Run,
     RunArgs,
+    Table,
     Task,
     UserError,
     camera_configs,
     check_flags,
     check_pi0,
     film,
+    lighten,
     load_demos,
     load_sft_weights,
+    moving,
     parse_flags,
+    prepare_process,
     run_script,
     simulator_errors,
     stored_args,
@@ -89,6 +94,7 @@ class Args(RunArgs):
     max_episode_steps: int | None = None  # time limit in control steps; default: per task, see plumbing/tasks.py
     robot_uids: str = "panda"  # robot model
     cameras: Literal["primary", "both"] = "both"  # one that looks at the table, or one on panda's hand too (rgb)
+    full_meshes: bool = False  # draw the arm with all of its triangles: three times as long without a GPU
     image_size: int = 64  # pixels a side (hand: half of it, from 64 on); released weights need 224
     reward: Literal["binary", "conrft"] = "binary"  # 1 or 0 a step; ConRFT: +10 or -0.05
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
@@ -202,9 +208,7 @@ def validate(args: Args) -> None:
 # === Environment =====================================================================================================
 def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
     """A batch of ManiSkill environments in this process (physx_cpu: of one). Raises: UserError."""
-    torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
-    if not gc.get_freeze_count():  # ManiSkill collects garbage at every reset: spare it all that stands by now
-        gc.freeze()
+    prepare_process(args)
     on_gpu = args.sim_backend == "physx_cuda"
     with simulator_errors(args.env_id):
         env = gym.make(
@@ -223,6 +227,8 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
             max_episode_steps=1_000_000,  # `rollout` keeps the time limit
             reconfiguration_freq=0 if on_gpu else 1,  # PhysX on the CPU remembers contacts across resets
         )
+    if args.obs_mode == "rgb" and not (on_gpu or args.full_meshes):
+        env = lighten(env)
     return ObsWrapper(env)
 
 
@@ -255,6 +261,7 @@ class Batch:
     next_feature: Tensor  # [B, F] at t + n
     mc_return: Tensor  # [B] discounted return from t on
     success: Tensor  # [B] 1 if the whole trajectory succeeded
+    expert: Tensor  # [B] bool: from the expert buffer
 
     def cat(self, other: Batch) -> Batch:
         pairs = zip(vars(self).values(), vars(other).values())
@@ -265,18 +272,13 @@ class Batch:
 
 
 class Reward(NamedTuple):
-    """Reward of a step, by its success, and the discounted returns that are possible."""
+    """Of a control step, by whether it succeeds."""
 
     fail: float
     success: float
-    lowest: float
-    highest: float
 
 
-def reward_of(args: Args) -> Reward:
-    if args.reward == "binary":
-        return Reward(fail=0.0, success=1.0, lowest=0.0, highest=1.0)
-    return Reward(fail=-0.05, success=10.0, lowest=-0.05 / (1 - args.gamma), highest=10.0)
+REWARDS = {"binary": Reward(0.0, 1.0), "conrft": Reward(-0.05, 10.0)}
 
 
 def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failure: float) -> np.ndarray:
@@ -291,112 +293,99 @@ def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failur
     return returns
 
 
+@dataclass
+class Episode:
+    """T steps; more actions than that are what was recorded, or planned, after its end."""
+
+    feature: Tensor  # [T+1, F], empty if not asked for
+    action: np.ndarray  # [L, A] normalised, L >= T
+    success: np.ndarray  # [T] at each step
+    terminated: bool  # at T
+
+
 class ReplayBuffer:
     """Whole episodes, one row per observation; chunked transitions are put together when they are drawn."""
 
-    def __init__(self, feature_dim: int, action_dim: int, chunk_len: int, gamma: float):
-        self.chunk_len = chunk_len
-        self.gamma = gamma
-        self.rows = 0
-        self.data = {
-            "feature": torch.empty(0, feature_dim),
-            "action": torch.empty(0, action_dim),
+    def __init__(self, agent: Agent, args: Args, expert: bool):
+        self.expert = expert
+        self.chunk_len = args.chunk_len
+        self.gamma = args.gamma
+        self.steps = Table({
+            "feature": torch.empty(0, agent.feature_dim),
+            "action": torch.empty(0, agent.action_dim),
             "reward": torch.empty(0),  # of the chunk that starts here
             "bootstrap": torch.empty(0),
             "mc_return": torch.empty(0),
             "success": torch.empty(0),
             "next": torch.empty(0, dtype=torch.long),  # row at which that chunk ends
             "last": torch.empty(0, dtype=torch.long),  # row of the episode's last observation
-        }
-        self.starts = torch.empty(0, dtype=torch.long)  # rows from which a chunk may be drawn
+        })  # fmt: skip
+        self.starts = Table({"row": torch.empty(0, dtype=torch.long)})  # from which a chunk may be drawn
+        self.tables = {"steps": self.steps, "starts": self.starts}  # what a checkpoint holds
 
-    def add(
-        self, feature: Tensor, action: np.ndarray, reward: np.ndarray, terminated: bool, success: bool,
-        reward_failure: float, hold: np.ndarray, stay: int = 0,
-    ) -> None:  # fmt: skip
+    def add(self, episode: Episode, reward: Reward, hold: np.ndarray, stay: int = 0) -> None:
         """Append one episode of T steps. Chunks that a time limit cuts short are left out.
 
-        Of what was recorded past the success the first `stay` steps are episodes of their own: of one step, successful.
-
-        Shapes: feature [L+1, F], action [L, A] normalised, L >= T (actions recorded past the end of the episode fill
-        up its last chunks), reward [T], hold [A] the action that keeps still and fills up after those.
+        The L >= T actions (recorded or planned past the end) fill up its last chunks; `hold` [A], the action that keeps
+        still, fills up after those. Of what was recorded past the success the first `stay` steps are episodes of their
+        own: of one step, successful.
         """
-        T = len(reward)
-        L = len(action)
+        T = len(episode.success)
+        L = len(episode.action)
         H = self.chunk_len
-        row = self.rows + np.arange(L + 1)
+        row = self.steps.rows + np.arange(L + 1)
 
         # Rows 0..T-1: chunks of n steps, n = H or fewer at the end.
+        earned = np.where(episode.success, reward.success, reward.fail)
         n = np.minimum(H, T - np.arange(T))
-        padded = np.pad(reward, (0, H - 1))
-        discounts = (self.gamma ** np.arange(H)).astype(np.float32)
+        padded = np.pad(earned, (0, H - 1))
+        discounts = self.gamma ** np.arange(H)
         chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H) @ discounts
-        ends_here = terminated & (np.arange(T) + n == T)
+        ends_here = episode.terminated & (np.arange(T) + n == T)
         bootstrap = np.where(ends_here, 0.0, self.gamma**n)
+        returns = mc_returns(earned, episode.terminated, self.gamma, reward.fail)
 
         # Rows T..L: recorded past the end. The first `stay` are successes, the others are never drawn.
-        past = np.zeros(L + 1 - T, np.float32)
+        past = np.zeros(L + 1 - T)
         past_reward = past.copy()
-        past_reward[:stay] = reward[-1]
-        returns = mc_returns(reward, terminated, self.gamma, reward_failure)
-
-        new = {
-            "feature": feature,
-            "action": np.concatenate([action, hold[None]]),
-            "reward": np.concatenate([chunk_reward, past_reward]),
-            "bootstrap": np.concatenate([bootstrap, past]),
-            "mc_return": np.concatenate([returns, past_reward]),
-            "success": np.full(L + 1, success),
-            "next": np.append(row[:T] + n, row[T:]),
-            "last": np.full(L + 1, row[-1]),
-        }
-        self.grow(self.rows + L + 1)
-        for name, column in self.data.items():
-            column[row] = torch.as_tensor(new[name]).to(column.dtype)
-        whole = T + stay if terminated else max(T - H + 1, 0)
-        starts = torch.from_numpy(row[:whole])
-        self.starts = torch.cat([self.starts, starts])
-        self.rows += L + 1
-
-    def grow(self, rows: int) -> None:
-        """Make room, by doubling."""
-        room = len(self.data["reward"])
-        if rows > room:
-            more = max(rows, 2 * room, 1024) - room
-            for name, column in self.data.items():
-                empty = column.new_zeros(more, *column.shape[1:])
-                self.data[name] = torch.cat([column, empty])
+        past_reward[:stay] = reward.success
+        self.steps.append(
+            L + 1,
+            feature=episode.feature,
+            action=np.concatenate([episode.action, hold[None]]),
+            reward=np.append(chunk_reward, past_reward),
+            bootstrap=np.append(bootstrap, past),
+            mc_return=np.append(returns, past_reward),
+            success=[episode.success.any()],
+            next=np.append(row[:T] + n, row[T:]),
+            last=row[-1:],
+        )
+        whole = T + stay
+        if not episode.terminated:
+            whole = max(T - H + 1, 0)
+        self.starts.append(whole, row=row[:whole])
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` decisions, uniform with replacement: [size] int64."""
-        chosen = torch.randint(len(self.starts), (size,), generator=generator)
-        return self.starts[chosen]
+        chosen = torch.randint(self.starts.rows, (size,), generator=generator)
+        return self.starts["row"][chosen]
 
     def gather(self, rows: Tensor, device: str = "cpu") -> Batch:
         """The transitions that start at rows [B]."""
-        data = self.data
-        steps = rows[:, None] + torch.arange(self.chunk_len)  # [B, H]
-        steps = torch.minimum(steps, data["last"][rows][:, None])
+        steps = self.steps
+        ahead = rows[:, None] + torch.arange(self.chunk_len)  # [B, H]
+        last = steps["last"][rows][:, None]
+        following = steps["next"][rows]
         return Batch(
-            feature=data["feature"][rows],
-            chunk=data["action"][steps].flatten(1),
-            reward=data["reward"][rows],
-            bootstrap=data["bootstrap"][rows],
-            next_feature=data["feature"][data["next"][rows]],
-            mc_return=data["mc_return"][rows],
-            success=data["success"][rows],
+            feature=steps["feature"][rows],
+            chunk=steps["action"][ahead.minimum(last)].flatten(1),
+            reward=steps["reward"][rows],
+            bootstrap=steps["bootstrap"][rows],
+            next_feature=steps["feature"][following],
+            mc_return=steps["mc_return"][rows],
+            success=steps["success"][rows],
+            expert=torch.full((len(rows),), self.expert),
         ).to(device)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {"starts": self.starts}
-        for name, column in self.data.items():
-            state[name] = column[: self.rows]
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.starts = state["starts"]
-        self.data = {k: state[k] for k in self.data}
-        self.rows = len(self.data["reward"])
 
 
 # === Networks ========================================================================================================
@@ -703,11 +692,12 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
     n = args.cql_samples
     device = batch.chunk.device
     with torch.no_grad():
-        next_chunks = agent.actor.sample(batch.next_feature, n if cql_alpha else 1, generator)  # [B, n, D]
+        next_chunks = agent.actor_ema.sample(batch.next_feature, n if cql_alpha else 1, generator)  # [B, n, D]
         two = torch.randperm(args.num_critics, generator=generator, device=device)[:2]
         next_q = agent.target_critic(batch.next_feature, next_chunks[:, 0])[two]
-        reward = reward_of(args)
-        target = td_target(batch, next_q, args.return_mix, reward.lowest, reward.highest)
+        reward = REWARDS[args.reward]
+        lowest = reward.fail / (1 - args.gamma)
+        target = td_target(batch, next_q, args.return_mix, lowest, reward.success)
     q_data = agent.critic(batch.feature, batch.chunk)  # [E, B]
     loss_td = (q_data - target).square().mean()
     loss = loss_td
@@ -722,7 +712,7 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
         with torch.no_grad():
             shape = (len(batch.chunk), n, batch.chunk.shape[1])
             uniform = torch.rand(shape, generator=generator, device=device)
-            current = agent.actor.sample(batch.feature, n, generator)
+            current = agent.actor_ema.sample(batch.feature, n, generator)
         sampled = torch.cat([uniform * 2 - 1, current, next_chunks], 1)  # [B, 3n, D], all evaluated at s
         q_sampled = agent.critic(batch.feature, sampled)
         loss_cql, logs["calib/bound_rate"] = calql_loss(q_data, q_sampled, batch.mc_return)
@@ -737,13 +727,13 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
 
 
 @torch.no_grad()
-def self_distilled(agent: Agent, batch: Batch, expert: Tensor, args: Args, generator) -> tuple[Tensor, dict]:
-    """What the actor imitates in stage 3: [B, D]. expert [B] bool: the sample is from the expert buffer.
+def self_distilled(agent: Agent, batch: Batch, args: Args, generator) -> tuple[Tensor, dict]:
+    """What the actor imitates in stage 3: [B, D].
 
     The expert half imitates its own actions, Eq. (12). The policy's half imitates one of its K proposals, or what it
     did, by the gate of Eq. (14).
     """
-    rows = (~expert).nonzero()[:, 0]
+    rows = (~batch.expert).nonzero()[:, 0]
     feature, chunk = batch.feature[rows], batch.chunk[rows]
     candidates = agent.candidates(feature, args, generator)  # [B', K, D]
     q = agent.critic(feature, candidates).mean(0)  # [B', K]
@@ -784,10 +774,24 @@ def update_actor(
         logs["values/q_policy"] = q.mean()
     optimizer.zero_grad()
     loss.backward()
+    logs["grad_norm/actor"] = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
     logs["losses/actor"] = loss
     return logs
+
+
+def update_online(agent: Agent, optimizer, batch: Batch, args: Args, generator, q_weight: float) -> dict:
+    """Stage 3: one step of the actor on Eq. (9)."""
+    target = batch.chunk
+    found = {}
+    if args.vgpd:
+        target, found = self_distilled(agent, batch, args, generator)
+    logs = update_actor(
+        agent, optimizer, batch, target, args, generator,
+        bc_weight=args.distill_weight, q_weight=q_weight, successes_only=args.success_filter,
+    )  # fmt: skip
+    return found | logs
 
 
 @torch.no_grad()
@@ -797,61 +801,51 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
 
 
 # === Episodes and buffers ============================================================================================
-@dataclass
-class Episode:
-    """T steps; demonstrations may have more features and actions than that: what was recorded after the success."""
-
-    feature: Tensor  # [T+1, F], empty if not asked for
-    action: np.ndarray  # [T, A] normalised
-    success: np.ndarray  # [T] at each step
-    terminated: bool  # at T
-
-
-@torch.no_grad()
-def rollout(env, agent: Agent, args: Args, seeds, generator, training: bool, push=0.0, frames=None) -> list[Episode]:
+@torch.inference_mode()
+def rollout(
+    env, agent: Agent, args: Args, seeds, generator, training: bool = False, whole: bool = True, push=0.0, frames=None
+) -> list[Episode]:
     """One episode per environment, side by side; the policy is asked once a chunk.
 
-    training=True ends an episode at success or failure and keeps features; otherwise episodes run to the time limit,
-    so that success at the end can be told from success on the way. `frames` collects the first environment's video.
+    training   an episode ends at success or failure, and keeps the features of all its steps
+    whole      otherwise: it goes on to the time limit after a success, to see whether that lasts
+    frames     collects the first environment's video
     """
     N = len(seeds)
     H = agent.H
     limit = args.max_episode_steps
     every = 1 if training else H  # replay stores each step's observation
     obs, _ = env.reset(seed=list(seeds), options={"every": every})
+    observations = [obs]
     ended = np.zeros(N, dtype=bool)
     length = np.full(N, limit)
-    features = []
-    actions = []
+    planned = []
     successes = []
     for t in range(limit):
-        if t % every == 0:
-            features.append(agent.feature(agent.recent([obs])))
         if t % H == 0:
-            chunk = agent.act(features[-1], generator, push)  # [N, H, A]
-        actions.append(chunk[:, t % H])
-        action = agent.denormalise(actions[-1])
+            feature = agent.feature(agent.recent(observations))
+            chunk = agent.act(feature, generator, push)  # [N, H, A]
+            planned.append(chunk)
+        action = agent.denormalise(chunk[:, t % H])
         obs, success, _, _, info = env.step(action)
+        observations.append(obs)
         successes.append(success > 0)
         if frames is not None:
             frames.append(env.call("render")[0])
-        if training:
-            length[info["ended"] & ~ended] = t + 1
-            ended |= info["ended"]
-            if ended.all():
-                break
-    if training:
-        features.append(agent.feature(agent.recent([obs])))
-        feature = torch.stack(features, 1).cpu()  # [N, T+1, F]
-    else:
-        feature = torch.empty(N, 0)
-    action = np.stack(actions, 1)  # [N, T, A]
+        over = info["ended"] if training else successes[-1] & (not whole)
+        length[over & ~ended] = t + 1
+        ended |= over
+        if ended.all():
+            break
+    features = agent.features(observations).cpu() if training else torch.empty(N, 0)  # [N, T+1, F]
+    action = np.concatenate(planned, 1)  # [N, L, A]
     success = np.stack(successes, 1)  # [N, T]
     episodes = []
     for i, T in enumerate(length):
+        decisions = math.ceil(T / H)
         episode = Episode(
-            feature=feature[i, : T + 1],
-            action=action[i, :T],
+            feature=features[i, : T + 1],
+            action=action[i, : decisions * H],
             success=success[i, :T],
             terminated=bool(ended[i]),
         )
@@ -859,44 +853,42 @@ def rollout(env, agent: Agent, args: Args, seeds, generator, training: bool, pus
     return episodes
 
 
-def evaluate(env, agent: Agent, args: Args) -> dict[str, float]:
+def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, float]:
     """Success over the fixed evaluation episodes: the same initial states and policy noise every time.
 
     It leaves torch's global generator and those of training alone, so training doesn't depend on when it is called.
     """
-    generator = torch.Generator(args.device).manual_seed(0)
+    generator = torch.Generator(args.device)
     success = []
     with torch.random.fork_rng(devices=[]):
         for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
+            generator.manual_seed(first)
             seeds = range(first, first + args.num_envs)
-            episodes = rollout(env, agent, args, seeds, generator, training=False)
+            episodes = rollout(env, agent, args, seeds, generator, whole=whole)
             success += [episode.success for episode in episodes]
-    reward = reward_of(args)
-    success = np.stack(success[: args.eval_episodes])
-    return success_metrics(success, reward.fail, reward.success)
+    reward = REWARDS[args.reward]
+    return success_metrics(success[: args.eval_episodes], args.max_episode_steps, reward.fail, reward.success)
 
 
 def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, stay: int = 0) -> None:
-    step = reward_of(args)
-    reward = np.where(episode.success, step.success, step.fail)
     hold = agent.hold_action(episode.action[-1])
-    buffer.add(
-        episode.feature, episode.action, reward.astype(np.float32), episode.terminated,
-        success=bool(episode.success.any()), reward_failure=step.fail, hold=hold, stay=stay,
-    )  # fmt: skip
+    buffer.add(episode, REWARDS[args.reward], hold, stay)
 
 
 def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: Args) -> None:
     """One row per observation, the same rows as in `demos`; features come with `embed_demonstrations`."""
     for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):
-        action = agent.normalise(demos.action[start : start + length])
-        empty = torch.zeros(length + 1, agent.feature_dim)
-        success = np.arange(1, steps + 1) == steps
+        episode = Episode(
+            feature=torch.zeros(length + 1, agent.feature_dim),
+            action=agent.normalise(demos.action[start : start + length]),
+            success=np.arange(1, steps + 1) == steps,
+            terminated=True,
+        )
         stay = 0
         if args.stay:  # the recorded steps past the success, as long as it lasts
             past = demos.success[start + steps : start + length]
             stay = int(past.cumprod().sum())
-        add_episode(buffer, Episode(empty, action, success, terminated=True), agent, args, stay)
+        add_episode(buffer, episode, agent, args, stay)
 
 
 @torch.no_grad()
@@ -905,10 +897,12 @@ def embed_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, teach
 
     On the same pass pi0's flow shows the one-step head what it would do there.
     """
+    features = []
     for rows in torch.arange(len(demos.action)).split(256):
         seen = agent.observe(demos.at(rows, 1))
-        buffer.data["feature"][rows] = seen.feature.cpu()
+        features.append(seen.feature.cpu())
         teacher.watch(rows, agent.flow_policy, seen.context, generator)
+    buffer.steps.rewrite("feature", torch.cat(features))
 
 
 def collect(env, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer) -> int:
@@ -920,21 +914,34 @@ def collect(env, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, polic
     for episode in episodes:
         add_episode(policy, episode, agent, args)
         if episode.success.any():
-            add_episode(expert, episode, agent, args)
-        run.ended(episode.success.any(), len(episode.action))
-    steps = sum(len(episode.action) for episode in episodes)
+            add_episode(expert, without_idle(episode, agent, args), agent, args)
+        run.ended(episode.success.any(), len(episode.success))
+    steps = sum(len(episode.success) for episode in episodes)
     run.episodes += args.num_envs
     run.env_steps += steps
     return steps
 
 
-def draw(
-    expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict[str, torch.Generator]
-) -> tuple[Batch, Tensor]:
-    """A batch and which of it is expert data: half and half, or demonstrations only while there are no rollouts."""
+def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
+    """An episode to imitate: without the steps in which nothing happens, as in the demonstrations."""
+    T = len(episode.success)
+    action = agent.denormalise(episode.action)
+    keep = moving(action, args.drop_idle, agent.relative, agent.gripper)
+    keep[T - 1 :] = True
+    seen = np.append(keep[:T], True)  # [T+1]
+    return Episode(
+        feature=episode.feature[seen],
+        action=episode.action[keep],
+        success=episode.success[keep[:T]],
+        terminated=episode.terminated,
+    )
+
+
+def draw(expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> Batch:
+    """Half expert, half policy buffer; demonstrations only while there are no rollouts."""
     size = args.batch_size
     device = args.device
-    own = size // 2 if len(policy.starts) else 0
+    own = size // 2 if policy.starts.rows else 0
     rows = expert.draw(size - own, rng["batch"])
     batch = expert.gather(rows, device)
     if own:
@@ -942,15 +949,23 @@ def draw(
         batch = batch.cat(policy.gather(rows, device))
     batch.feature = agent.perturb(batch.feature, args.proprio_noise, rng["update"])
     batch.next_feature = agent.perturb(batch.next_feature, args.proprio_noise, rng["update"])
-    return batch, torch.arange(size, device=device) < size - own
+    return batch
+
+
+def update_critics(agent: Agent, optimizer, next_batch, args: Args, generator, cql_alpha: float) -> tuple[Batch, dict]:
+    """The critic's updates before one of the actor, which takes the last batch."""
+    for _ in range(args.critic_updates):
+        batch = next_batch()
+        logs = update_critic(agent, optimizer, batch, args, cql_alpha, generator)
+    return batch, logs
 
 
 @torch.no_grad()
 def calibration(agent: Agent, policy: ReplayBuffer, args: Args) -> dict[str, Tensor]:
     """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
-    if not len(policy.starts):
+    if not policy.starts.rows:
         return {}
-    batch = policy.gather(policy.starts, args.device)
+    batch = policy.gather(policy.starts["row"], args.device)
     q = agent.critic(batch.feature, batch.chunk).mean(0)
     gap = q - batch.mc_return
     return {
@@ -971,8 +986,8 @@ def main(args: Args) -> Path:
     agent = Agent(args, demos).to(args.device)
     if args.sft_checkpoint:
         load_sft_weights(agent, args, __file__, head=args.head, finetune=args.finetune)
-    expert = ReplayBuffer(agent.feature_dim, agent.action_dim, args.chunk_len, args.gamma)  # demonstrations, successes
-    policy = ReplayBuffer(agent.feature_dim, agent.action_dim, args.chunk_len, args.gamma)  # all rollouts
+    expert = ReplayBuffer(agent, args, expert=True)  # demonstrations, successes
+    policy = ReplayBuffer(agent, args, expert=False)  # all rollouts
     add_demonstrations(expert, demos, agent, args)
     taught = args.head == "consistency" and args.sft_head_updates
     teacher = Teacher(agent.actor.unit, rows=len(demos.action) if taught else 0)
@@ -984,12 +999,15 @@ def main(args: Args) -> Path:
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr)
 
     stages = ("sft", "sft-head", "offline", "warmup", "online")
-    run = Run(args, __file__, stages, about={"weights": agent.weights})
+    about = {"method": "FORCE on pi0", "weights": agent.weights}
+    evaluator = Evaluator(args, make_env, evaluate, agent)
+    run = Run(args, __file__, stages, about, evaluator)
     run.keep(  # what a checkpoint holds; a resumed run loads it here
         agent, expert=expert, policy=policy, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
         sft_optimizer=sft_optimizer, averaged=averaged, teacher=teacher,
     )  # fmt: skip
     noise = run.rng["update"]
+    next_batch = partial(draw, expert, policy, agent, args, run.rng)
     if args.eval_only:
         print(json.dumps(evaluate(env, agent, args), indent=2))
         return run.folder
@@ -1022,20 +1040,19 @@ def main(args: Args) -> Path:
         cloned.load_state_dict(averaged.module.state_dict())
         agent.actor_ema.load_state_dict(agent.actor.state_dict())
         run.drop("sft_optimizer", "averaged", "teacher")
-        run.evaluated(evaluate(env, agent, args))
+        run.evaluate(whole=True)
 
     # Stage 1: Cal-QL and BC on demonstrations, Eqs. (1-4)
     if run.enter("offline"):
         for _ in run.updates_until(args.offline_updates, "[1/3] offline Cal-QL"):
-            for _ in range(args.critic_updates):
-                batch, _ = draw(expert, policy, agent, args, run.rng)
-                logs = update_critic(agent, critic_optimizer, batch, args, args.cql_alpha, noise)
+            batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, args.cql_alpha)
             logs |= update_actor(
-                agent, actor_optimizer, batch, batch.chunk, args, noise, args.bc_weight, args.offline_q_weight
-            )
+                agent, actor_optimizer, batch, batch.chunk, args, noise,
+                bc_weight=args.bc_weight, q_weight=args.offline_q_weight,
+            )  # fmt: skip
             run.tick(logs)
         forget(critic_optimizer, actor_optimizer)  # ConRFT starts each stage with a fresh Adam
-        run.evaluated(evaluate(env, agent, args))
+        run.evaluate(whole=True)
 
     # Stage 2: value-calibrated warm-up on the policy's own rollouts, Eqs. (1) and (5-7)
     if args.warmup and run.enter("warmup"):
@@ -1044,9 +1061,7 @@ def main(args: Args) -> Path:
         if not run.stage_updates:
             run.log(calibration(agent, policy, args))
         for step in run.updates_until(args.warmup_updates, "[2/3] warm-up"):
-            for _ in range(args.critic_updates):
-                batch, _ = draw(expert, policy, agent, args, run.rng)
-                logs = update_critic(agent, critic_optimizer, batch, args, args.cql_alpha, noise)
+            batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, args.cql_alpha)
             if step >= args.warmup_updates // 2:  # the first half trains the critic only
                 logs |= update_actor(
                     agent, actor_optimizer, batch, batch.chunk, args, noise,
@@ -1055,7 +1070,7 @@ def main(args: Args) -> Path:
             run.tick(logs)
         run.log(calibration(agent, policy, args))
         forget(critic_optimizer, actor_optimizer)
-        run.evaluated(evaluate(env, agent, args))
+        run.evaluate(whole=True)
 
     # Stage 3: TD, and self-distillation online, Eqs. (8-15). A simulator can't be saved in the middle of an episode:
     # whole episodes and updates take turns, and checkpoints lie between them.
@@ -1067,25 +1082,16 @@ def main(args: Args) -> Path:
             done = min(run.stage_env_steps / args.online_steps, 1.0)
             q_weight = args.q_weight + done * (args.q_weight_end - args.q_weight)
             for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):
-                for _ in range(args.critic_updates):
-                    batch, is_expert = draw(expert, policy, agent, args, run.rng)
-                    logs = update_critic(agent, critic_optimizer, batch, args, 0.0, noise)
-                target = batch.chunk
-                if args.vgpd:
-                    target, found = self_distilled(agent, batch, is_expert, args, noise)
-                    logs |= found
-                logs |= update_actor(
-                    agent, actor_optimizer, batch, target, args, noise,
-                    bc_weight=args.distill_weight, q_weight=q_weight, successes_only=args.success_filter,
-                )  # fmt: skip
+                batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, 0.0)
+                logs |= update_online(agent, actor_optimizer, batch, args, noise, q_weight)
                 run.tick(logs, may_save=False)
-            run.log(run.recent_episodes() | {"buffer/size": policy.rows})
+            run.log(run.recent_episodes() | {"buffer/size": policy.steps.rows})
             run.save_if_due()
             between = run.stage_env_steps < args.online_steps
             if between and run.stage_env_steps // args.eval_freq > before // args.eval_freq:
-                run.evaluated(evaluate(env, agent, args))
+                run.evaluate()
                 run.save()
-        run.evaluated(evaluate(env, agent, args))
+        run.evaluate(whole=True)
 
     run.finish(demonstrations=demos.source, demo_steps_to_success=demos.mean_steps())
     film_policy(agent, args, run.folder)
@@ -1111,7 +1117,7 @@ def film_policy(agent: Agent, args: Args, folder: Path) -> None:
     generator = torch.Generator(args.device).manual_seed(0)
 
     def play(env, seed: int, frames: list) -> bool:
-        (episode,) = rollout(env, agent, args, [seed], generator, training=False, frames=frames)
+        (episode,) = rollout(env, agent, args, [seed], generator, frames=frames)
         return bool(episode.success.any())
 
     film(args, make_env, folder / "videos", play)

@@ -236,3 +236,14 @@ class Pi0Policy(Units):
     def recent(self, seen: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The last observation of running episodes, as `observe` wants it: a window of one step."""
         return {k: v if k == "proprio" else v[:, None] for k, v in seen[-1].items()}
+
+    def features(self, seen: list[dict[str, np.ndarray]]) -> Tensor:
+        """Observations of N states at each of T steps to [N, T, F], many states at once."""
+        steps = [self.recent([step]) for step in seen]
+        joined = {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
+        rows = len(joined["proprio"])
+        parts = []
+        for first in range(0, rows, 64):  # a prefix's cache is large
+            some = {name: value[first : first + 64] for name, value in joined.items()}
+            parts.append(self.feature(some))
+        return torch.cat(parts).unflatten(0, (len(seen), -1)).transpose(0, 1)
