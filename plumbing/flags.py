@@ -12,13 +12,11 @@ from typing import Literal
 import torch
 import tyro
 
+from plumbing.errors import UserError
 from plumbing.help import as_flag, flags_help, wrapped
+from plumbing.tasks import TASKS, Task
 
 THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
-
-
-class UserError(Exception):
-    """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
 
 
 @dataclass
@@ -63,8 +61,6 @@ def check_flags(args, limits: dict) -> None:
     """
     import mani_skill.envs  # noqa: F401  registers the tasks
     from mani_skill.utils.registration import REGISTERED_ENVS
-
-    from plumbing.tasks import TASKS, Task
 
     if args.env_id not in REGISTERED_ENVS:
         known = ", ".join(TASKS)
