@@ -114,7 +114,7 @@ def parse_flags(cls, doc: str, tables: dict[str, dict], argv: list[str] | None =
 
 
 def given_names(cls, words: list[str]) -> set[str]:
-    """Fields whose flags are among `words`. An unknown flag ends the program with one line that suggests near misses."""
+    """Fields whose flags are among `words`. An unknown one ends the program with one line that suggests near misses."""
     known = {as_flag(field.name): field.name for field in fields(cls)}
     known |= {as_flag(f"no-{field.name}"): field.name for field in fields(cls) if isinstance(field.default, bool)}
     found = set()
