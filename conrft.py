@@ -145,6 +145,7 @@ class Args(RunArgs):
 BY_OBS_MODE = {"state": dict(num_envs=1, num_demos=50, proprio_noise=0.0)}
 BY_TASK = {  # as in the benchmark
     ("PushCube-v1", "state"): dict(online_steps=5000),
+    ("PullCube-v1", "state"): dict(online_steps=5000),
     ("PickCube-v1", "state"): dict(online_steps=5000),
     ("StackCube-v1", "state"): dict(online_steps=8000),
 }
@@ -859,7 +860,7 @@ def draw(
     """A batch and which of it is from the demo buffer: half and half, or all of it while there are no rollouts."""
     size = args.batch_size
     device = args.device
-    own = size - size // 2 if len(replay.starts) else 0
+    own = size // 2 if len(replay.starts) else 0
     rows = demo.draw(size - own, rng["batch"])
     batch = demo.gather(rows, device)
     if own:
@@ -982,8 +983,8 @@ def main(args: Args) -> Path:
 def warmup_cosine(step: int, total: int) -> float:
     """Share of the peak learning rate: linear over the first 5 %, then a cosine to zero."""
     warmup = (step + 1) / (0.05 * total)
-    progress = step / total
-    cosine = (1 + math.cos(math.pi * progress)) / 2
+    angle = math.pi * step / total
+    cosine = (1 + math.cos(angle)) / 2
     return min(warmup, cosine)
 
 

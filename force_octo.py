@@ -19,7 +19,7 @@ Commands
   python force_octo.py --env-id PushCube-v1 --obs-mode state         # privileged state: minutes on one core
   python force_octo.py --preset paper --env-id PickCube-v1           # the paper's reading, where it is known
   python force_octo.py --sft-checkpoint runs/NAME                    # start from a run of bc.py
-  python force_octo.py --backbone octo-small --checkpoint hf://rail-berkeley/octo-small-1.5
+  python force_octo.py --backbone octo-small --checkpoint hf://rail-berkeley/octo-small-1.5 --image-size 256
   python force_octo.py --resume runs/NAME                            # go on after a kill, with the same next losses
   python force_octo.py --eval-only runs/NAME                         # evaluate the last checkpoint
 

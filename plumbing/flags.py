@@ -14,13 +14,11 @@ import torch
 import tyro
 
 from plumbing import stop
+from plumbing.errors import UserError
 from plumbing.help import as_flag, flags_help, wrapped
+from plumbing.tasks import TASKS, Task
 
 THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
-
-
-class UserError(Exception):
-    """Something the user can put right; the message says what to do. Ends the program with exit code 2."""
 
 
 @dataclass
@@ -66,8 +64,6 @@ def check_flags(args, limits: dict) -> None:
     """
     import mani_skill.envs  # noqa: F401  registers the tasks
     from mani_skill.utils.registration import REGISTERED_ENVS
-
-    from plumbing.tasks import TASKS, Task
 
     if args.env_id not in REGISTERED_ENVS:
         known = ", ".join(TASKS)
@@ -121,7 +117,7 @@ def parse_flags(cls, doc: str, tables: dict[str, dict], argv: list[str] | None =
 
 
 def given_names(cls, words: list[str]) -> set[str]:
-    """Fields whose flags are among `words`. An unknown flag ends the program with one line that suggests near misses."""
+    """Fields whose flags are among `words`. An unknown one ends the program with one line that suggests near misses."""
     known = {as_flag(field.name): field.name for field in fields(cls)}
     known |= {as_flag(f"no-{field.name}"): field.name for field in fields(cls) if isinstance(field.default, bool)}
     found = set()
