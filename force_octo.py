@@ -120,7 +120,7 @@ class Args(RunArgs):
     return_mix: float = 0.5  # share of the Monte-Carlo return in the critic's target (0 = the paper's TD)
     tau: float = 0.01  # Polyak step of the target critics
     critic_updates: int = 2  # critic updates per actor update
-    offline_updates: int = 300  # stage 1: actor updates
+    offline_updates: int = 1000  # stage 1: actor updates
     warmup: bool = True  # --no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")
     warmup_episodes: int = 30  # stage 2: rollouts of the current policy
     warmup_updates: int = 400  # stage 2: actor updates; the first half trains the critic only
@@ -149,18 +149,17 @@ class Args(RunArgs):
 
 
 # The defaults above are for cameras. What else a choice changes; flags on the command line always win.
-BY_OBS_MODE = {  # without a camera updates are cheap, and the critic sees enough to push the policy a little
-    "state": dict(
-        num_envs=1, num_demos=50, proprio_noise=0.0, sft_updates=6000, online_steps=10_000, q_weight=0.02,
-        actor_ema=0.995, explore_noise=0.02, success_filter=False,
-    ),
-}  # fmt: skip
-PUSH = dict(online_steps=5000, gamma=0.95, q_weight=0.05, explore_noise=0.1, candidate_noise=0.1)
-BY_TASK = {  # as in the benchmark
+BY_OBS_MODE = {  # without a camera updates are cheap
+    "state": dict(num_envs=1, num_demos=50, proprio_noise=0.0, sft_updates=6000, actor_ema=0.995),
+}
+PUSH = dict(online_steps=8000, gamma=0.95, q_weight=0.05, explore_noise=0.1, candidate_noise=0.1)
+BY_TASK = {  # budgets, and for pushing, which can be done faster than it was shown, a pull towards higher Q
     ("PushCube-v1", "state"): PUSH,
     ("PullCube-v1", "state"): PUSH,
-    ("PickCube-v1", "state"): dict(online_steps=5000),
-    ("StackCube-v1", "state"): dict(online_steps=8000, q_weight=0.0, explore_noise=0.0, success_filter=True),
+    ("PickCube-v1", "state"): dict(online_steps=15_000),
+    ("StackCube-v1", "state"): dict(online_steps=25_000),
+    ("PlaceSphere-v1", "state"): dict(online_steps=25_000),
+    ("PullCubeTool-v1", "state"): dict(online_steps=30_000),
 }
 BY_PRESET = {
     "paper": dict(
@@ -169,7 +168,7 @@ BY_PRESET = {
         q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0,
         candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, success_filter=False, cql_samples=10,
         offline_updates=20_000, warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50, stay=False,
-        sft_updates=6000,
+        sft_updates=6000, online_finetune="head", round_steps=1, online_lr=3e-4, drop_idle=0.0,
     ),
 }  # fmt: skip
 TABLES = {"obs_mode": BY_OBS_MODE, "env_id obs_mode": BY_TASK, "preset": BY_PRESET}
