@@ -150,16 +150,15 @@ class Args(RunArgs):
 
 # The defaults above are for cameras. What else a choice changes; flags on the command line always win.
 BY_OBS_MODE = {  # without a camera updates are cheap
-    "state": dict(num_envs=1, num_demos=50, proprio_noise=0.0, sft_updates=6000, actor_ema=0.995),
+    "state": dict(
+        num_envs=1, num_demos=50, proprio_noise=0.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995
+    ),
 }
 PUSH = dict(online_steps=8000, gamma=0.95, q_weight=0.05, explore_noise=0.1, candidate_noise=0.1)
 BY_TASK = {  # budgets, and for pushing, which can be done faster than it was shown, a pull towards higher Q
     ("PushCube-v1", "state"): PUSH,
     ("PullCube-v1", "state"): PUSH,
     ("PickCube-v1", "state"): dict(online_steps=15_000),
-    ("StackCube-v1", "state"): dict(online_steps=25_000),
-    ("PlaceSphere-v1", "state"): dict(online_steps=25_000),
-    ("PullCubeTool-v1", "state"): dict(online_steps=30_000),
 }
 BY_PRESET = {
     "paper": dict(
@@ -980,15 +979,15 @@ def main(args: Args) -> Path:
     add_demonstrations(expert, demos, agent, args)
     cloned = nn.ModuleList([agent.actor])
     if args.finetune == "full":
-        cloned = nn.ModuleList([agent.backbone, agent.actor])
+        cloned.insert(0, agent.backbone)
     sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr)
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr)
-    learns = agent.actor
+    learns = nn.ModuleList([agent.actor])
     if args.online_finetune == "full":
-        learns = nn.ModuleList([agent.backbone, agent.actor])
+        learns.append(agent.backbone)
     online_optimizer = torch.optim.AdamW(learns.parameters(), lr=args.online_lr, weight_decay=1e-4)
 
     stages = ("sft", "offline", "warmup", "online")
