@@ -848,8 +848,8 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
             seeds = range(first, first + args.num_envs)
             episodes = rollout(env, agent, args, seeds, generator, whole=whole)
             success += [episode.success for episode in episodes]
-    reward = REWARDS[args.reward]
-    return success_metrics(success[: args.eval_episodes], args.max_episode_steps, reward.fail, reward.success)
+    success = success[: args.eval_episodes]
+    return success_metrics(success, args.max_episode_steps, *REWARDS[args.reward])
 
 
 def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, stay: int = 0) -> None:
