@@ -14,7 +14,10 @@ import bc
 import force_octo as script
 from backbones import t5
 from backbones.octo import PRESETS, DiffusionHead, Octo
+from backbones.octo_policy import random_shift
 from backbones.octo_weights import flax_layout, load_octo
+from plumbing import TASKS, UserError, load_demos, load_sft_weights
+from plumbing.storage import Checkpoints
 
 THIN = dataclasses.replace(  # the released inputs, with a trunk that runs in milliseconds
     PRESETS["octo-small"], token_dim=32, num_layers=1, num_heads=4, mlp_dim=32, stem_features=(32, 32, 32, 32),
@@ -59,7 +62,7 @@ def released(tmp_path):
 def flags(place, folder, **changes):
     chosen = dict(
         env_id="PickCube-v1", obs_mode="rgb", cameras="both", backbone="octo-small", checkpoint=str(folder),
-        image_size=None, num_demos=2, num_envs=1, sft_updates=2, sft_batch_size=2, batch_size=4, offline_updates=1,
+        image_size=256, num_demos=2, num_envs=1, sft_updates=2, sft_batch_size=2, batch_size=4, offline_updates=1,
         warmup_episodes=1, warmup_updates=2, online_steps=4, max_episode_steps=4, eval_episodes=1, noise_levels=1,
     )  # fmt: skip
     return tiny_args(place, **chosen | changes)
@@ -71,12 +74,12 @@ def test_a_run_from_released_weights(place, released, tmp_path):
     run = script.main(args)
     config = json.loads((run / "config.json").read_text())
     assert config["weights"] == f"{folder}, sha256 {load_octo(folder, THIN).sha256}"
-    demos = script.load_demos(args)
+    demos = load_demos(args, script.make_env)
     assert demos.obs["primary"].shape[1:] == (256, 256, 3) and demos.obs["wrist"].shape[1:] == (128, 128, 3)
     assert demos.obs["wrist"].std() > 5  # the hand's camera sees something
-    weights, _ = script.load_checkpoint(run)
+    weights, _ = Checkpoints(run).load(resume=False)
     assert not any(name.startswith("backbone.text") for name in weights)  # T5 was asked once
-    expected = model.text(t5.t5_token_ids([script.TASKS["PickCube-v1"].instruction], 16, folder / "spiece.model"))
+    expected = model.text(t5.t5_token_ids([TASKS["PickCube-v1"].instruction], 16, folder / "spiece.model"))
     torch.testing.assert_close(weights["language"], expected)
     for name in ("stems.wrist.convs.0.weight", "blocks.0.q.weight", "positions.readout"):  # trained, from there
         change = (weights[f"backbone.{name}"] - model.state_dict()[name]).abs().max()
@@ -93,16 +96,18 @@ def test_bc_reads_them_too(place, released, tmp_path):
     run = bc.main(bc.Args(**shared | dict(runs=str(tmp_path), run_name="bc", updates=2, batch_size=2)))
     assert json.loads((run / "config.json").read_text())["weights"].startswith(f"{folder}, sha256 ")
     script.validate(args := dataclasses.replace(args, sft_checkpoint=str(run)))
-    agent = script.Run(args, tmp_path / "x", script.load_demos(args)).agent
-    assert torch.equal(agent.state_dict()["actor.out.weight"], bc.load_checkpoint(run)[0]["actor.out.weight"])
+    agent = script.Agent(args, load_demos(args, script.make_env))
+    load_sft_weights(agent, args, head="consistency")
+    weights, _ = Checkpoints(run).load(resume=False)
+    assert torch.equal(agent.state_dict()["actor.out.weight"], weights["actor.out.weight"])
 
 
 def test_the_window_holds_the_step_before(place, released):
     folder, _ = released
     args = flags(place, folder)
     script.validate(args)
-    demos = script.load_demos(args)
-    policy = script.TaskPolicy(args, demos)
+    demos = load_demos(args, script.make_env)
+    policy = script.Agent(args, demos)
     start = int(demos.starts()[1])
     obs = demos.at(torch.tensor([start, start + 1, start + 2]), 2)
     assert obs["real"].tolist() == [[False, True], [True, True], [True, True]]
@@ -128,19 +133,19 @@ def test_the_window_holds_the_step_before(place, released):
      (dict(image_size=128), "256 pixels"), (dict(obs_mode="state"), "--obs-mode rgb")],
 )  # fmt: skip
 def test_impossible_flags(place, changes, words):
-    with pytest.raises(script.UserError, match=words):
+    with pytest.raises(UserError, match=words):
         script.validate(flags(place, "anywhere", **changes))
 
 
 def test_a_wrong_folder_is_one_line(place, tmp_path):
-    with pytest.raises(script.UserError, match="no weights at") as caught:
+    with pytest.raises(UserError, match="no weights at") as caught:
         script.main(flags(place, tmp_path, runs=str(tmp_path / "runs")))
     assert "\n" not in str(caught.value) and not (tmp_path / "runs").exists()
 
 
 def test_random_shift_moves_a_sample_as_a_whole():
     image = torch.arange(3 * 2 * 32 * 32 * 3).view(3, 2, 32, 32, 3)
-    shifted = script.random_shift(image, torch.Generator().manual_seed(0), pad=4)
+    shifted = random_shift({"primary": image}, torch.Generator().manual_seed(0), pad=4)["primary"]
     padded = torch.nn.functional.pad(image.flatten(0, 1).permute(0, 3, 1, 2).float(), (4, 4, 4, 4), mode="replicate")
     padded = padded.permute(0, 2, 3, 1).long().unflatten(0, (3, 2))
     found = []
