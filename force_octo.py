@@ -703,7 +703,8 @@ def self_distilled(agent: Agent, batch: Batch, args: Args, generator) -> tuple[T
     did, by the gate of Eq. (14).
     """
     rows = (~batch.expert).nonzero()[:, 0]
-    feature, chunk = batch.feature[rows], batch.chunk[rows]
+    feature = batch.feature[rows]
+    chunk = batch.chunk[rows]
     candidates = agent.candidates(feature, args, generator)  # [B', K, D]
     q = agent.critic(feature, candidates).mean(0)  # [B', K]
     q_buffer = agent.critic(feature, chunk).mean(0)  # [B']
@@ -823,11 +824,10 @@ def rollout(
     seen = stacked(observations)  # [N, T+1, ...]
     episodes = []
     for i, T in enumerate(length):
-        decisions = math.ceil(T / H)
         episode = Episode(
             feature=features[i, : T + 1],
             obs=cut(seen, i, slice(0, T + 1)),
-            action=action[i, : decisions * H],
+            action=action[i, : H * math.ceil(T / H)],
             success=success[i, :T],
             terminated=bool(ended[i]),
         )
