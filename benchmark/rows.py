@@ -30,7 +30,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from plumbing.flags import UserError, parse_flags, run_script  # noqa: E402
+from plumbing.errors import UserError  # noqa: E402
+from plumbing.flags import parse_flags, run_script  # noqa: E402
 
 COMMANDS = ROOT / "benchmark" / "commands"
 ROWS = ROOT / "benchmark" / "rows.csv"

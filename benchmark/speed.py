@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -84,12 +83,12 @@ def arguments(script, obs_mode: str, **flags):
 class Setting:
     """An agent of force_octo.py with its optimizers, and a batch of half expert, half policy data."""
 
-    def __init__(self, make=force_octo.Agent, camera: bool = False, **flags):
+    def __init__(self, camera: bool = False, **flags):
         self.args = arguments(force_octo, "rgb" if camera else "state", **flags)
         self.demos = demonstrations(camera)
         self.noise = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
-        agent = self.agent = make(self.args, self.demos)
+        agent = self.agent = force_octo.Agent(self.args, self.demos)
         sizes = (agent.feature_dim, agent.action_dim, self.args.chunk_len, self.args.gamma)
         self.buffer = force_octo.ReplayBuffer(*sizes)
         force_octo.add_demonstrations(self.buffer, self.demos, agent, self.args)
@@ -97,11 +96,8 @@ class Setting:
         self.rows = self.buffer.draw(self.args.batch_size, self.noise)
         self.batch = self.buffer.gather(self.rows)
         self.expert = torch.arange(self.args.batch_size) < self.args.batch_size // 2
-        self.reset_optimizers()
-
-    def reset_optimizers(self) -> None:
-        self.actor_optimizer = torch.optim.Adam(self.agent.actor.parameters(), lr=1e-6)
-        self.critic_optimizer = torch.optim.Adam(self.agent.critic.parameters(), lr=1e-6)
+        self.actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=1e-6)
+        self.critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=1e-6)
 
     def vgpd(self) -> None:
         """Stage 3's actor update."""
@@ -116,76 +112,10 @@ class Setting:
         force_octo.update_critic(self.agent, self.critic_optimizer, self.batch, args, args.cql_alpha, self.noise)
 
 
-# ---- what is compared with ----
-class OneByOneCritic(nn.Module):
-    """A critic that is asked about one candidate at a time."""
-
-    def __init__(self, critic: force_octo.EnsembleCritic):
-        super().__init__()
-        self.critic = critic
-
-    def forward(self, feature: Tensor, chunk: Tensor) -> Tensor:
-        """Shapes as `EnsembleCritic`'s."""
-        if chunk.dim() == 2:
-            return self.critic(feature, chunk)
-        return torch.stack([self.critic(feature, one) for one in chunk.unbind(1)], -1)
-
-
-class OneByOneAgent(force_octo.Agent):
-    """Draws and scores the K candidates in a loop."""
-
-    def __init__(self, args, demos):
-        super().__init__(args, demos)
-        self.critic = OneByOneCritic(self.critic)
-
-    def candidates(self, feature: Tensor, args, generator) -> Tensor:
-        one = dataclasses.replace(args, K=1)
-        drawn = [force_octo.Agent.candidates(self, feature, one, generator) for _ in range(args.K)]
-        return torch.cat(drawn, 1)
-
-
-class PlainCritic(nn.Module):
-    """`EnsembleCritic` written plainly: a list of MLPs, one after the other, with the state repeated for each chunk."""
-
-    def __init__(self, source: force_octo.EnsembleCritic):
-        super().__init__()
-        self.register_buffer("unit", source.unit.clone())
-        weights = [torch.cat([source.feature_in, source.chunk_in], 1), *source.hidden]  # [E, in, out] each
-        self.critics = nn.ModuleList()
-        for e in range(len(weights[0])):
-            layers: list[nn.Module] = []
-            for i, (weight, bias) in enumerate(zip(weights, source.bias)):
-                linear = nn.Linear(*weight.shape[1:])
-                linear.load_state_dict({"weight": weight[e].T, "bias": bias[e, 0]})
-                layers.append(linear)
-                if i < len(source.gain):
-                    norm = nn.LayerNorm(weight.shape[2], eps=1e-6)
-                    norm.load_state_dict({"weight": source.gain[i][e, 0], "bias": source.shift[i][e, 0]})
-                    layers += [norm, nn.Tanh()]
-            self.critics.append(nn.Sequential(*layers))
-
-    def forward(self, feature: Tensor, chunk: Tensor) -> Tensor:
-        """Shapes as `EnsembleCritic`'s."""
-        if chunk.dim() == 3:
-            feature = feature[:, None].expand(-1, chunk.shape[1], -1)
-        x = torch.cat([feature, chunk / self.unit], -1)
-        return torch.stack([critic(x)[..., 0] for critic in self.critics])
-
-
 # ---- the comparisons ----
 def compare_vgpd() -> Comparison:
     variants = {"K = 1": Setting(K=1).vgpd, "K = 20": Setting(K=20).vgpd}
-    variants["K = 20, candidates one by one"] = Setting(OneByOneAgent, K=20).vgpd
     return Comparison("VGPD update of the actor, batch 128", "update", variants)
-
-
-def compare_critic() -> Comparison:
-    plain = Setting()
-    plain.agent.critic = PlainCritic(plain.agent.critic)
-    plain.agent.target_critic = PlainCritic(plain.agent.target_critic)
-    plain.reset_optimizers()
-    variants = {"batched ensemble": Setting().calql, "the same networks in a loop": plain.calql}
-    return Comparison("Cal-QL update of four critics, batch 128", "update", variants)
 
 
 def compare_embedding() -> Comparison:
@@ -231,27 +161,6 @@ def compare_pi0() -> Comparison:
     return Comparison("proposals of pi0-compact's flow head for one state", "decision", variants)
 
 
-def replay_sizes() -> list[list[str]]:
-    """Bytes per transition: what the buffer keeps, and what keeping other things would take."""
-    rows = []
-    for camera in (False, True):
-        setting = Setting(camera=camera)
-        buffer = setting.buffer
-        seen = "camera" if camera else "state"
-        kept = sum(values.element_size() * values[0].numel() for values in buffer.data.values()) + 8
-        rest = 4 * (setting.args.chunk_len * setting.agent.action_dim + 4)
-        sizes = {f"{seen}: embedding and proprio, chunks put together when drawn (ours)": kept}
-        both = 8 * buffer.data["feature"].shape[1] + rest
-        sizes[f"{seen}: embeddings of both ends and the chunk, a row per transition"] = both
-        if camera:
-            proprio = 4 * setting.demos.obs["proprio"].shape[1]
-            for name, pixels in {"64 px": 64**2, "256 px and 128 px": 256**2 + 128**2}.items():
-                images = f"camera: images of {name} at both ends, a row per transition"
-                sizes[images] = 2 * (3 * pixels + proprio) + rest
-        rows += [[what, f"{size:,}", f"{size / kept:.2f}"] for what, size in sizes.items()]
-    return rows
-
-
 # ---- the page ----
 def table_rows(comparison: Comparison, seconds: dict[str, np.ndarray]) -> list[list[str]]:
     rows = []
@@ -275,7 +184,7 @@ def main(quick: bool = False, rounds: int = 15, out: Path | None = None) -> int:
     torch.set_num_threads(1)
     rounds = 1 if quick else rounds
     body = []
-    for make in (compare_vgpd, compare_critic, compare_embedding, compare_pi0):
+    for make in (compare_vgpd, compare_embedding, compare_pi0):
         comparison = make()
         body += table_rows(comparison, measure(comparison, rounds, 0.0 if quick else 0.3))
     made = provenance()
@@ -283,7 +192,6 @@ def main(quick: bool = False, rounds: int = 15, out: Path | None = None) -> int:
         "performance",
         rounds=rounds,
         table=table(["Work", "Variant", "Milliseconds", "Ratio (quartiles)"], body),
-        sizes=table(["Kept of a transition", "Bytes", "Ratio"], replay_sizes()),
         commit=made["git_commit"],
         python=made["python"],
         versions=", ".join(f"{name} {version}" for name, version in made["packages"].items()),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import CensoredData, binomtest, ecdf, trim_mean
 
-from plumbing.flags import UserError
+from plumbing.errors import UserError
 
 Lines = list[dict]
 NUMBERS = (  # columns of runs.csv: None where nothing stands

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from benchmark import cells, collect, plots, rows, run, speed, stats, tables
 from benchmark.rows import UserError
@@ -802,31 +801,10 @@ def test_broken_markers_are_refused():
 
 
 # ---- speed ----
-def test_what_speed_compares_with_is_the_same_network():
-    setting = speed.Setting(K=3, hidden_dim=16, num_critics=3, batch_size=8)
-    critic = setting.agent.critic
-    for i, part in enumerate((*critic.gain, *critic.shift, *critic.bias)):
-        torch.nn.init.normal_(part, generator=torch.Generator().manual_seed(i))
-    feature, chunk = setting.batch.feature, setting.batch.chunk
-    several = torch.stack([chunk, -chunk, 0.5 * chunk], 1)
-    for other in (speed.PlainCritic(critic), speed.OneByOneCritic(critic)):
-        for chunks in (chunk, several):
-            torch.testing.assert_close(other(feature, chunks), critic(feature, chunks), atol=1e-5, rtol=1e-5)
-    one_by_one = speed.Setting(speed.OneByOneAgent, K=3, hidden_dim=16, num_critics=3, batch_size=8)
-    candidates = one_by_one.agent.candidates(feature, one_by_one.args, one_by_one.noise)
-    assert candidates.shape == (8, 3, chunk.shape[1]) and not torch.equal(candidates[:, 0], candidates[:, 1])
-    before = [p.clone() for p in one_by_one.agent.actor.parameters()]
-    one_by_one.vgpd()
-    assert any(not torch.equal(a, b) for a, b in zip(before, one_by_one.agent.actor.parameters(), strict=True))
-
-
 def test_speed_measures_all_and_writes_a_page(tmp_path):
     page = tmp_path / "page.md"
     assert speed.main(quick=True, out=page) == 0
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.read_text().splitlines()]
     ratios = [float(shown[3].split()[0]) for shown in lines if len(shown) == 4 and shown[3][0].isdigit()]
-    assert len(ratios) == 10 and ratios.count(1) >= 4 and min(ratios) > 0
-    sizes = {shown[0]: int(shown[1].replace(",", "")) for shown in lines if len(shown) == 3 and shown[1][0].isdigit()}
-    images = sizes["camera: images of 64 px at both ends, a row per transition"]
-    assert images == 2 * (64 * 64 * 3 + 25 * 4) + 4 * (16 + 4)
+    assert len(ratios) == 7 and ratios.count(1) >= 3 and min(ratios) > 0
     assert "torch" in page.read_text() and str(tmp_path) not in page.read_text()

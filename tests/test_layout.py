@@ -322,7 +322,6 @@ OWN_MEANING = {  # flags whose type or help differs on purpose, and why
     "cql_samples": "of each kind, or in all",
     "finetune": "pi0 has more parts",
     "head": "what a method can have",
-    "image_size": "what Octo's or pi0's released weights saw",
     "hidden_dim": "of a head, or of the critic too",
     "offline_updates": "CO-RFT's have no stage's name",
     "preset": "ConRFT has a paper and a code",

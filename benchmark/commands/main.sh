@@ -15,7 +15,7 @@ for seed in 1 2 3; do
   # PullCube
   python bc.py --env-id PullCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name bc-pull-state-50-$seed
   python conrft.py --env-id PullCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-pull-state-$seed
-  python conrft.py --env-id PullCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --online-steps 5000 --seed $seed --runs runs/benchmark --run-name conrft-pull-state-$seed
+  python conrft.py --env-id PullCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --seed $seed --runs runs/benchmark --run-name conrft-pull-state-$seed
   python force_octo.py --env-id PullCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --seed $seed --runs runs/benchmark --run-name force-pull-state-$seed
   python force_octo.py --env-id PullCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --no-warmup --seed $seed --runs runs/benchmark --run-name force-pull-state-no-warmup-$seed
   python force_octo.py --env-id PullCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pull-state-50-$seed --no-vgpd --seed $seed --runs runs/benchmark --run-name force-pull-state-no-vgpd-$seed
