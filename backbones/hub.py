@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from plumbing.flags import UserError
+
+REVISIONS = {  # taken where none is asked for: the ones that public code pins
+    "rail-berkeley/octo-small-1.5": "dc9aa3019f764726c770814b27e4ab0fc6e32a58",
+    "rail-berkeley/octo-base-1.5": "ee3c10e8edd6ce2e8b1e8744d3c6fba4097bed48",
+}
 
 
 def from_hub(repository: str, revision: str | None, patterns: list[str]) -> Path:
     """Download some files of a repository, or take them from the local cache: the folder they are in.
 
-    Raises: UserError that says where they may be put instead.
+    Raises: UserError that says where they may be put instead, or that a file isn't what the hub says it is.
     """
+    revision = revision or REVISIONS.get(repository)
     try:
         import huggingface_hub
 
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the library's errors have many unrelated base classes
-        reason = " ".join(str(error).split())[:200]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if "Gated" in reason:
+            raise UserError(
+                f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, then `hf auth login`"
+            ) from None
         raise UserError(
-            f"can't fetch {patterns} of {repository} from the hub ({type(error).__name__}: {reason}); "
+            f"can't fetch {patterns} of {repository} from the hub ({reason}); "
             "download it where there is network and pass the local path"
         ) from None
+    check_sums(folder)
+    return folder
+
+
+def check_sums(folder: Path) -> None:
+    """Compare large files with the sha256 that the hub names them by in its cache. Raises: UserError."""
+    for path in folder.rglob("*"):
+        stored = path.resolve()
+        known = stored.name
+        if stored.parent.name != "blobs" or len(known) != 64:  # small files have git's sha1
+            continue
+        with stored.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != known:
+            raise UserError(f"{path} has sha256 {found}, the hub says {known}: delete {stored} and start again")

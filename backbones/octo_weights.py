@@ -216,6 +216,9 @@ def _load_released(folder: Path, config: OctoConfig | None) -> LoadedOcto:
     ours = {"hidden_dim": "hidden", "diffusion_steps": "num_steps"}
     known = ("action_horizon", "action_dim", "num_blocks", "time_dim", "max_action", *ours)
     sizes = {ours.get(key, key): kwargs[key] for key in known if key in kwargs}
+    for name, size in sizes.items():
+        if type(size) not in (int, float) or not 0 < size < 100_000:
+            raise UserError(f"{folder / 'config.json'} says {name} = {size!r} of its action head: fetch the file again")
     head = DiffusionHead(config.token_dim, **{"action_horizon": 1, **sizes})  # the original's default, not ours
 
     layout = list(flax_layout(model, head))
@@ -234,6 +237,8 @@ def _load_released(folder: Path, config: OctoConfig | None) -> LoadedOcto:
             tensor = tensor.reshape(*shape[:-2] if len(shape) == 4 else (), *parameter.shape[1::-1])
             tensor = tensor.permute(-1, -2, *range(tensor.ndim - 2))
         parameter.data.copy_(tensor.reshape(parameter.shape))
+        if not parameter.isfinite().all():
+            raise UserError(f"{file}: {path} isn't finite; fetch or save the file again")
     return LoadedOcto(model, head, statistics, file, _sha256(file))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from backbones.hub import from_hub
 from backbones.pi0 import PRESETS, Pi0, Pi0Config, load_tokenizer
 from plumbing.flags import UserError
 
@@ -35,6 +36,7 @@ NAMES = {  # the beginning of our names: of the released names
 }
 TIED = {f"{_VLM}model.language_model.embed_tokens.weight", f"{_VLM}lm_head.weight"}
 DEAD = {f"{_EXPERT}lm_head.weight"}  # stored, never used
+FILES = ["model.safetensors", "*.json", "*normalizer*.safetensors", "assets/*", "*tokenizer.model"]  # of a repository
 OURS = ("prefix.lowdim", "prefix.points")  # parameters that no released model has
 
 
@@ -52,24 +54,6 @@ def released_name(name: str) -> str:
     """The name in a released checkpoint of one of our parameters."""
     ours = next(beginning for beginning in NAMES if name.startswith(beginning))
     return NAMES[ours] + name[len(ours) :]
-
-
-def from_hub(repository: str, revision: str | None) -> Path:
-    """Download what is needed of a Hugging Face repository, or take it from the local cache: the folder."""
-    patterns = ["model.safetensors", "*.json", "*normalizer*.safetensors", "assets/*", "*tokenizer.model"]
-    try:
-        import huggingface_hub
-
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the library's errors have many unrelated base classes
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if "Gated" in reason:
-            raise UserError(
-                f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, then `hf auth login`"
-            ) from None
-        raise UserError(
-            f"can't fetch {repository} from the hub ({reason}); download it where there is network and pass the folder"
-        ) from None
 
 
 def find_statistics(folder: Path) -> dict:
@@ -98,6 +82,16 @@ def _some(names) -> str:
     return f"{len(names)} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
 
 
+def _older(unused: set[str]) -> str:
+    """Which earlier lerobot wrote these names, and what to do about it; "" for none."""
+    advice = "take a present revision of the repository, or save it again with a present lerobot"
+    if any(name.startswith(("normalize_", "unnormalize_")) for name in unused):
+        return f"; the normalize_ buffers are from a lerobot of mid 2025: {advice}"
+    if any(".language_model.model." in name or ".paligemma.vision_tower." in name for name in unused):
+        return f"; these are the names of a lerobot of early 2025: {advice}"
+    return ""
+
+
 def load_pi0(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:
     """Load weights of pi0 or pi0.5, strictly: every name is used, every shape agrees.
 
@@ -109,7 +103,7 @@ def load_pi0(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:
     Raises: UserError, one line, for a source that can't be reached or read, and for any misfit.
     """
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
-    path = from_hub(match[1], match[2]) if match else Path(source)
+    path = from_hub(match[1], match[2], FILES) if match else Path(source)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UserError(
@@ -140,16 +134,20 @@ def _read(file: Path, config: Pi0Config | None) -> Pi0:
                 model = Pi0(config)
             ours = {name: p for name, p in model.named_parameters() if not name.startswith(OURS)}
             wanted = {name: released_name(name) for name in ours}
+            twins = sorted(TIED & names.keys())
+            if len(twins) > 1 and not torch.equal(*(stored.get_tensor(names[twin]) for twin in twins)):
+                raise UserError(f"{file} holds {' and '.join(twins)}, which are to be the same and differ")
             for name, theirs in wanted.items():
                 if theirs in TIED:
-                    wanted[name] = next(iter(TIED & names.keys()), theirs)
+                    wanted[name] = (twins or [theirs])[0]
             vision = {n for n in names if n.startswith((_VISION, f"{_VLM}model.multi_modal_projector."))}
             dropped = set() if config.cameras else vision
             missing = set(wanted.values()) - names.keys()
             unused = names.keys() - set(wanted.values()) - TIED - DEAD - dropped
             if missing or unused:
                 kind = "pi0.5" if config.pi05 else "pi0"
-                raise UserError(f"{file} doesn't fit {kind}: missing {_some(missing)}, unused {_some(unused)}")
+                misfits = f"missing {_some(missing)}, unused {_some(unused)}"
+                raise UserError(f"{file} doesn't fit {kind}: {misfits}{_older(unused)}")
             model.to_empty(device="cpu")
             model.prefix.add_ours()
             for name, parameter in ours.items():
@@ -157,7 +155,10 @@ def _read(file: Path, config: Pi0Config | None) -> Pi0:
                 if shape != tuple(parameter.shape):
                     needs = tuple(parameter.shape)
                     raise UserError(f"{file}: {wanted[name]} has shape {shape}, this model needs {needs}")
-                model.get_parameter(name).data.copy_(stored.get_tensor(names[wanted[name]]))
+                weight = stored.get_tensor(names[wanted[name]])
+                model.get_parameter(name).data.copy_(weight)
+                if not weight.isfinite().all():
+                    raise UserError(f"{file}: {wanted[name]} isn't finite; fetch or save the file again")
     except (SafetensorError, OSError) as error:
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
         raise UserError(f"{file} is no complete safetensors file ({reason})") from None

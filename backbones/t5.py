@@ -67,7 +67,7 @@ def t5_token_ids(instructions: list[str], length: int, tokenizer_file: str | Pat
     """T5's token ids, cut or padded with 0 to `length`, the end-of-sentence id kept: [N, length] int64.
 
     `tokenizer_file` is T5's SentencePiece model, spiece.model.
-    Raises: UserError when the file doesn't exist or the package `sentencepiece` isn't installed.
+    Raises: UserError when the file doesn't exist, is damaged, or the package `sentencepiece` isn't installed.
     """
     try:
         import sentencepiece
@@ -75,6 +75,9 @@ def t5_token_ids(instructions: list[str], length: int, tokenizer_file: str | Pat
         raise UserError("the T5 tokenizer needs `pip install sentencepiece`") from None
     if not Path(tokenizer_file).is_file():
         raise UserError(f"no T5 tokenizer at {tokenizer_file}: pass T5's spiece.model")
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{tokenizer_file} is no SentencePiece model: fetch T5's spiece.model again") from error
     rows = [pieces.encode(text)[: length - 1] + [pieces.eos_id()] for text in instructions]
     return torch.tensor([row + [0] * (length - len(row)) for row in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import pickle
 
@@ -29,7 +30,9 @@ class Evaluator:
             context = multiprocessing.get_context("spawn")
             self.pipe, there = context.Pipe()
             self.process = context.Process(target=serve, args=(there,))
-            self.process.start()
+            with stop.deaf_children():
+                self.process.start()
+            atexit.register(self.process.terminate)  # where the program ends before `close`
             there.close()
             self.pipe.send_bytes(self.work)
         contiguous = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
@@ -44,7 +47,7 @@ class Evaluator:
         """Metrics of the evaluation that was submitted; waits for them. Raises: UserError."""
         try:
             result = self.pipe.recv()
-        except EOFError as error:
+        except (EOFError, ConnectionError) as error:
             raise UserError("the process that evaluates has died (out of memory?); go on with --resume") from error
         if isinstance(result, str):
             raise UserError(result)
@@ -54,13 +57,17 @@ class Evaluator:
         if self.process is not None:
             self.pipe.close()
             self.process.join()
+            atexit.unregister(self.process.terminate)
 
 
 def serve(pipe) -> None:
     """The process: evaluates until the pipe is closed."""
     stop.follow_parent()
     torch.set_num_threads(1)
-    args, make_env, evaluate, agent = pickle.loads(pipe.recv_bytes())
+    try:
+        args, make_env, evaluate, agent = pickle.loads(pipe.recv_bytes())
+    except EOFError:  # the program has ended in between
+        return
     env = None
     while True:
         try:
@@ -75,5 +82,7 @@ def serve(pipe) -> None:
             pipe.send(evaluate(env, agent, args, whole))
         except UserError as error:
             pipe.send(str(error))
+        except (EOFError, OSError, MemoryError) as error:
+            pipe.send(f"the evaluation has failed (out of memory?): {error!r}; go on with --resume")
     if env is not None:
         env.close()

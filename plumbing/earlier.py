@@ -41,6 +41,11 @@ def load_config(cls, folder: Path, script: str):
     for here, there, word in ((flags.keys(), known, "with"), (known, flags.keys(), "without")):
         for name in sorted(here - there):
             raise UserError(f"{folder} was begun by a version {word} {name}: go on with that one, see config.json")
+    for field in dataclasses.fields(cls):
+        plain = (field.default, flags[field.name])
+        kinds = [float if type(value) is int else type(value) for value in plain]
+        if kinds[0] is not kinds[1] and None not in plain:
+            raise UserError(f"{folder}/config.json says {field.name} = {flags[field.name]!r}: put it back as it was")
     return cls(**flags)
 
 
@@ -51,8 +56,10 @@ def check_new(args) -> None:
         if not args.run_name or (folder / "config.json").exists():
             raise UserError(f"{folder} exists: choose another --run-name, or --resume {folder}")
     if args.track:
-        import wandb
-
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--track needs `pip install wandb`") from error
         offline = wandb.setup().settings.mode in ("offline", "disabled", "dryrun")
         if not offline and not wandb.api.api_key:
             raise UserError("--track needs an account: call `wandb login`, or set WANDB_MODE=offline")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
+import os
+import re
+import select
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
@@ -56,6 +60,12 @@ COMMON_LIMITS = {
     "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
 }
 
+MOST = {  # of sizes; of all other numbers 1e9
+    "num_envs": 10_000, "torch_threads": 1000, "hidden_dim": 100_000, "chunk_len": 1000, "image_size": 4096,
+    "batch_size": 1_000_000, "sft_batch_size": 1_000_000, "noise_levels": 10_000, "K": 100_000, "num_critics": 1000,
+    "num_demos": 1_000_000, "max_episode_steps": 1_000_000, "eval_episodes": 1_000_000,
+}  # fmt: skip
+
 
 def check_flags(args, limits: dict) -> None:
     """Check all numbers, and fill in what depends on the task or the machine. Raises: UserError.
@@ -73,8 +83,11 @@ def check_flags(args, limits: dict) -> None:
         for meaning, (test, names) in table.items():
             rules.update((name, (meaning, test)) for name in names.split())
     for name, value in vars(args).items():
+        most = MOST.get(name, 1e9)
+        if isinstance(value, int | float) and value > most:  # infinite ones too
+            raise UserError(f"--{name.replace('_', '-')} must be at most {most:.0f}, got {value}")
         meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
-        if isinstance(value, int | float) and not (abs(value) < 1e9 and test(value)):
+        if isinstance(value, int | float) and not (abs(value) <= most and test(value)):
             raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
     if args.max_episode_steps is None:
         seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
@@ -144,17 +157,36 @@ def run_script(main, args) -> None:
     except UserError as error:
         finish(f"error: {error}", 2)
     except (EOFError, BrokenPipeError, ConnectionError, BrokenProcessPool) as error:
+        if unheard():
+            finish("error: nobody reads what this prints any more (broken pipe); go on with --resume", 2)
         finish(f"error: a worker process died (out of memory? numpy 2?); start again or --resume ({error!r})", 2)
-    except MemoryError as error:
-        finish(f"error: out of memory; smaller sizes or batches need less ({error})", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|overflow", str(error)):
+            raise
+        finish(f"error: out of memory; smaller sizes or batches need less ({str(error)[:200]})", 2)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full; free space, then start again or --resume RUN_DIR" if full else "a file or folder"
+        what = "a file or folder can't be used"
+        if full:
+            what = "the disk is full; free space, then start again or --resume RUN_DIR"
         finish(f"error: {what} ({error})", 2)
 
 
+def unheard() -> bool:
+    """Has the reader of standard output or of errors gone away?"""
+    streams = select.poll()
+    for number in (1, 2):
+        streams.register(number, 0)
+    return any(event & select.POLLERR for _, event in streams.poll(0))
+
+
 def finish(line: str, code: int) -> None:
-    print(" ".join(line.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(" ".join(line.split()), file=sys.stderr)
+    if unheard():  # what is left to print would be one more error, at the very end
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
     sys.exit(code)
 
 

@@ -6,7 +6,10 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
+import sys
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -45,7 +48,27 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    replace(path, (json.dumps(content, indent=2) + "\n").encode())
+    """JSON has no NaN: null stands for numbers that don't exist, such as the steps to a success that never was."""
+    replace(path, (json.dumps(finite(content), indent=2) + "\n").encode())
+
+
+def finite(content):
+    """None in the place of each number that is NaN or infinite."""
+    if isinstance(content, dict):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    if isinstance(content, float) and not np.isfinite(content):
+        return None
+    return content
+
+
+def checksum_of(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def lock(folder: Path) -> IO[str]:
@@ -70,6 +93,7 @@ class Checkpoints:
     latest                          name of the newest
     NAME/weights.safetensors        the agent
     NAME/training.pt                optimizers, generators, counters
+    NAME/sums.json                  checksums of these two
     rows/BUFFER-VERSION-COLUMN.bin  raw rows; a checkpoint knows how many of them belong to it
 
     A buffer has `version` and a state_dict of tensors that only grow along their first dimension; it raises its
@@ -79,19 +103,21 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.root = folder / "checkpoints"
-        self.written: dict[str, int] = {}  # rows in each table
+        self.written: dict[str, tuple[int, int]] = {}  # rows in each table, and their checksum
         self.tables: dict[str, set[str]] = {}  # of each checkpoint that this process wrote or read
 
     def save(self, name: str, weights: dict[str, Tensor], state: dict, buffers: dict) -> None:
         """Raises: OSError, with the last checkpoint as it was."""
         (self.root / "rows").mkdir(parents=True, exist_ok=True)
-        while (self.root / name).exists():  # never over one that is good
-            name += "+"
+        same = [place_in_order(known)[1] for known in self.names() if known.rstrip("+") == name]
+        if same:  # never over one that is good
+            name += "+" * (max(same) + 1)
         temporary = self.root / f".{name}.tmp"
         try:
             state = state | {"buffers": {key: self.append(key, buffer) for key, buffer in buffers.items()}}
             sync(self.root / "rows")
-            temporary.mkdir(exist_ok=True)  # it may be there, left half-written by a kill
+            shutil.rmtree(temporary, ignore_errors=True)  # left half-written by a kill
+            temporary.mkdir()
             self.fill(temporary, weights, state)
             os.replace(temporary, self.root / name)
             sync(self.root)
@@ -104,10 +130,14 @@ class Checkpoints:
     @staticmethod
     def fill(folder: Path, weights: dict[str, Tensor], state: dict) -> None:
         # Through memory: the libraries' own writers hide that a disk is full.
-        write(folder / "weights.safetensors", save({k: v.detach().cpu().contiguous() for k, v in weights.items()}))
+        stored = save({name: weight.detach().cpu().contiguous() for name, weight in weights.items()})
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write(folder / "training.pt", buffer.getbuffer())
+        sums = {}
+        for name, content in {"weights.safetensors": stored, "training.pt": buffer.getbuffer()}.items():
+            write(folder / name, content)
+            sums[name] = zlib.crc32(content)
+        write(folder / "sums.json", json.dumps(sums).encode())
         sync(folder)
 
     def append(self, key: str, buffer) -> dict:
@@ -115,20 +145,22 @@ class Checkpoints:
         columns = {}
         for name, tensor in buffer.state_dict().items():
             file = f"{key}-{buffer.version}-{name}.bin"
-            done = self.written.get(file, 0)
+            done, checksum = self.written.get(file, (0, 0))
             if not (self.root / "rows" / file).exists():
-                done = 0
+                done, checksum = 0, 0
             new = tensor[done:].cpu().contiguous()
             if len(new) or not done:
-                rest = int(np.prod(tensor.shape[1:])) * tensor.element_size()  # bytes of a row
+                width = int(np.prod(tensor.shape[1:])) * tensor.element_size()  # bytes of a row
+                content = new.flatten().view(torch.uint8).numpy().data
+                checksum = zlib.crc32(content, checksum)
                 with (self.root / "rows" / file).open("r+b" if done else "wb") as table:
-                    table.seek(done * rest)
-                    table.write(new.flatten().view(torch.uint8).numpy().data)
+                    table.seek(done * width)
+                    table.write(content)
                     table.flush()
                     os.fsync(table.fileno())
-            self.written[file] = len(tensor)
+            self.written[file] = (len(tensor), checksum)
             dtype = str(tensor.dtype).removeprefix("torch.")
-            columns[name] = {"file": file, "shape": list(tensor.shape), "dtype": dtype}
+            columns[name] = {"file": file, "shape": list(tensor.shape), "dtype": dtype, "sum": checksum}
         return {"version": buffer.version, "columns": columns}
 
     def clean(self) -> None:
@@ -146,45 +178,67 @@ class Checkpoints:
     def names(self) -> list[str]:
         """Complete checkpoints, the latest first."""
         found = [path.name for path in self.root.glob("update-*") if (path / "training.pt").exists()]
-        found.sort(key=lambda name: (int(name.rstrip("+").removeprefix("update-")), name.count("+")), reverse=True)
-        return found
+        known = [name for name in found if re.fullmatch(r"update-\d+\+*", name)]
+        return sorted(known, key=place_in_order, reverse=True)
 
     def load(self, resume: bool) -> tuple[dict[str, Tensor], dict]:
         """Weights and training state, with buffers, of the last checkpoint that can be read.
 
-        With `resume`, damaged ones after it are removed: the run will write these updates again. Raises: UserError.
+        With `resume`, damaged ones after it are put aside until the next is written: the run will write these updates
+        again. Raises: UserError.
         """
         damaged = {}
         for name in self.names():
             try:
-                state = torch.load(self.root / name / "training.pt", map_location="cpu", weights_only=True)
-                tables = {key: self.read(known) for key, known in state["buffers"].items()}
-                weights = load_file(self.root / name / "weights.safetensors")
+                weights, state, tables = self.load_one(name)
+            except MemoryError:
+                raise
             except Exception as error:  # the readers raise all sorts
                 damaged[name] = error
                 continue
             self.tables[name] = tables_of(state)
             for bad, error in damaged.items():
-                print(f"checkpoint {bad} is damaged ({str(error)[:200]}); going on from {name}", flush=True)
+                reason = " ".join(str(error).split())[:200]
+                print(f"checkpoint {bad} is damaged ({reason}); going on from {name}", file=sys.stderr, flush=True)
                 if resume:
-                    shutil.rmtree(self.root / bad)
+                    os.replace(self.root / bad, self.root / f"damaged-{bad}")
             return weights, state | {"buffers": tables}
         hint = "a run that died before its first one has to be started again, under another --run-name"
         error = next(iter(damaged.values()), "none is there")
         raise UserError(f"{self.root.parent} holds no readable checkpoint ({str(error)[:200]}); {hint}")
 
+    def load_one(self, name: str) -> tuple[dict[str, Tensor], dict, dict]:
+        """Weights, training state and buffers of a checkpoint. Raises: all sorts, if something is wrong with it."""
+        folder = self.root / name
+        self.written = {}  # what a damaged one after it said of the tables is not to be relied on
+        if (folder / "sums.json").exists():
+            for file, checksum in json.loads((folder / "sums.json").read_text()).items():
+                if checksum_of(folder / file) != checksum:
+                    raise ValueError(f"{file} isn't as it was written")
+        state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        tables = {key: self.read(known) for key, known in state["buffers"].items()}
+        return load_file(folder / "weights.safetensors"), state, tables
+
     def read(self, known: dict) -> dict:
-        """{"version": ..., "columns": {name: tensor}} of a buffer. Raises: ValueError for a table that is too short."""
+        """{"version": ..., "columns": {name: tensor}} of a buffer. Raises: ValueError for a table that is damaged."""
         columns = {}
         for name, column in known["columns"].items():
-            dtype = getattr(torch, column["dtype"])
-            size = int(np.prod(column["shape"])) * dtype.itemsize
-            content = np.fromfile(self.root / "rows" / column["file"], np.uint8, size)
-            if len(content) < size:
-                raise ValueError(f"{column['file']} has {len(content)} bytes of {size}")
-            columns[name] = torch.from_numpy(content).view(dtype).reshape(column["shape"])
-            self.written[column["file"]] = column["shape"][0]
+            columns[name] = torch.empty(column["shape"], dtype=getattr(torch, column["dtype"]))
+            content = columns[name].flatten().view(torch.uint8).numpy()  # the same memory
+            with (self.root / "rows" / column["file"]).open("rb") as table:
+                size = table.readinto(content)
+            if size < len(content):
+                raise ValueError(f"{column['file']} has {size} bytes of {len(content)}")
+            checksum = zlib.crc32(content)
+            if column.get("sum", checksum) != checksum:
+                raise ValueError(f"{column['file']} isn't as it was written")
+            self.written[column["file"]] = (column["shape"][0], checksum)
         return {"version": known["version"], "columns": columns}
+
+
+def place_in_order(name: str) -> tuple[int, int]:
+    """What a checkpoint is sorted by: updates, then which one of those with as many."""
+    return int(name.rstrip("+").removeprefix("update-")), name.count("+")
 
 
 def tables_of(state: dict) -> set[str]:

@@ -43,8 +43,16 @@ class Table:
         return {name: self[name] for name in self.columns}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises: KeyError, ValueError for other columns than those that are here."""
+        for name, column in self.columns.items():
+            form = (state[name].shape[1:], state[name].dtype)
+            if form != (column.shape[1:], column.dtype):
+                raise ValueError(f"{name} has rows of {form}")
+        lengths = {len(state[name]) for name in self.columns}
+        if len(lengths) > 1:
+            raise ValueError(f"columns of {lengths} rows")
         self.columns = {name: state[name] for name in self.columns}
-        self.rows = min((len(column) for column in self.columns.values()), default=0)
+        self.rows = max(lengths, default=0)
 
 
 # --- observations: {"proprio": [., P], cameras: [., H, H, 3]} ---
