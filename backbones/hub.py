@@ -30,8 +30,8 @@ def from_hub(repository: str, revision: str | None, patterns: list[str]) -> Path
                 f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, then `hf auth login`"
             ) from None
         raise UserError(
-            f"can't fetch {patterns} of {repository} from the hub ({reason}); "
-            "download it where there is network and pass the local path"
+            f"can't fetch {repository} from the hub ({reason}); "
+            f"download {', '.join(patterns)} where there is network and pass the folder"
         ) from None
     check_sums(folder)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import pickle
+import signal
 
 import torch
 from safetensors.torch import load, save
@@ -62,6 +63,7 @@ class Evaluator:
 
 def serve(pipe) -> None:
     """The process: evaluates until the pipe is closed."""
+    signal.signal(signal.SIGTERM, stop.leave)
     stop.follow_parent()
     torch.set_num_threads(1)
     try:

@@ -343,7 +343,7 @@ def test_hub(monkeypatch):
         raise ConnectionError("name resolution\nfailed")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    refuse("hf://owner/octo-tiny", r"can't fetch .* of owner/octo-tiny from the hub \(ConnectionError: name resolution")
+    refuse("hf://owner/octo-tiny", r"can't fetch owner/octo-tiny from the hub \(ConnectionError: name resolution")
 
 
 def test_a_camera_can_be_dropped_and_low_dimensional_tokens_added():
