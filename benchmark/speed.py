@@ -89,22 +89,31 @@ class Setting:
         self.noise = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
         agent = self.agent = force_octo.Agent(self.args, self.demos)
-        sizes = (agent.feature_dim, agent.action_dim, self.args.chunk_len, self.args.gamma)
-        self.buffer = force_octo.ReplayBuffer(*sizes)
+        self.buffer = force_octo.ReplayBuffer(agent, self.args, {}, expert=True)
         force_octo.add_demonstrations(self.buffer, self.demos, agent, self.args)
-        force_octo.embed_demonstrations(self.buffer, self.demos, agent)
+        force_octo.embed(self.buffer, self.seen, len(self.demos.action), agent)
         self.rows = self.buffer.draw(self.args.batch_size, self.noise)
-        self.batch = self.buffer.gather(self.rows)
-        self.expert = torch.arange(self.args.batch_size) < self.args.batch_size // 2
+        self.batch = self.gather()
         self.actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=1e-6)
         self.critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=1e-6)
+
+    def seen(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.demos.at(rows, self.agent.window)
+
+    def gather(self) -> force_octo.Batch:
+        batch = self.buffer.gather(self.rows)
+        batch.expert = torch.arange(len(self.rows)) < len(self.rows) // 2
+        return batch
 
     def vgpd(self) -> None:
         """Stage 3's actor update."""
         args = self.args
-        target, _ = force_octo.self_distilled(self.agent, self.batch, self.expert, args, self.noise)
-        weights = dict(bc_weight=args.distill_weight, q_weight=args.q_weight)
-        force_octo.update_actor(self.agent, self.actor_optimizer, self.batch, target, args, self.noise, **weights)
+        batch = self.batch
+        target, _ = force_octo.self_distilled(self.agent, batch, args, self.noise)
+        force_octo.update_actor(
+            self.agent, self.actor_optimizer, batch, batch.feature, target, args, self.noise,
+            bc_weight=args.distill_weight, q_weight=args.q_weight, ema=args.actor_ema,
+        )  # fmt: skip
 
     def calql(self) -> None:
         """Stage 1's critic update."""
@@ -122,17 +131,17 @@ def compare_embedding() -> Comparison:
     setting = Setting(camera=True)
 
     def stored() -> None:
-        setting.batch = setting.buffer.gather(setting.rows)
+        setting.batch = setting.gather()
         setting.calql()
         setting.vgpd()
 
     def encoded() -> None:  # the rows of the buffer are those of the demonstrations
-        setting.batch = setting.buffer.gather(setting.rows)
+        setting.batch = setting.gather()
         agent = setting.agent
         with torch.no_grad():
-            setting.batch.feature = agent.feature(setting.demos.at(setting.rows, agent.window))
-            following = setting.buffer.data["next"][setting.rows]
-            setting.batch.next_feature = agent.feature(setting.demos.at(following, agent.window))
+            setting.batch.feature = agent.feature(setting.seen(setting.rows))
+            following = setting.buffer.steps["next"][setting.rows]
+            setting.batch.next_feature = agent.feature(setting.seen(following))
         setting.calql()
         setting.vgpd()
 
