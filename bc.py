@@ -21,6 +21,9 @@ Flags, run folders, checkpoints, logs and demonstration files are in plumbing/, 
 
 from __future__ import annotations
 
+import plumbing  # noqa: F401  first: it sets how OpenMP's threads wait, which torch reads once
+
+# isort: split
 import json
 import math
 from dataclasses import dataclass

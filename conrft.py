@@ -36,6 +36,9 @@ part of the algorithm.
 
 from __future__ import annotations
 
+import plumbing  # noqa: F401  first: it sets how OpenMP's threads wait, which torch reads once
+
+# isort: split
 import gc
 import json
 import math

@@ -3,6 +3,10 @@
 Nothing in here knows a network, a loss or a stage. A reader of an algorithm needs the comments where it is called.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait sleep, and leave the cores to others
+
 from plumbing.beside import Evaluator
 from plumbing.demos import Demos, load_demos
 from plumbing.earlier import load_sft_weights, stored_args
