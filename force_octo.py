@@ -2,7 +2,7 @@
 
 A policy is cloned from demonstrations (stage 0), a conservative critic is trained on the same data (stage 1), both are
 re-calibrated on the policy's own rollouts (stage 2), and then the policy learns online from the better half of its own
-proposals (stage 3, VGPD). The Octo backbone is trained in stage 0 only; afterwards an observation is embedded once.
+proposals (stage 3, VGPD). The Octo backbone is trained in stages 0 and 3, and embeds each buffer once a round.
 
 Equations (numbers of the paper)                                             where
   (1)     critic: TD + alpha * (LSE over sampled actions - Q(data)), Cal-QL    td_target, calql_loss
@@ -23,7 +23,7 @@ Commands
   python force_octo.py --resume runs/NAME                            # go on after a kill, with the same next losses
   python force_octo.py --eval-only runs/NAME                         # evaluate the last checkpoint
 
-The default differs from the paper in 15 points; docs/force.md lists them, with the measurements behind each.
+The default differs from the paper in 18 points; docs/force.md lists them, with the measurements behind each.
 Flags, run folders, checkpoints, logs and demonstration files are in plumbing/, and hold no part of the algorithm.
 """
 

@@ -31,7 +31,7 @@ Commands
   python force_pi0.py --eval-only runs/NAME                          # evaluate the last checkpoint
   python benchmark/dry_run.py FLAGS                                  # parameters, memory and work of a run with FLAGS
 
-The default differs from the paper in the 15 points of docs/force.md, and in points 16 to 18 of docs/force_pi0.md.
+The default differs from the paper in the points of docs/force.md but 16, and in points 19 to 21 of docs/force_pi0.md.
 Flags, run folders, checkpoints, logs and demonstration files are in plumbing/, and hold no part of the algorithm.
 """
 
