@@ -39,10 +39,10 @@ from __future__ import annotations
 import plumbing  # noqa: F401  first: it sets how OpenMP's threads wait, which torch reads once
 
 # isort: split
-import gc
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -62,18 +62,22 @@ from plumbing import (
     TASKS,
     TRAIN_SEED,
     Demos,
+    Evaluator,
     ObsWrapper,
     Run,
     RunArgs,
+    Table,
     Task,
     UserError,
     camera_configs,
     check_flags,
     check_octo,
     film,
+    lighten,
     load_demos,
     load_sft_weights,
     parse_flags,
+    prepare_process,
     run_script,
     simulator_errors,
     stored_args,
@@ -93,6 +97,7 @@ class Args(RunArgs):
     robot_uids: str = "panda"  # robot model
     cameras: Literal["primary", "both"] = "both"  # one that looks at the table, or one on panda's hand too (rgb)
     image_size: int = 64  # pixels a side (hand: half of it, from 64 on); released weights need 256
+    full_meshes: bool = False  # draw the arm with all of its triangles: three times as long without a GPU
     reward: Literal["binary", "conrft"] = "binary"  # 1 or 0 a step; ConRFT: +10 or -0.05
     sim_backend: Literal["physx_cpu", "physx_cuda"] = "physx_cpu"  # physx_cuda: all in one GPU batch
     num_envs: int = 2  # environments side by side (physx_cpu: a process each)
@@ -195,9 +200,7 @@ def validate(args: Args) -> None:
 # === Environment =====================================================================================================
 def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWrapper:
     """A batch of ManiSkill environments in this process (physx_cpu: of one). Raises: UserError."""
-    torch.set_num_threads(args.torch_threads or 1)  # this may be a fresh worker process
-    if not gc.get_freeze_count():  # ManiSkill collects garbage at every reset: spare it all that stands by now
-        gc.freeze()
+    prepare_process(args)
     on_gpu = args.sim_backend == "physx_cuda"
     with simulator_errors(args.env_id):
         env = gym.make(
@@ -216,6 +219,8 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
             max_episode_steps=1_000_000,  # `rollout` keeps the time limit
             reconfiguration_freq=0 if on_gpu else 1,  # PhysX on the CPU remembers contacts across resets
         )
+    if args.obs_mode == "rgb" and not (on_gpu or args.full_meshes):
+        env = lighten(env)
     return ObsWrapper(env)
 
 
@@ -277,6 +282,7 @@ class Batch:
     bootstrap: Tensor  # [B] gamma^n, or 0 if the episode terminated at t + n (not: was truncated)
     next_feature: Tensor  # [B, F] at t + n
     mc_return: Tensor  # [B] discounted return from t on
+    expert: Tensor  # [B] bool: from the demo buffer
 
     def cat(self, other: Batch) -> Batch:
         pairs = zip(vars(self).values(), vars(other).values())
@@ -287,18 +293,13 @@ class Batch:
 
 
 class Reward(NamedTuple):
-    """Reward of a step, by its success, and the discounted returns that are possible."""
+    """Of a control step, by whether it succeeds."""
 
     fail: float
     success: float
-    lowest: float
-    highest: float
 
 
-def reward_of(args: Args) -> Reward:
-    if args.reward == "binary":
-        return Reward(fail=0.0, success=1.0, lowest=0.0, highest=1.0)
-    return Reward(fail=-0.05, success=10.0, lowest=-0.05 / (1 - args.gamma), highest=10.0)
+REWARDS = {"binary": Reward(0.0, 1.0), "conrft": Reward(-0.05, 10.0)}
 
 
 def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failure: float) -> np.ndarray:
@@ -313,104 +314,95 @@ def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failur
     return returns
 
 
+@dataclass
+class Episode:
+    """T steps; more actions than that are what was recorded, or planned, after its end."""
+
+    feature: Tensor  # [T+1, F], empty if not asked for
+    action: np.ndarray  # [L, A] normalised, L >= T
+    success: np.ndarray  # [T] at each step
+    terminated: bool  # at T
+
+
 class ReplayBuffer:
     """Whole episodes, one row per observation; chunked transitions are put together when they are drawn."""
 
-    def __init__(self, feature_dim: int, action_dim: int, chunk_len: int, gamma: float):
-        self.chunk_len = chunk_len
-        self.gamma = gamma
-        self.rows = 0
-        self.data = {
-            "feature": torch.empty(0, feature_dim),
-            "action": torch.empty(0, action_dim),
+    def __init__(self, agent: Agent, args: Args, expert: bool):
+        self.expert = expert
+        self.chunk_len = args.chunk_len
+        self.gamma = args.gamma
+        self.steps = Table({
+            "feature": torch.empty(0, agent.feature_dim),
+            "action": torch.empty(0, agent.action_dim),
             "reward": torch.empty(0),  # of the chunk that starts here
             "bootstrap": torch.empty(0),
             "mc_return": torch.empty(0),
             "next": torch.empty(0, dtype=torch.long),  # row at which that chunk ends
             "last": torch.empty(0, dtype=torch.long),  # row of the episode's last observation
-        }
-        self.starts = torch.empty(0, dtype=torch.long)  # rows from which a chunk may be drawn
+        })  # fmt: skip
+        self.starts = Table({"row": torch.empty(0, dtype=torch.long)})  # from which a chunk may be drawn
+        self.tables = {"steps": self.steps, "starts": self.starts}  # what a checkpoint holds
 
-    def add(
-        self, feature: Tensor, action: np.ndarray, reward: np.ndarray, terminated: bool, reward_failure: float,
-        hold: np.ndarray,
-    ) -> None:  # fmt: skip
+    def add(self, episode: Episode, reward: Reward, hold: np.ndarray, own: np.ndarray | None = None) -> None:
         """Append one episode of T steps. Chunks that a time limit cuts short are left out.
 
-        Shapes: feature [L+1, F], action [L, A] normalised, L >= T (actions recorded past the end of the episode fill
-        up its last chunks), reward [T], hold [A] the action that keeps still and fills up after those.
+        The L >= T actions (recorded or planned past the end) fill up its last chunks; `hold` [A], the action that keeps
+        still, fills up after those. `own` [T] bool: where a chunk may start; by default everywhere.
         """
-        T = len(reward)
-        L = len(action)
+        T = len(episode.success)
+        L = len(episode.action)
         H = self.chunk_len
-        row = self.rows + np.arange(L + 1)
+        row = self.steps.rows + np.arange(L + 1)
 
         # Rows 0..T-1: chunks of n steps, n = H or fewer at the end.
+        earned = np.where(episode.success, reward.success, reward.fail)
         n = np.minimum(H, T - np.arange(T))
-        padded = np.pad(reward, (0, H - 1))
-        discounts = (self.gamma ** np.arange(H)).astype(np.float32)
+        padded = np.pad(earned, (0, H - 1))
+        discounts = self.gamma ** np.arange(H)
         chunk_reward = np.lib.stride_tricks.sliding_window_view(padded, H) @ discounts
-        ends_here = terminated & (np.arange(T) + n == T)
+        ends_here = episode.terminated & (np.arange(T) + n == T)
         bootstrap = np.where(ends_here, 0.0, self.gamma**n)
+        returns = mc_returns(earned, episode.terminated, self.gamma, reward.fail)
 
-        past = np.zeros(L + 1 - T, np.float32)  # rows T..L, recorded past the end: never drawn
-        returns = mc_returns(reward, terminated, self.gamma, reward_failure)
-
-        new = {
-            "feature": feature,
-            "action": np.concatenate([action, hold[None]]),
-            "reward": np.concatenate([chunk_reward, past]),
-            "bootstrap": np.concatenate([bootstrap, past]),
-            "mc_return": np.concatenate([returns, past]),
-            "next": np.append(row[:T] + n, row[T:]),
-            "last": np.full(L + 1, row[-1]),
-        }
-        self.grow(self.rows + L + 1)
-        for name, column in self.data.items():
-            column[row] = torch.as_tensor(new[name]).to(column.dtype)
-        whole = T if terminated else max(T - H + 1, 0)
-        starts = torch.from_numpy(row[:whole])
-        self.starts = torch.cat([self.starts, starts])
-        self.rows += L + 1
-
-    def grow(self, rows: int) -> None:
-        """Make room, by doubling."""
-        room = len(self.data["reward"])
-        if rows > room:
-            more = max(rows, 2 * room, 1024) - room
-            for name, column in self.data.items():
-                empty = column.new_zeros(more, *column.shape[1:])
-                self.data[name] = torch.cat([column, empty])
+        past = np.zeros(L + 1 - T)  # rows T..L, recorded past the end: never drawn
+        self.steps.append(
+            L + 1,
+            feature=episode.feature,
+            action=np.concatenate([episode.action, hold[None]]),
+            reward=np.append(chunk_reward, past),
+            bootstrap=np.append(bootstrap, past),
+            mc_return=np.append(returns, past),
+            next=np.append(row[:T] + n, row[T:]),
+            last=row[-1:],
+        )
+        whole = T
+        if not episode.terminated:
+            whole = max(T - H + 1, 0)
+        start = row[:whole]
+        if own is not None:
+            start = start[own[:whole]]
+        self.starts.append(len(start), row=start)
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` decisions, uniform with replacement: [size] int64."""
-        chosen = torch.randint(len(self.starts), (size,), generator=generator)
-        return self.starts[chosen]
+        chosen = torch.randint(self.starts.rows, (size,), generator=generator)
+        return self.starts["row"][chosen]
 
     def gather(self, rows: Tensor, device: str = "cpu") -> Batch:
         """The transitions that start at rows [B]."""
-        data = self.data
-        steps = rows[:, None] + torch.arange(self.chunk_len)  # [B, H]
-        steps = torch.minimum(steps, data["last"][rows][:, None])
+        steps = self.steps
+        ahead = rows[:, None] + torch.arange(self.chunk_len)  # [B, H]
+        last = steps["last"][rows][:, None]
+        following = steps["next"][rows]
         return Batch(
-            feature=data["feature"][rows],
-            chunk=data["action"][steps].flatten(1),
-            reward=data["reward"][rows],
-            bootstrap=data["bootstrap"][rows],
-            next_feature=data["feature"][data["next"][rows]],
-            mc_return=data["mc_return"][rows],
+            feature=steps["feature"][rows],
+            chunk=steps["action"][ahead.minimum(last)].flatten(1),
+            reward=steps["reward"][rows],
+            bootstrap=steps["bootstrap"][rows],
+            next_feature=steps["feature"][following],
+            mc_return=steps["mc_return"][rows],
+            expert=torch.full((len(rows),), self.expert),
         ).to(device)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {"starts": self.starts}
-        for name, column in self.data.items():
-            state[name] = column[: self.rows]
-        return state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.starts = state["starts"]
-        self.data = {k: state[k] for k in self.data}
-        self.rows = len(self.data["reward"])
 
 
 # === Networks ========================================================================================================
@@ -619,6 +611,18 @@ def q_loss(q: Tensor, scale: str) -> Tensor:
 
 
 # === Updates =========================================================================================================
+def update_clone(agent: Agent, optimizer, feature: Tensor, chunk: Tensor, args: Args, generator) -> dict:
+    """Stage 0: one step of behaviour cloning. Shapes: feature [B, F], chunk [B, D]."""
+    feature = agent.perturb(feature, args.proprio_noise, generator)
+    loss = consistency_loss(agent.actor, feature, chunk, generator, args.noise_levels).mean()
+    learns = optimizer.param_groups[0]
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(learns["params"], 1.0)
+    optimizer.step()
+    return {"losses/bc": loss, "grad_norm/sft": grad_norm, "lr/sft": learns["lr"]}
+
+
 def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_weight: float, generator) -> dict:
     """One step on Eq. (1), or on Eq. (4) with cql_weight = 0, and the Polyak step of the targets."""
     n = args.cql_samples
@@ -627,8 +631,9 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_weight:
         next_chunks = agent.actor.sample(batch.next_feature, n if cql_weight else 1, generator)  # [B, n, D]
         two = torch.randperm(args.num_critics, generator=generator, device=device)[:2]
         next_q = agent.target_critic(batch.next_feature, next_chunks[:, 0])[two]
-        reward = reward_of(args)
-        target = td_target(batch, next_q, reward.lowest, reward.highest)
+        reward = REWARDS[args.reward]
+        lowest = reward.fail / (1 - args.gamma)
+        target = td_target(batch, next_q, lowest, reward.success)
     q_data = agent.critic(batch.feature, batch.chunk)  # [E, B]
     loss_td = (q_data - target).square().mean()
     loss = loss_td
@@ -660,9 +665,9 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_weight:
 
 
 def update_actor(
-    agent: Agent, optimizer, batch: Batch, imitated: Tensor, args: Args, generator, bc_weight: float, q_weight: float
+    agent: Agent, optimizer, batch: Batch, args: Args, generator, bc_weight: float, q_weight: float
 ) -> dict[str, Tensor]:
-    """One step on bc_weight * BC + q_weight * L_Q, Eq. (3) or (5). imitated [B] bool: the samples that BC covers."""
+    """One step on bc_weight * BC + q_weight * L_Q, Eq. (3) or (5)."""
     bc = consistency_loss(agent.actor, batch.feature, batch.chunk, generator, args.noise_levels)  # [B]
     logs = {}
     if q_weight or args.onestep_mse:
@@ -672,7 +677,9 @@ def update_actor(
         error = error.square().mean(-1)  # [B]
         bc = bc + args.onestep_mse * error
         logs["losses/onestep"] = error.mean()
-    loss_bc = bc[imitated].mean()
+    if args.bc_demo_only:
+        bc = bc[batch.expert]
+    loss_bc = bc.mean()
     loss = bc_weight * loss_bc
     if q_weight:
         agent.critic.requires_grad_(False)
@@ -697,63 +704,51 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
 
 
 # === Episodes and buffers ============================================================================================
-@dataclass
-class Episode:
-    """T steps; demonstrations may have more features and actions than that: what was recorded after the success."""
-
-    feature: Tensor  # [T+1, F], empty if not asked for
-    action: np.ndarray  # [T, A] normalised
-    success: np.ndarray  # [T] at each step
-    terminated: bool  # at T
-
-
-@torch.no_grad()
-def rollout(env, agent: Agent, args: Args, seeds, generator, training: bool, frames=None) -> list[Episode]:
+@torch.inference_mode()
+def rollout(
+    env, agent: Agent, args: Args, seeds, generator, training: bool = False, whole: bool = True, frames=None
+) -> list[Episode]:
     """One episode per environment, side by side; the policy is asked once a chunk.
 
-    training=True ends an episode at success or failure and keeps features; otherwise episodes run to the time limit,
-    so that success at the end can be told from success on the way. `frames` collects the first environment's video.
+    training   an episode ends at success or failure, and keeps the features of all its steps
+    whole      otherwise: it goes on to the time limit after a success, to see whether that lasts
+    frames     collects the first environment's video
     """
     N = len(seeds)
     H = agent.H
     limit = args.max_episode_steps
     every = 1 if training or agent.window > 1 else H  # replay stores each step's observation
     obs, _ = env.reset(seed=list(seeds), options={"every": every})
-    seen = [obs]  # the last observations, as many as Octo looks back at
+    observations = [obs]
     ended = np.zeros(N, dtype=bool)
     length = np.full(N, limit)
-    features = []
-    actions = []
+    planned = []
     successes = []
     for t in range(limit):
-        if t % every == 0:
-            features.append(agent.feature(agent.recent(seen)))
         if t % H == 0:
-            chunk = agent.act(features[-1], generator)  # [N, H, A]
-        actions.append(chunk[:, t % H])
-        action = agent.denormalise(actions[-1])
+            feature = agent.feature(agent.recent(observations))
+            chunk = agent.act(feature, generator)  # [N, H, A]
+            planned.append(chunk)
+        action = agent.denormalise(chunk[:, t % H])
         obs, success, _, _, info = env.step(action)
-        seen = [*seen, obs][-agent.window :]
+        observations.append(obs)
         successes.append(success > 0)
         if frames is not None:
             frames.append(env.call("render")[0])
-        if training:
-            length[info["ended"] & ~ended] = t + 1
-            ended |= info["ended"]
-            if ended.all():
-                break
-    if training:
-        features.append(agent.feature(agent.recent(seen)))
-        feature = torch.stack(features, 1).cpu()  # [N, T+1, F]
-    else:
-        feature = torch.empty(N, 0)
-    action = np.stack(actions, 1)  # [N, T, A]
+        over = info["ended"] if training else successes[-1] & (not whole)
+        length[over & ~ended] = t + 1
+        ended |= over
+        if ended.all():
+            break
+    features = agent.features(observations).cpu() if training else torch.empty(N, 0)  # [N, T+1, F]
+    action = np.concatenate(planned, 1)  # [N, L, A]
     success = np.stack(successes, 1)  # [N, T]
     episodes = []
     for i, T in enumerate(length):
+        decisions = math.ceil(T / H)
         episode = Episode(
-            feature=feature[i, : T + 1],
-            action=action[i, :T],
+            feature=features[i, : T + 1],
+            action=action[i, : decisions * H],
             success=success[i, :T],
             terminated=bool(ended[i]),
         )
@@ -761,48 +756,50 @@ def rollout(env, agent: Agent, args: Args, seeds, generator, training: bool, fra
     return episodes
 
 
-def evaluate(env, agent: Agent, args: Args) -> dict[str, float]:
+def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, float]:
     """Success over the fixed evaluation episodes: the same initial states and policy noise every time.
 
     It leaves torch's global generator and those of training alone, so training doesn't depend on when it is called.
     """
-    generator = torch.Generator(args.device).manual_seed(0)
+    generator = torch.Generator(args.device)
     success = []
     with torch.random.fork_rng(devices=[]):
         for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
+            generator.manual_seed(first)
             seeds = range(first, first + args.num_envs)
-            episodes = rollout(env, agent, args, seeds, generator, training=False)
+            episodes = rollout(env, agent, args, seeds, generator, whole=whole)
             success += [episode.success for episode in episodes]
-    reward = reward_of(args)
-    success = np.stack(success[: args.eval_episodes])
-    return success_metrics(success, reward.fail, reward.success)
+    reward = REWARDS[args.reward]
+    return success_metrics(success[: args.eval_episodes], args.max_episode_steps, reward.fail, reward.success)
 
 
-def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args) -> None:
-    step = reward_of(args)
-    reward = np.where(episode.success, step.success, step.fail)
+def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, own=None) -> None:
     hold = agent.hold_action(episode.action[-1])
-    buffer.add(
-        episode.feature, episode.action, reward.astype(np.float32),
-        terminated=episode.terminated or args.truncation == "terminal", reward_failure=step.fail, hold=hold,
-    )  # fmt: skip
+    if args.truncation == "terminal":
+        episode = replace(episode, terminated=True)
+    buffer.add(episode, REWARDS[args.reward], hold, own)
 
 
-def add_demonstrations(demo: ReplayBuffer, demos: Demos, agent: Agent, args: Args) -> None:
+def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: Args) -> None:
     """One row per observation, the same rows as in `demos`; features come with `embed_demonstrations`."""
     for start, length, steps in zip(demos.starts(), demos.lengths, demos.steps):
-        action = agent.normalise(demos.action[start : start + length])
-        empty = torch.zeros(length + 1, agent.feature_dim)
-        success = np.arange(1, steps + 1) == steps
-        add_episode(demo, Episode(empty, action, success, terminated=True), agent, args)
+        episode = Episode(
+            feature=torch.zeros(length + 1, agent.feature_dim),
+            action=agent.normalise(demos.action[start : start + length]),
+            success=np.arange(1, steps + 1) == steps,
+            terminated=True,
+        )
+        add_episode(buffer, episode, agent, args)
 
 
 @torch.no_grad()
-def embed_demonstrations(demo: ReplayBuffer, demos: Demos, agent: Agent) -> None:
+def embed_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent) -> None:
     """Each observation of the demonstrations goes through the backbone once, into the demo buffer."""
+    features = []
     for rows in torch.arange(len(demos.action)).split(256):
-        obs = demos.at(rows, agent.window)
-        demo.data["feature"][rows] = agent.feature(obs).cpu()
+        feature = agent.feature(demos.at(rows, agent.window))
+        features.append(feature.cpu())
+    buffer.steps.rewrite("feature", torch.cat(features))
 
 
 def add_intervention(demo: ReplayBuffer, episode: Episode, taken: np.ndarray, agent: Agent, args: Args) -> None:
@@ -810,15 +807,24 @@ def add_intervention(demo: ReplayBuffer, episode: Episode, taken: np.ndarray, ag
 
     Shapes: taken [T] bool. Source: the paper, whose chunks are of one action.
     """
-    first = demo.rows
-    known = demo.starts
-    add_episode(demo, episode, agent, args)
-    own = []
-    for row in demo.starts[len(known) :].tolist():
-        chunk = taken[row - first :][: args.chunk_len]
-        if chunk.all():
-            own.append(row)
-    demo.starts = torch.cat([known, torch.tensor(own).long()])
+    past = np.ones(args.chunk_len - 1, dtype=bool)
+    steps = np.append(taken, past)
+    chunks = np.lib.stride_tricks.sliding_window_view(steps, args.chunk_len)  # [T, H]
+    add_episode(demo, episode, agent, args, own=chunks.all(1))
+
+
+def as_executed(episode: Episode, taken: np.ndarray, executed: np.ndarray, agent: Agent) -> Episode:
+    """The operator's actions in the place of the policy's, whose plan for after the end then no longer holds.
+
+    Shapes: taken [T] bool, executed [T, A] in controller units.
+    """
+    T = len(taken)
+    action = episode.action.copy()
+    action[:T][taken] = agent.normalise(executed[taken])
+    decision = (T - 1) // agent.H * agent.H  # the last one
+    if taken[decision:].any():
+        action = action[:T]
+    return replace(episode, action=action)
 
 
 def make_operator(env, agent: Agent, demos: Demos, args: Args):
@@ -840,30 +846,28 @@ def collect(
     episodes = rollout(watched, agent, args, seeds, run.rng["rollout"], training=True)
     failed = watched.operator.failed if watched.operator else 0
     for seed, episode in zip(seeds, episodes):
-        T = len(episode.action)
+        T = len(episode.success)
         taken = np.array(watched.taken[:T])
         if taken.any():  # then this is the only environment
             executed = np.stack(watched.executed[:T])
-            episode.action[taken] = agent.normalise(executed[taken])  # the operator's in the place of the policy's
+            episode = as_executed(episode, taken, executed, agent)
             add_intervention(demo, episode, taken, agent, args)
             if args.record_demos and episode.success.any():
                 helped.record(seed, executed)
         add_episode(replay, episode, agent, args)
         run.ended(episode.success.any(), T)
         helped.ended(taken, failed)
-    steps = sum(len(episode.action) for episode in episodes)
+    steps = sum(len(episode.success) for episode in episodes)
     run.episodes += args.num_envs
     run.env_steps += steps
     return steps
 
 
-def draw(
-    demo: ReplayBuffer, replay: ReplayBuffer, agent: Agent, args: Args, rng: dict[str, torch.Generator]
-) -> tuple[Batch, Tensor]:
-    """A batch and which of it is from the demo buffer: half and half, or all of it while there are no rollouts."""
+def draw(demo: ReplayBuffer, replay: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> Batch:
+    """Half demo buffer, half replay buffer; the demo buffer only while there are no rollouts."""
     size = args.batch_size
     device = args.device
-    own = size // 2 if len(replay.starts) else 0
+    own = size // 2 if replay.starts.rows else 0
     rows = demo.draw(size - own, rng["batch"])
     batch = demo.gather(rows, device)
     if own:
@@ -871,7 +875,15 @@ def draw(
         batch = batch.cat(replay.gather(rows, device))
     batch.feature = agent.perturb(batch.feature, args.proprio_noise, rng["update"])
     batch.next_feature = agent.perturb(batch.next_feature, args.proprio_noise, rng["update"])
-    return batch, torch.arange(size, device=device) < size - own
+    return batch
+
+
+def update_critics(agent: Agent, optimizer, next_batch, args: Args, generator, cql_weight: float) -> tuple[Batch, dict]:
+    """The critic's updates before one of the actor, which takes the last batch."""
+    for _ in range(args.critic_updates):
+        batch = next_batch()
+        logs = update_critic(agent, optimizer, batch, args, cql_weight, generator)
+    return batch, logs
 
 
 # === Training ========================================================================================================
@@ -887,8 +899,8 @@ def main(args: Args) -> Path:
         load_sft_weights(agent, args, head="consistency")
     watched = WatchedEnv(env, make_operator(env, agent, demos, args))
     helped = Interventions()
-    demo = ReplayBuffer(agent.feature_dim, agent.action_dim, args.chunk_len, args.gamma)  # and what the operator did
-    replay = ReplayBuffer(agent.feature_dim, agent.action_dim, args.chunk_len, args.gamma)  # all rollouts
+    demo = ReplayBuffer(agent, args, expert=True)  # demonstrations, and what the operator did
+    replay = ReplayBuffer(agent, args, expert=False)  # all rollouts
     add_demonstrations(demo, demos, agent, args)
     cloned = nn.ModuleList([agent.backbone, agent.actor])
     sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4)
@@ -897,12 +909,15 @@ def main(args: Args) -> Path:
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr)
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr)
 
-    run = Run(args, __file__, stages=("sft", "offline", "online"), about={"weights": agent.weights})
+    stages = ("sft", "offline", "online")
+    about = {"method": "ConRFT", "weights": agent.weights}
+    run = Run(args, __file__, stages, about, Evaluator(args, make_env, evaluate, agent))
     run.keep(  # what a checkpoint holds; a resumed run loads it here
         agent, demo=demo, replay=replay, helped=helped, critic_optimizer=critic_optimizer,
         actor_optimizer=actor_optimizer, sft_optimizer=sft_optimizer, averaged=averaged,
     )  # fmt: skip
     noise = run.rng["update"]
+    next_batch = partial(draw, demo, replay, agent, args, run.rng)
     if args.eval_only:
         print(json.dumps(evaluate(env, agent, args), indent=2))
         return run.folder
@@ -917,19 +932,14 @@ def main(args: Args) -> Path:
                 batch = demo.gather(rows, args.device)
                 obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])
                 feature = agent.feature(obs)
-                feature = agent.perturb(feature, args.proprio_noise, noise)
-                loss = consistency_loss(agent.actor, feature, batch.chunk, noise, args.noise_levels).mean()
-                sft_optimizer.zero_grad()
-                loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(cloned.parameters(), 1.0)
-                sft_optimizer.step()
+                logs = update_clone(agent, sft_optimizer, feature, batch.chunk, args, noise)
                 averaged.update_parameters(cloned)
-                run.tick({"losses/bc": loss, "grad_norm/sft": grad_norm, "lr/sft": lr})
+                run.tick(logs)
             if args.sft_updates:
                 cloned.load_state_dict(averaged.module.state_dict())
             embed_demonstrations(demo, demos, agent)
         run.drop("sft_optimizer", "averaged")
-        run.evaluated(evaluate(env, agent, args))
+        run.evaluate(whole=True)
         if args.fresh_head:
             torch.manual_seed(args.seed)
             reset(agent.actor)
@@ -937,15 +947,14 @@ def main(args: Args) -> Path:
     # Stage I: Cal-ConRFT on the demonstrations, Eqs. (1) and (3)
     if run.enter("offline"):
         for _ in run.updates_until(args.offline_updates, "[1/2] Cal-ConRFT"):
-            for _ in range(args.critic_updates):
-                batch, is_demo = draw(demo, replay, agent, args, run.rng)
-                logs = update_critic(agent, critic_optimizer, batch, args, args.cql_weight, noise)
+            batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, args.cql_weight)
             logs |= update_actor(
-                agent, actor_optimizer, batch, is_demo, args, noise, args.bc_weight_offline, args.q_weight_offline
-            )
+                agent, actor_optimizer, batch, args, noise,
+                bc_weight=args.bc_weight_offline, q_weight=args.q_weight_offline,
+            )  # fmt: skip
             run.tick(logs)
         forget(critic_optimizer, actor_optimizer)  # ConRFT starts each stage with a fresh Adam
-        run.evaluated(evaluate(env, agent, args))
+        run.evaluate(whole=True)
 
     # Stage II: HIL-ConRFT on demonstrations, interventions and rollouts, Eqs. (4) and (5). A simulator can't be saved in
     # the middle of an episode: whole episodes and updates take turns, and checkpoints lie between them.
@@ -955,29 +964,27 @@ def main(args: Args) -> Path:
             before = run.stage_env_steps
             bar.update(collect(watched, agent, args, run, demo, replay, helped))
             for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):
-                for _ in range(args.critic_updates):
-                    batch, is_demo = draw(demo, replay, agent, args, run.rng)
-                    logs = update_critic(agent, critic_optimizer, batch, args, args.cql_weight_online, noise)
-                imitated = is_demo if args.bc_demo_only else torch.ones_like(is_demo)
+                batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, args.cql_weight_online)
                 logs |= update_actor(
-                    agent, actor_optimizer, batch, imitated, args, noise, args.bc_weight_online, args.q_weight_online
-                )
+                    agent, actor_optimizer, batch, args, noise,
+                    bc_weight=args.bc_weight_online, q_weight=args.q_weight_online,
+                )  # fmt: skip
                 run.tick(logs, may_save=False)
-            run.log(run.recent_episodes() | {"buffer/size": replay.rows})
+            run.log(run.recent_episodes() | {"buffer/size": replay.steps.rows})
             run.log(helped.metrics())
             run.save_if_due()
             between = run.stage_env_steps < args.online_steps
             if between and run.stage_env_steps // args.eval_freq > before // args.eval_freq:
-                run.evaluated(evaluate(env, agent, args))
+                run.evaluate()
                 run.save()
         if args.online_steps:
-            run.evaluated(evaluate(env, agent, args))
+            run.evaluate(whole=True)
 
-    if helped.recorded:
-        write_demonstrations(args, helped.recorded)
     run.finish(
         demonstrations=demos.source, demo_steps_to_success=demos.mean_steps(), episodes=run.episodes, **helped.summary()
     )
+    if helped.recorded:
+        write_demonstrations(args, helped.recorded)
     film_policy(agent, args, run.folder)
     env.close()
     return run.folder
@@ -1008,7 +1015,7 @@ def film_policy(agent: Agent, args: Args, folder: Path) -> None:
     generator = torch.Generator(args.device).manual_seed(0)
 
     def play(env, seed: int, frames: list) -> bool:
-        (episode,) = rollout(env, agent, args, [seed], generator, training=False, frames=frames)
+        (episode,) = rollout(env, agent, args, [seed], generator, frames=frames)
         return bool(episode.success.any())
 
     film(args, make_env, folder / "videos", play)
