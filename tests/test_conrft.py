@@ -31,9 +31,9 @@ def toy(**changes):
     demos = Demos(obs, action, length, length, "toy")
     torch.manual_seed(0)
     agent = script.Agent(args, demos)
-    demo, replay = (script.ReplayBuffer(agent.feature_dim, 4, args.chunk_len, args.gamma) for _ in range(2))
+    demo, replay = (script.ReplayBuffer(agent, args, expert=expert) for expert in (True, False))
     script.add_demonstrations(demo, demos, agent, args)
-    demo.data["feature"].normal_(generator=rng())
+    demo.steps["feature"].normal_(generator=rng())
     return SimpleNamespace(args=args, agent=agent, demo=demo, replay=replay, rng={"batch": rng(), "update": rng()})
 
 
@@ -87,13 +87,13 @@ def test_td_target_and_q_loss_by_hand():
 # --- updates ---
 
 
-def actor_step(t, bc_weight, q_weight, imitated=None, **flags):
+def actor_step(t, bc_weight, q_weight, expert=None, **flags):
     """One step of the actor: the batch, the logs, and what moved; the actor is then as before."""
-    batch, is_demo = draw(t)
+    batch = draw(t)
+    batch.expert = batch.expert if expert is None else expert
     before, args = snapshot(t.agent), dataclasses.replace(t.args, **flags)
     optimizer = torch.optim.Adam(t.agent.actor.parameters(), lr=3e-4)
-    imitated = is_demo if imitated is None else imitated
-    logs = script.update_actor(t.agent, optimizer, batch, imitated, args, rng(), bc_weight, q_weight)
+    logs = script.update_actor(t.agent, optimizer, batch, args, rng(), bc_weight, q_weight)
     changed = moved(t.agent, before)
     t.agent.load_state_dict(before)
     return batch, logs, changed
@@ -115,19 +115,22 @@ def test_actor_loss_is_the_weighted_sum_and_moves_the_actor_alone():
 
 def test_bc_on_some_samples_and_with_the_one_step_error():
     t = toy()
-    batch, logs, _ = actor_step(t, 1.0, 0.0, imitated=torch.arange(8) < 3, onestep_mse=2.0)
+    demo_half = dict(expert=torch.arange(8) < 3, onestep_mse=2.0)
+    batch, logs, _ = actor_step(t, 1.0, 0.0, bc_demo_only=True, **demo_half)
     g = rng()
     plain = script.consistency_loss(t.agent.actor, batch.feature, batch.chunk, g, 2).detach().numpy()
     sample = t.agent.actor.sample(batch.feature, 1, g)[:, 0].detach().numpy()
     error = (((sample - batch.chunk.numpy()) / t.agent.actor.unit.numpy()) ** 2).mean(1)
     assert logs["losses/bc"].item() == pytest.approx((plain + 2 * error)[:3].mean(), rel=1e-4)
     assert logs["losses/onestep"].item() == pytest.approx(error.mean(), rel=1e-4)
+    _, logs, _ = actor_step(toy(), 1.0, 0.0, **demo_half)  # the same batch, all of it imitated
+    assert logs["losses/bc"].item() == pytest.approx((plain + 2 * error).mean(), rel=1e-4)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_critic_step_moves_critic_and_targets_alone(weight):
     t = toy(cql_samples=3)
-    batch, _ = draw(t)
+    batch = draw(t)
     before = snapshot(t.agent)
     optimizer = torch.optim.Adam(t.agent.critic.parameters(), lr=3e-4)
     logs = script.update_critic(t.agent, optimizer, batch, t.args, weight, rng())
@@ -141,7 +144,7 @@ def test_critic_step_moves_critic_and_targets_alone(weight):
 def test_random_and_the_policy_s_actions_keep_apart(monkeypatch):
     """Which Q are bounded depends on it: n random ones, then n of pi(s) and n of pi(s')."""
     t = toy(cql_samples=3, bound_random=True)
-    batch, _ = draw(t)
+    batch = draw(t)
     seen = []
 
     def judged(self, feature, chunk):
@@ -166,14 +169,14 @@ def test_bc_finds_the_demonstrated_action_and_the_q_loss_leaves_it():
     """What the un-normalised Q loss does: the policy goes where the critic says, however little BC has against it."""
     t = toy(chunk_len=1, hidden_dim=32)
     feature, shown = torch.zeros(64, t.agent.feature_dim), torch.tensor([[0.1, -0.1, 0.0, 0.1]]).repeat(64, 1)
-    empty, everything = torch.zeros(64), torch.ones(64, dtype=torch.bool)
-    batch = script.Batch(feature, shown, empty, empty, feature, empty)
+    empty = torch.zeros(64)
+    batch = script.Batch(feature, shown, empty, empty, feature, empty, expert=empty == 0)
     t.agent.critic.forward = lambda state, chunk: -(chunk - 0.6).square().sum(-1)[None] * 20
     optimizer = torch.optim.Adam(t.agent.actor.parameters(), lr=3e-3)
     ends = {}
     for q_weight in (0.0, 1.0):
         for i in range(250):
-            script.update_actor(t.agent, optimizer, batch, everything, t.args, rng(i), 0.5, q_weight)
+            script.update_actor(t.agent, optimizer, batch, t.args, rng(i), 0.5, q_weight)
         with torch.no_grad():
             ends[q_weight] = t.agent.actor.sample(feature, 1, rng())[:, 0].mean(0)
     assert (ends[0.0] - shown[0]).abs().max() < 0.08
@@ -234,27 +237,44 @@ def test_interventions_go_to_both_buffers():
         return watched
 
     own = {i: t.agent.clip(np.full(4, 0.1 * i, np.float32)) for i in (0, 1, 2, 3, 5)}
-    starts, demo_rows = len(t.demo.starts), t.demo.rows
+    starts, demo_rows = t.demo.starts.rows, t.demo.steps.rows
     watched = collect(own)
     assert run.env_steps == 7 and run.episodes == 1 and ends == [(True, 7)]
-    assert (t.demo.starts[starts:] - demo_rows).tolist() == [0, 1]  # chunks of three that are all the operator's
-    assert t.replay.starts.tolist() == list(range(7))  # all of the episode
+    assert (t.demo.starts["row"][starts:] - demo_rows).tolist() == [0, 1]  # chunks of three that are all the operator's
+    assert t.replay.starts["row"].tolist() == list(range(7))  # all of the episode
     for buffer, first in ((t.demo, demo_rows), (t.replay, 0)):
         for i, action in own.items():
             np.testing.assert_array_equal(watched.env.actions[i], action)
-            stored = buffer.data["action"][first + i].numpy()
+            stored = buffer.steps["action"][first + i].numpy()
             np.testing.assert_allclose(t.agent.denormalise(stored), action, atol=1e-6)
     assert (helped.number, helped.steps, helped.recent) == (2, 5, [(5 / 7, 2)])  # two onsets
     ((seed, actions),) = helped.recorded.items()
     assert seed == watched.operator.seed and np.array_equal(actions.numpy(), np.stack(watched.env.actions))
-    assert script.draw(t.demo, t.replay, t.agent, t.args, t.rng)[1].tolist() == [True] * 4 + [False] * 4
+    assert draw(t).expert.tolist() == [True] * 4 + [False] * 4
 
-    starts = len(t.demo.starts)
+    starts = t.demo.starts.rows
     collect({})
-    assert len(t.demo.starts) == starts and len(helped.recorded) == 1 and helped.recent[-1] == (0.0, 0)
+    assert t.demo.starts.rows == starts and len(helped.recorded) == 1 and helped.recent[-1] == (0.0, 0)
     t.args.max_episode_steps = 2
     collect(own)  # cut off before its first chunk ends
-    assert len(t.demo.starts) == starts and ends[-1] == (False, 2)
+    assert t.demo.starts.rows == starts and ends[-1] == (False, 2)
+
+
+@pytest.mark.parametrize("own, planned", [((), True), ((0, 5), True), ((6,), False)])
+def test_a_plan_past_the_end_holds_until_the_operator_acts(own, planned):
+    """An episode of seven steps ends one step into a chunk of three: what was planned beyond fills the chunk up."""
+    t = toy()
+    watched = script.WatchedEnv(FakeEnv(), Script({i: t.agent.clip(np.full(4, 0.1, np.float32)) for i in own}))
+    (episode,) = script.rollout(watched, t.agent, t.args, [1], rng(), training=True)
+    assert len(episode.action) == 9 and len(episode.success) == 7
+    executed = np.stack(watched.executed)
+    found = script.as_executed(episode, np.array(watched.taken), executed, t.agent)
+    np.testing.assert_allclose(t.agent.denormalise(found.action[:7]), executed, atol=1e-6)
+    np.testing.assert_array_equal(found.action[7:], episode.action[7:] if planned else episode.action[:0])
+    script.add_episode(t.replay, found, t.agent, t.args)
+    (last,) = t.replay.gather(torch.tensor([6])).chunk.unflatten(1, (3, 4)).numpy()
+    hold = t.agent.hold_action(found.action[-1])
+    np.testing.assert_array_equal(last[1:], episode.action[7:] if planned else [hold, hold])
 
 
 # --- real runs ---
@@ -298,7 +318,8 @@ def test_the_planner_rescues_a_policy_that_knows_nothing(helped):
 def test_recorded_interventions_are_demonstrations(helped, place, tmp_path):
     recorded = interventions(helped).recorded
     path = helped.parent / "kept.h5"
-    args = tiny_args(tmp_path, script, max_episode_steps=40, demo_path=str(path), num_demos=len(recorded))
+    places = dict(demo_path=str(path), num_demos=len(recorded))
+    args = tiny_args(tmp_path, script, max_episode_steps=40, drop_idle=0.0, **places)
     script.validate(args)
     demos = load_demos(args, script.make_env)
     assert len(demos.lengths) == len(recorded) >= 1
