@@ -1,5 +1,6 @@
 """Fixtures: tiny settings, real PushCube demonstrations made once, short runs of whole scripts."""
 
+import copy
 import csv
 import dataclasses
 import functools
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import force_octo
 import plumbing.demos
 from plumbing import Demos, Run, fill, load_demos
+from plumbing.storage import Checkpoints
 
 torch.set_num_threads(1)
 
@@ -71,8 +73,31 @@ def reaching_args(place: Path, script, **changes):
     return tiny_args(place, script, **{k: v for k, v in REACHING.items() if k in own} | changes)
 
 
+class Inline:
+    """In the place of `Evaluator`: evaluates in this process, at once, so that what a test has patched holds there too."""
+
+    def __init__(self, args, make_env, evaluate, agent):
+        self.args, self.make_env, self.evaluate, self.agent, self.env = args, make_env, evaluate, copy.deepcopy(agent), None
+
+    def submit(self, weights, whole):
+        if self.env is None:
+            self.env = self.make_env(self.args, self.args.num_envs)
+        self.agent.load_state_dict(weights)
+        self.metrics = self.evaluate(self.env, self.agent, self.args, whole)
+
+    def ready(self, seconds=0.0):
+        return True
+
+    def result(self):
+        return self.metrics
+
+    def close(self):
+        if self.env is not None:
+            self.env.close()
+
+
 def follow_demonstrations(patch: pytest.MonkeyPatch, script, place: Path) -> None:
-    """Make policies do what the nearest demonstrated state did, and a little of what they learned."""
+    """Make policies of this process do what the nearest demonstrated state did, and a little of what they learned."""
     real, demos = script.Agent.act, load_demos(tiny_args(place, script), script.make_env)
 
     def act(self, feature, *rest, **more):
@@ -83,6 +108,7 @@ def follow_demonstrations(patch: pytest.MonkeyPatch, script, place: Path) -> Non
         return (0.9 * self.normalise(demos.action[steps.numpy()]) + 0.1 * own).clip(-1, 1).astype(np.float32)
 
     patch.setattr(script.Agent, "act", act)
+    patch.setattr(script, "Evaluator", Inline)
 
 
 @dataclasses.dataclass
@@ -159,14 +185,19 @@ def rows(folder: Path) -> list[tuple[int, int, str, str]]:
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """In what two runs' results differ: logged values, evaluations, weights, and what a run would go on with."""
-    found = [f"metrics.csv: {a} {b}" for a, b in itertools.zip_longest(rows(one), rows(two)) if a != b]
+    """In what two runs' results differ: logged values, evaluations, weights, and what a run would go on with.
+
+    The row of an evaluation comes when it is done, under the step that it belongs to.
+    """
+    logged = [sorted(rows(folder)) for folder in (one, two)]
+    found = [f"metrics.csv: {a} {b}" for a, b in itertools.zip_longest(*logged) if a != b]
     results = [json.loads((folder / "summary.json").read_text())["evaluations"] for folder in (one, two)]
     found += ["evaluations"] if results[0] != results[1] else []
-    states = [torch.load(latest(folder) / "training.pt", weights_only=True) for folder in (one, two)]
-    for state, folder in zip(states, (one, two)):
-        state |= {"weights": weights(folder)}
+    states = []
+    for folder in (one, two):
+        own, state = Checkpoints(folder).load(resume=False)  # with the rows of buffers
         del state["seconds"], state["log_size"]
+        states.append(state | {"weights": own})
     return found + unequal("checkpoint", *states)
 
 

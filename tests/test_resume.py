@@ -1,5 +1,6 @@
 """Killed and gone on with, every script's run ends as an undisturbed one: all logged values, weights and states."""
 
+import functools
 import importlib
 import multiprocessing
 import os
@@ -12,10 +13,25 @@ import torch
 from conftest import SCRIPTS, differences, follow_demonstrations, latest, reaching_args, tiny_args
 from safetensors.torch import load_file, save_file
 
-from plumbing import Run
+from plumbing import Evaluator, Run
 
 FORKS = multiprocessing.get_context("forkserver")  # a process of its own for each life of a run, without new imports
 FORKS.set_forkserver_preload(["mani_skill.envs", "torch.utils.tensorboard", "tyro", "scipy.stats", "tqdm"])
+
+
+class Beside(Evaluator):
+    """The script's own one, in whose process policies follow the demonstrations too."""
+
+    def __init__(self, args, make_env, evaluate, agent):
+        follow = functools.partial(following, evaluate.__module__, Path(args.demo_dir).parent)
+        super().__init__(args, make_env, follow, agent)
+
+
+def following(name: str, place: Path, *about) -> dict[str, float]:
+    script = importlib.import_module(name)
+    with pytest.MonkeyPatch.context() as patch:
+        follow_demonstrations(patch, script, place)
+        return script.evaluate(*about)
 
 
 def live(name: str, args, place: Path, end: tuple[str, int] | None) -> None:
@@ -30,6 +46,8 @@ def live(name: str, args, place: Path, end: tuple[str, int] | None) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         follow_demonstrations(patch, script, place)
+        patch.setattr(script, "Evaluator", Beside)
+        patch.setattr(multiprocessing, "get_context", lambda kind: FORKS)  # for its process too
         patch.setattr(Run, "tick", deadly_tick)
         script.main(args)
 
