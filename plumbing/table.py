@@ -12,7 +12,7 @@ class Table:
 
     def __init__(self, columns: dict[str, Tensor]):
         """Columns by name, as empty tensors [0, ...] of their type."""
-        self.columns = columns
+        self.columns = dict(columns)  # its own: tables of one form start from the same columns
         self.rows = 0
         self.version = 0  # one more whenever rows change that are there already
 
