@@ -1,14 +1,16 @@
 """FORCE on Octo: value-calibrated warm-up and self-distillation for vision-language-action policies (arXiv:2606.26006).
 
 A policy is cloned from demonstrations (stage 0), a conservative critic is trained on the same data (stage 1), both are
-re-calibrated on the policy's own rollouts (stage 2), and then the policy learns online from the better half of its own
-proposals (stage 3, VGPD). The Octo backbone is trained in stages 0 and 3, and embeds each buffer once a round.
+re-calibrated on the policy's own rollouts (stage 2), and then the policy learns online from its proposals of
+above-average value, where these beat what it did (stage 3, VGPD). Stages 1 and 2 read fixed embeddings of the Octo
+backbone; stage 3 trains the backbone too, and embeds the buffers anew after each round (--online-finetune head, the
+paper's: it doesn't).
 
 Equations (numbers of the paper)                                             where
   (1)     critic: TD + alpha * (LSE over sampled actions - Q(data)), Cal-QL    td_target, calql_loss
   (2-4)   stage 1 actor: bc_weight * BC + offline_q_weight * L_Q               consistency_loss, q_loss, update_actor
   (5-7)   stage 2 actor: BC on successful trajectories only (1{y=1} / rho)     success_weighted_bc
-  (8)     stage 3 critic: plain TD                                             td_target, update_critic
+  (8)     stage 3 critic: TD (and returns)                                      td_target, update_critic
   (9)     stage 3 actor: q_weight * L_Q + distill_weight * L_distill           update_actor
   (10-11) pi* ~ pi_old exp(Q / temperature), projected by weighted BC          vgpd_target, self_distilled
   (12)    expert half of the batch: BC                                         self_distilled
@@ -17,7 +19,7 @@ Equations (numbers of the paper)                                             whe
 Commands
   python force_octo.py --env-id StackCube-v1 --K 20                  # RGB, makes its demonstrations on the first run
   python force_octo.py --env-id PushCube-v1 --obs-mode state         # privileged state: minutes on one core
-  python force_octo.py --preset paper --env-id PickCube-v1           # the paper's reading, where it is known
+  python force_octo.py --preset paper --env-id PickCube-v1           # the paper's settings, where stated
   python force_octo.py --sft-checkpoint runs/NAME                    # start from a run of bc.py
   python force_octo.py --backbone octo-small --checkpoint hf://rail-berkeley/octo-small-1.5 --image-size 256
   python force_octo.py --resume runs/NAME                            # go on after a kill, with the same next losses
@@ -117,7 +119,7 @@ class Args(RunArgs):
     K: int = 20  # K: candidate action chunks per state in VGPD
     preset: Literal["default", "paper"] = "default"  # "paper": the paper's choices; other flags still win
     gamma: float = 0.98  # discount per control step
-    reinforce_lr: float = 3e-4  # learning rate of actor and critic after stage 0 (Adam, constant)
+    reinforce_lr: float = 3e-4  # learning rate after stage 0 (Adam, constant): critic, and actor up to stage 2
     batch_size: int = 128  # transitions per batch; stages 2 and 3: half expert, half policy buffer
     stay: bool = True  # each step that demonstrations record past the success is a success too: learn to stay there
     return_mix: float = 0.5  # share of the Monte-Carlo return in the critic's target (0 = the paper's TD)
@@ -128,9 +130,9 @@ class Args(RunArgs):
     warmup_episodes: int = 30  # stage 2: rollouts of the current policy
     warmup_updates: int = 400  # stage 2: actor updates; the first half trains the critic only
     online_steps: int = 15_000  # stage 3: control steps, summed over environments
-    eval_freq: int = 2000  # stage 3: control steps between evaluations
+    eval_freq: int = 2000  # stage 3: evaluate after the first round past each multiple of so many control steps
     online_finetune: Literal["head", "full"] = "full"  # stage 3: train the head, as in the paper, or the backbone too
-    round_steps: int = 2500  # stage 3: control steps of pi_old between blocks of updates; 1: after each episode
+    round_steps: int = 2500  # stage 3: control steps of pi_old between updates; 1: one episode per environment
     online_lr: float = 1e-3  # stage 3: peak learning rate of the actor in a round; constant with --round-steps 1
     utd_ratio: float = 0.16  # stage 3: actor updates per control step
     cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2
@@ -142,16 +144,16 @@ class Args(RunArgs):
     q_weight_end: float | None = None  # the same at the end of stage 3, reached evenly; default: --q-weight throughout
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
-    temperature: float = 1.0  # tau of Eq. (15), in units of reward or (adaptive) of the candidates' Q spread
+    temperature: float = 1.0  # temperature of Eq. (15), in units of reward or (adaptive) of the candidates' Q spread
     temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
     success_filter: bool = True  # stage 3: the actor learns from successful trajectories only
     candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
     candidate_noise: float = 0.02  # Gaussian push on candidates, in units of the action box
     explore_noise: float = 0.0  # the same push on the chunks of training episodes
-    actor_ema: float = 0.999  # decay of pi_old, which acts and proposes (0: off); stage 3 of `full`: renewed each round
+    actor_ema: float = 0.999  # decay of pi_old, which acts and proposes (0: off); in stage 3 of `full` rounds renew it
 
 
-# The defaults above are for cameras. What else a choice changes; flags on the command line always win.
+# The defaults above are for cameras. What else a choice changes: later tables win, and the command line always.
 BY_OBS_MODE = {  # without a camera updates are cheap
     "state": dict(
         num_envs=1, num_demos=50, proprio_noise=0.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995
@@ -319,7 +321,7 @@ class ReplayBuffer:
             "success": torch.empty(0),
             "next": torch.empty(0, dtype=torch.long),  # row at which that chunk ends
             "first": torch.empty(0, dtype=torch.long),  # row of the episode's first observation
-            "last": torch.empty(0, dtype=torch.long),  # row of the episode's last observation
+            "last": torch.empty(0, dtype=torch.long),  # last row of the episode
         })  # fmt: skip
         self.starts = Table({"row": torch.empty(0, dtype=torch.long)})  # from which a chunk may be drawn
         self.tables = {"steps": self.steps, "seen": self.seen, "starts": self.starts}  # what a checkpoint holds
@@ -556,7 +558,7 @@ class Agent(OctoPolicy):
     def push(self, chunk: Tensor, size: float, generator: torch.Generator) -> Tensor:
         """Add Gaussian noise that is the same for all steps of a chunk [.., H*A], `size` in units of the action box.
 
-        The arm then moves off its path, where independent noise would merely make it shake: more to learn from.
+        A constant offset moves the arm off its path, which teaches more; independent noise would only make it shake.
         """
         if not size:
             return chunk
@@ -625,7 +627,7 @@ def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
 
 
 def q_loss(q: Tensor, normalise: bool) -> Tensor:
-    """- mean Q(s, pi(s)) over critics and batch, optionally over the mean |Q| (as TD3+BC). Shapes: q [E, B] -> scalar."""
+    """- mean Q(s, pi(s)) over critics and batch, optionally over mean |Q| (as TD3+BC). Shapes: q [E, B] -> scalar."""
     scale = q.abs().mean().detach() + 1e-6 if normalise else 1.0
     return -q.mean() / scale
 
@@ -633,7 +635,7 @@ def q_loss(q: Tensor, normalise: bool) -> Tensor:
 def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool) -> tuple[Tensor, Tensor]:
     """Weights of a state's K candidates and the gate between them and the buffer action.
 
-    w_k ~ 1{Q_k >= mean Q} exp(Q_k / tau)                                    Eq. (15)
+    w_k ~ 1{Q_k >= mean Q} exp(Q_k / temperature)                                    Eq. (15)
     zeta = 1{mean Q > Q(s, a_buffer)}                                        Eq. (14)
     With `adaptive` the temperature is in units of the state's own standard deviation of Q over candidates.
     Shapes: q [B, K], q_buffer [B] -> w [B, K] summing to 1, zeta [B] bool.
@@ -703,7 +705,7 @@ def self_distilled(agent: Agent, batch: Batch, args: Args, generator) -> tuple[T
     """What the actor imitates in stage 3: [B, D].
 
     The expert half imitates its own actions, Eq. (12). The policy's half imitates one of its K proposals, or what it
-    did, by the gate of Eq. (14).
+    did, by the gate of Eq. (14). With --success-filter, `update_actor` then leaves out failed episodes of both.
     """
     rows = (~batch.expert).nonzero()[:, 0]
     feature = batch.feature[rows]
@@ -792,7 +794,7 @@ def rollout(
     """One episode per environment, side by side; the policy is asked once a chunk.
 
     training   an episode ends at success or failure, and keeps the features of all its steps
-    whole      otherwise: it goes on to the time limit after a success, to see whether that lasts
+    whole      if not training: an episode goes on after a success, to the time limit, to see whether it lasts
     frames     collects the first environment's video
     """
     N = len(seeds)
@@ -878,10 +880,10 @@ def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: A
 
 
 @torch.no_grad()
-def embed(buffer: ReplayBuffer, observations, rows: int, agent: Agent) -> None:
-    """The first rows of a buffer go through the backbone; observations(rows [B]) is what was seen there."""
+def embed(buffer: ReplayBuffer, observations, count: int, agent: Agent) -> None:
+    """Features of a buffer's first `count` rows, anew; observations(rows [B]) is what was seen there."""
     features = []
-    for some in torch.arange(rows).split(256):
+    for some in torch.arange(count).split(256):
         feature = agent.feature(observations(some))
         features.append(feature.cpu())
     buffer.steps.rewrite("feature", torch.cat(features))

@@ -13,7 +13,7 @@ Equations (numbers of the paper)                                             whe
   (1)     critic: TD + alpha * (LSE over sampled actions - Q(data)), Cal-QL    td_target, calql_loss
   (2-4)   stage 1 actor: bc_weight * BC + offline_q_weight * L_Q               bc_loss, q_loss, update_actor
   (5-7)   stage 2 actor: BC on successful trajectories only (1{y=1} / rho)     success_weighted_bc
-  (8)     stage 3 critic: plain TD                                             td_target, update_critic
+  (8)     stage 3 critic: TD (and returns)                                      td_target, update_critic
   (9)     stage 3 actor: q_weight * L_Q + distill_weight * L_distill           update_actor
   (10-11) pi* ~ pi_old exp(Q / temperature), projected by weighted BC          vgpd_target, self_distilled
   (12)    expert half of the batch: BC                                         self_distilled
@@ -24,7 +24,7 @@ Commands
   python force_pi0.py --env-id StackCube-v1 --K 20                   # RGB, makes its demonstrations on the first run
   python force_pi0.py --env-id PushCube-v1 --obs-mode state          # privileged state, on one core
   python force_pi0.py --env-id PushCube-v1 --obs-mode state --head flow --backbone pi05-compact
-  python force_pi0.py --preset paper --env-id PickCube-v1            # the paper's reading, where it is known
+  python force_pi0.py --preset paper --env-id PickCube-v1            # the paper's settings, where stated
   python force_pi0.py --sft-checkpoint runs/NAME                     # stage 0 from an earlier run of this script
   python force_pi0.py --backbone pi0 --checkpoint hf://lerobot/pi0_base --image-size 224 --finetune expert
   python force_pi0.py --resume runs/NAME                             # go on after a kill, with the same next losses
@@ -149,7 +149,7 @@ class Args(RunArgs):
     q_weight_end: float | None = None  # the same at the end of stage 3, reached evenly; default: --q-weight throughout
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
-    temperature: float = 1.0  # tau of Eq. (15), in units of reward or (adaptive) of the candidates' Q spread
+    temperature: float = 1.0  # temperature of Eq. (15), in units of reward or (adaptive) of the candidates' Q spread
     temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
     success_filter: bool = True  # stage 3: the actor learns from successful trajectories only
     candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
@@ -158,7 +158,7 @@ class Args(RunArgs):
     actor_ema: float = 0.999  # decay of pi_old, which acts and proposes (0: off)
 
 
-# The defaults above are for cameras. What else a choice changes; flags on the command line always win.
+# The defaults above are for cameras. What else a choice changes: later tables win, and the command line always.
 BY_OBS_MODE = {  # without a camera updates are cheap, and the critic sees enough to push the policy a little
     "state": dict(
         num_envs=1, num_demos=50, proprio_noise=0.0, online_steps=8000, q_weight=0.02, actor_ema=0.995,
@@ -321,7 +321,7 @@ class ReplayBuffer:
             "mc_return": torch.empty(0),
             "success": torch.empty(0),
             "next": torch.empty(0, dtype=torch.long),  # row at which that chunk ends
-            "last": torch.empty(0, dtype=torch.long),  # row of the episode's last observation
+            "last": torch.empty(0, dtype=torch.long),  # last row of the episode
         })  # fmt: skip
         self.starts = Table({"row": torch.empty(0, dtype=torch.long)})  # from which a chunk may be drawn
         self.tables = {"steps": self.steps, "starts": self.starts}  # what a checkpoint holds
@@ -559,7 +559,7 @@ class Agent(Pi0Policy):
     def push(self, chunk: Tensor, size: float, generator: torch.Generator) -> Tensor:
         """Add Gaussian noise that is the same for all steps of a chunk [.., H*A], `size` in units of the action box.
 
-        The arm then moves off its path, where independent noise would merely make it shake: more to learn from.
+        A constant offset moves the arm off its path, which teaches more; independent noise would only make it shake.
         """
         if not size:
             return chunk
@@ -657,7 +657,7 @@ def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
 
 
 def q_loss(q: Tensor, normalise: bool) -> Tensor:
-    """- mean Q(s, pi(s)) over critics and batch, optionally over the mean |Q| (as TD3+BC). Shapes: q [E, B] -> scalar."""
+    """- mean Q(s, pi(s)) over critics and batch, optionally over mean |Q| (as TD3+BC). Shapes: q [E, B] -> scalar."""
     scale = q.abs().mean().detach() + 1e-6 if normalise else 1.0
     return -q.mean() / scale
 
@@ -665,7 +665,7 @@ def q_loss(q: Tensor, normalise: bool) -> Tensor:
 def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool) -> tuple[Tensor, Tensor]:
     """Weights of a state's K candidates and the gate between them and the buffer action.
 
-    w_k ~ 1{Q_k >= mean Q} exp(Q_k / tau)                                    Eq. (15)
+    w_k ~ 1{Q_k >= mean Q} exp(Q_k / temperature)                                    Eq. (15)
     zeta = 1{mean Q > Q(s, a_buffer)}                                        Eq. (14)
     With `adaptive` the temperature is in units of the state's own standard deviation of Q over candidates.
     Shapes: q [B, K], q_buffer [B] -> w [B, K] summing to 1, zeta [B] bool.
@@ -734,7 +734,7 @@ def self_distilled(agent: Agent, batch: Batch, args: Args, generator) -> tuple[T
     """What the actor imitates in stage 3: [B, D].
 
     The expert half imitates its own actions, Eq. (12). The policy's half imitates one of its K proposals, or what it
-    did, by the gate of Eq. (14).
+    did, by the gate of Eq. (14). With --success-filter, `update_actor` then leaves out failed episodes of both.
     """
     rows = (~batch.expert).nonzero()[:, 0]
     feature = batch.feature[rows]
@@ -812,7 +812,7 @@ def rollout(
     """One episode per environment, side by side; the policy is asked once a chunk.
 
     training   an episode ends at success or failure, and keeps the features of all its steps
-    whole      otherwise: it goes on to the time limit after a success, to see whether that lasts
+    whole      if not training: an episode goes on after a success, to the time limit, to see whether it lasts
     frames     collects the first environment's video
     """
     N = len(seeds)
