@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: a run ends between two updates, with a checkpoint; a second signal ends it at once."""
+"""SIGTERM and Ctrl-C: a run ends where it can write a checkpoint, or without one when that takes too long.
+
+A second signal ends it at once.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 
@@ -21,6 +25,8 @@ class Stopped(KeyboardInterrupt):
 
 
 asked = 0  # signal that came while a run can end at its next update
+since = 0.0  # when it came, by the monotonic clock
+PATIENCE = 15.0  # seconds: clusters give 30 before they kill
 can_wait = False  # a run is between its first and its last update
 folder = ""  # its folder, once that holds a checkpoint
 
@@ -32,12 +38,19 @@ def listen() -> None:
 
 
 def receive(number: int, frame) -> None:
-    global asked
+    global asked, since
     if asked or not can_wait:
         raise Stopped(number)
     asked = number
+    since = time.monotonic()
     # Not by print: the signal may have come within one, which can't be entered twice.
-    os.write(2, b"\nending after this update; once more ends at once, without a checkpoint\n")
+    os.write(2, b"\nending at the next checkpoint, within 15 seconds; once more ends at once\n")
+
+
+def check_patience() -> None:
+    """Between two updates, where no checkpoint can be written: don't wait for ever. Raises: Stopped."""
+    if asked and time.monotonic() - since > PATIENCE:
+        raise Stopped(asked)
 
 
 @contextlib.contextmanager

@@ -320,6 +320,7 @@ OWN_MEANING = {  # flags whose type or help differs on purpose, and why
     "checkpoint": "Octo's or pi0's weights",
     "cql_alpha": "of FORCE's, or of CO-RFT's Eq. (8)",
     "cql_samples": "of each kind, or in all",
+    "eval_freq": "FORCE on Octo evaluates between rounds",
     "finetune": "pi0 has more parts",
     "head": "what a method can have",
     "hidden_dim": "of a head, or of the critic too",
