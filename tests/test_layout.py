@@ -387,11 +387,11 @@ def test_disagreeing_flags_are_found():
 
 
 def read(tree: ast.AST) -> set[str]:
-    """Names that some expression reads from args."""
+    """Names that some expression reads from args, or from what is like it."""
     found = set()
     for node in walk(tree, ast.Attribute):
         owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", None)
-        if isinstance(node.ctx, ast.Load) and owner == "args":
+        if isinstance(node.ctx, ast.Load) and owner in ("args", "flags"):
             found.add(node.attr)
     return found | {flag for names in walk(tree, ast.Assign) for flag in chosen_by(names)}
 
@@ -416,7 +416,7 @@ def test_every_common_flag_is_read():
 
 
 def test_an_unread_flag_is_found():
-    assert read(ast.parse("args.b = args.a\nself.args.c\nother.d\n")) == {"a", "c"}
+    assert read(ast.parse("args.b = args.a\nself.args.c\nother.d\nflags.e\n")) == {"a", "c", "e"}
     assert read(ast.parse("TABLES = {'e f': X, 'g': Y}\nOTHER = {'h': X}")) == {"e", "f", "g"}
 
 
