@@ -27,6 +27,8 @@ OWN_FORM = {  # (name, script): what differs on purpose
     ("td_target__mixed", "conrft"): "plain TD, as in its paper",
     ("calql_loss__rate", "conrft"): "of the policy's actions, not of the random ones",
     ("add_demonstrations__stay", "conrft"): "no steps past the success, no column for it",
+    ("ReplayBuffer__stay", "conrft"): "no steps past the success",
+    ("update_clone", "force_pi0"): "one step on the losses that it is given",
     ("warmup_cosine", "bc"): "the same up to the last bit: rounded in another order",
 }
 ELSEWHERE = {  # names that scripts share, and what holds their behaviour
@@ -45,6 +47,8 @@ ELSEWHERE = {  # names that scripts share, and what holds their behaviour
     "film_policy": "test_training.py",
     "bc_loss": "chooses a head's loss; those are compared",
     "embed_demonstrations": "test_training.py",
+    "update_critics": "the scripts' own tests",
+    "update_online": "the scripts' own tests",
     "held_out": "the scripts' own tests",
     "collect": "test_resume.py",
     "SIGMA_MIN": "through karras_sigmas", "SIGMA_MAX": "through karras_sigmas",
@@ -74,10 +78,24 @@ def by_name(function, **known):
     return function(**{name: value for name, value in known.items() if name in own})
 
 
+OWN_COLUMNS = ("success", "first", "row")  # of those that imitate successes only, or whose backbone learns online
+
+
 def common(columns) -> dict:
-    """What every script's batches and buffers hold; those that imitate successes only have a column for it."""
+    """What every script's batches and buffers hold."""
     columns = columns if isinstance(columns, dict) else vars(columns)
-    return {name: value for name, value in columns.items() if name != "success"}
+    return {name: value for name, value in columns.items() if name not in OWN_COLUMNS}
+
+
+def empty_buffer(s, chunk_len: int = 3, feature_dim: int = 1):
+    agent = SimpleNamespace(feature_dim=feature_dim, action_dim=1, window=1)
+    args = SimpleNamespace(chunk_len=chunk_len, gamma=0.9)
+    return by_name(s.ReplayBuffer, agent=agent, args=args, obs={}, expert=True)
+
+
+def held(buffer) -> list:
+    """All that a buffer holds, in the form that all have."""
+    return [buffer.starts["row"], common(buffer.steps.state_dict())]
 
 
 # --- what is compared: functions of a script that give tensors, arrays, or numbers, by the name that they are about ---
@@ -124,10 +142,11 @@ def EnsembleCritic(s):
 
 @probe
 def Batch(s):
-    names = [name for name in inspect.signature(s.Batch).parameters if name != "success"]
-    extra = {"success": torch.zeros(2)} if "success" in inspect.signature(s.Batch).parameters else {}
-    one, two = (s.Batch(**{name: torch.full((2,), float(i + k)) for i, name in enumerate(names)}, **extra) for k in (0, 9))
-    return [names, common(one.cat(two)), common(one.to("cpu"))]
+    names = list(inspect.signature(s.Batch).parameters)
+    shared = [name for name in names if name not in OWN_COLUMNS]
+    values = dict.fromkeys(names, 0.0) | {name: float(i) for i, name in enumerate(shared)}
+    one, two = (s.Batch(**{name: torch.full((2,), value + k) for name, value in values.items()}) for k in (0, 9))
+    return [shared, common(one.cat(two)), common(one.to("cpu"))]
 
 
 @probe
@@ -138,19 +157,33 @@ def mc_returns(s):
 
 @probe
 def ReplayBuffer(s):
-    buffer, hold = s.ReplayBuffer(2, 1, 3, 0.9), np.array([-7.0], np.float32)
-    for length, steps, ended in ((8, 6, True), (5, 5, False), (2, 2, True)):
-        feature = torch.randn(length + 1, 2, generator=rng(length))
-        reward = np.linspace(-0.05, 1, steps, dtype=np.float32)
-        action = np.arange(length, dtype=np.float32)[:, None]
-        by_name(
-            buffer.add, feature=feature, action=action, reward=reward, terminated=ended, success=True,
-            reward_failure=-0.05, hold=hold,
-        )  # fmt: skip
-    copy = s.ReplayBuffer(2, 1, 3, 0.9)
-    copy.load_state_dict(buffer.state_dict())
+    buffer = filled(s)
+    copy = empty_buffer(s, feature_dim=2)
+    for name, table in copy.tables.items():
+        table.load_state_dict(buffer.tables[name].state_dict())
     copied = copy.gather(copy.draw(20, rng()))
-    return [buffer.starts, common(buffer.gather(buffer.starts)), common(buffer.state_dict()), common(copied)]
+    return [held(buffer), common(buffer.gather(buffer.starts["row"])), common(copied)]
+
+
+@probe
+def ReplayBuffer__stay(s):
+    return held(filled(s, stay=2))
+
+
+def filled(s, **more):
+    """A buffer with three episodes: recorded past the success, cut off, and of two steps."""
+    buffer = empty_buffer(s, feature_dim=2)
+    for length, steps, ended in ((8, 6, True), (5, 5, False), (2, 2, True)):
+        episode = by_name(
+            s.Episode,
+            feature=torch.randn(length + 1, 2, generator=rng(length)),
+            obs={},
+            action=np.arange(length, dtype=np.float32)[:, None],
+            success=np.arange(steps) == (steps - 1 if ended else 9),
+            terminated=ended,
+        )
+        buffer.add(episode, s.REWARDS["conrft"], np.array([-7.0], np.float32), **more)
+    return buffer
 
 
 def batch(**more):
@@ -214,7 +247,22 @@ def self_distilled(s):
     net, critic = seeded(s.ConsistencyActor, 5, UNIT, hidden=8), seeded(s.EnsembleCritic, 3, 5, UNIT, 8)
     agent = SimpleNamespace(candidates=lambda f, args, g: net.sample(f, args.K, g, 0.4), critic=critic)
     args = SimpleNamespace(K=5, temperature=1.0, temperature_adaptive=True)
-    return s.self_distilled(agent, SimpleNamespace(feature=FEATURE, chunk=CHUNK), SUCCESS > 0, args, rng())
+    return s.self_distilled(agent, SimpleNamespace(feature=FEATURE, chunk=CHUNK, expert=SUCCESS > 0), args, rng())
+
+
+@probe
+def update_clone(s):
+    actor = seeded(s.ConsistencyActor, 5, UNIT, hidden=8)
+    agent = SimpleNamespace(
+        actor=actor, perturb=lambda feature, noise, g: feature + noise * torch.randn(5, generator=g)
+    )
+    args = SimpleNamespace(proprio_noise=0.1, noise_levels=2)
+    with torch.enable_grad():
+        optimizer = torch.optim.AdamW(actor.parameters(), lr=0.1)
+        logs = by_name(
+            s.update_clone, agent=agent, optimizer=optimizer, feature=FEATURE, chunk=CHUNK, args=args, generator=rng()
+        )
+    return [{name: torch.as_tensor(value).detach() for name, value in logs.items()}, actor.state_dict()]
 
 
 @probe
@@ -246,8 +294,8 @@ def Reward(s):
 
 
 @probe
-def reward_of(s):
-    return [s.reward_of(SimpleNamespace(reward=reward, gamma=0.9)) for reward in ("binary", "conrft")]
+def REWARDS(s):
+    return {name: tuple(reward) for name, reward in s.REWARDS.items()}
 
 
 class Env:
@@ -267,13 +315,17 @@ class Env:
 class Player:
     """A policy that goes on the more the further it is, with noise."""
 
-    H, window, feature_dim = 3, 1, 1
+    H, window, feature_dim, action_dim = 3, 1, 1, 1
+    relative, gripper = True, False
 
     def recent(self, seen):
         return seen[-1]
 
     def feature(self, obs):
         return torch.as_tensor(obs["proprio"])
+
+    def features(self, seen):
+        return torch.stack([self.feature(obs) for obs in seen], 1)
 
     def act(self, feature, generator=None, push=0.0):
         steps = torch.arange(3)[None, :, None] * 0.01
@@ -291,41 +343,47 @@ class Player:
 
 PLAY = SimpleNamespace(
     max_episode_steps=10, eval_episodes=5, num_envs=2, device="cpu", reward="binary", gamma=0.9, explore_noise=0.02,
-    truncation="bootstrap",
+    truncation="bootstrap", eval_elsewhere=False,
 )  # fmt: skip
+
+
+def episodes_of(s, seeds, **more):
+    return by_name(s.rollout, env=Env(), agent=Player(), args=PLAY, seeds=seeds, generator=rng(), **more)
 
 
 @probe
 def rollout(s):
-    found = by_name(
-        s.rollout, env=Env(), agent=Player(), args=PLAY, seeds=[3, 5], generator=rng(), training=False, operator=None
-    )
-    return np.stack([getattr(episode, "success", episode) for episode in found])
+    """Success at each step: to the time limit, or to the first success."""
+    found = episodes_of(s, [3, 5]) + episodes_of(s, [3, 5], whole=False)
+    return [getattr(episode, "success", episode) for episode in found]
 
 
 @probe
 def evaluate(s):
-    return by_name(s.evaluate, env=Env(), agent=Player(), args=PLAY)
+    return [s.evaluate(Env(), Player(), PLAY, whole) for whole in (True, False)]
 
 
 @probe
 def Episode(s):
-    episodes = by_name(
-        s.rollout, env=Env(), agent=Player(), args=PLAY, seeds=[3, 6], generator=rng(), training=True, operator=None
-    )
-    return [[e.feature, e.action, e.success, e.terminated] for e in episodes]
+    return [[e.feature, e.action, e.success, e.terminated] for e in episodes_of(s, [3, 6], training=True)]
+
+
+@probe
+def without_idle(s):
+    args = SimpleNamespace(drop_idle=0.1)
+    found = [s.without_idle(episode, Player(), args) for episode in episodes_of(s, [1, 6], training=True)]
+    return [[e.feature, e.action, e.success, e.terminated] for e in found]
 
 
 @probe
 def add_episode(s):
-    return common(played(s, [3, 6]).state_dict())
+    return held(played(s, [3, 6]))
 
 
 def played(s, seeds):
     """A replay buffer with what came of these episodes."""
-    buffer = s.ReplayBuffer(1, 1, 3, 0.9)
-    known = dict(env=Env(), agent=Player(), args=PLAY, generator=rng(), training=True, operator=None)
-    for episode in by_name(s.rollout, seeds=seeds, **known):
+    buffer = empty_buffer(s)
+    for episode in episodes_of(s, seeds, training=True):
         s.add_episode(buffer, episode, Player(), PLAY)
     return buffer
 
@@ -335,10 +393,10 @@ def draw(s):
     agent = SimpleNamespace(perturb=lambda feature, noise, g: feature + noise * torch.randn(feature.shape, generator=g))
     args = SimpleNamespace(batch_size=8, device="cpu", proprio_noise=0.1)
     found = []
-    for policy in (s.ReplayBuffer(1, 1, 3, 0.9), played(s, [5, 6])):
+    for policy in (empty_buffer(s), played(s, [5, 6])):
+        policy.expert = False
         generators = {"batch": rng(), "update": rng(1)}
-        batch, is_expert = s.draw(played(s, [3, 4]), policy, agent, args, generators)
-        found.append([common(batch), is_expert])
+        found.append(common(s.draw(played(s, [3, 4]), policy, agent, args, generators)))
     return found
 
 
@@ -346,15 +404,15 @@ def demonstrated(s, **flags):
     action = np.linspace(-0.5, 0.5, 9, dtype=np.float32)[:, None]
     success = np.array([0, 1, 1, 0, 0, 0, 1, 0, 0], bool)
     demos = Demos({}, action, np.array([4, 3]), np.array([2, 2]), "toy", success)
-    buffer = s.ReplayBuffer(1, 1, 3, 0.9)
+    buffer = empty_buffer(s)
     args = SimpleNamespace(reward="conrft", gamma=0.9, truncation="bootstrap", **flags)
     s.add_demonstrations(buffer, demos, Player(), args)
-    return buffer.state_dict()
+    return held(buffer)
 
 
 @probe
 def add_demonstrations(s):
-    return common(demonstrated(s, stay=False))
+    return demonstrated(s, stay=False)
 
 
 @probe
@@ -365,7 +423,7 @@ def add_demonstrations__stay(s):
 @probe
 def calibration(s):
     agent = SimpleNamespace(critic=seeded(s.EnsembleCritic, 3, 1, torch.ones(3), 8))
-    return [s.calibration(agent, policy, PLAY) for policy in (s.ReplayBuffer(1, 1, 3, 0.9), played(s, [3, 5]))]
+    return [s.calibration(agent, policy, PLAY) for policy in (empty_buffer(s), played(s, [3, 5]))]
 
 
 @probe
