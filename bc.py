@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.octo import DiffusionHead
-from backbones.octo_policy import OctoPolicy, random_shift
+from backbones.octo_policy import OctoPolicy, check_octo, random_shift
 from backbones.units import SIGMA_DATA
 from plumbing import (
     EVAL_SEED,
@@ -49,7 +49,6 @@ from plumbing import (
     Task,
     camera_configs,
     check_flags,
-    check_octo,
     film,
     lighten,
     load_demos,
@@ -305,7 +304,7 @@ class Agent(OctoPolicy):
         resumed = bool(args.resume or args.eval_only)
         super().__init__(
             args.backbone, args.checkpoint, resumed, demos.obs, demos.taken(), args.chunk_len,
-            relative="delta" in args.control_mode,
+            relative="delta" in args.control_mode, gripper=demos.gripper,
             instruction=TASKS.get(args.env_id, Task()).instruction,
         )  # fmt: skip
         self.head = args.head
@@ -474,7 +473,7 @@ def main(args: Args) -> Path:
     averaged = torch.optim.swa_utils.AveragedModel(agent, multi_avg_fn=average)
     acting = averaged.module  # what is evaluated, and what other scripts start from
 
-    about = {"method": f"BC, {args.head} head", "weights": agent.weights}
+    about = {"method": f"BC, {args.head} head", "weights": agent.weights, "demonstrations": demos.sha256()}
     evaluator = Evaluator(args, make_env, evaluate, acting)
     run = Run(args, __file__, ("bc",), about, evaluator)
     run.keep(acting, raw=agent, averaged=averaged, optimizer=optimizer)  # a resumed run loads it here
@@ -511,7 +510,7 @@ def main(args: Args) -> Path:
                 run.save_if_due()
         run.evaluate(whole=True)
 
-    run.finish(demonstrations=demos.source, demo_steps_to_success=demos.mean_steps())
+    run.finish(**demos.summary())
     film_policy(acting, args, run.folder)
     return run.folder
 

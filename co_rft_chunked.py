@@ -55,7 +55,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.octo_policy import OctoPolicy, random_shift
+from backbones.octo_policy import OctoPolicy, check_octo, random_shift
 from backbones.units import SIGMA_DATA
 from plumbing import (
     EVAL_SEED,
@@ -71,7 +71,7 @@ from plumbing import (
     UserError,
     camera_configs,
     check_flags,
-    check_octo,
+    check_sft,
     film,
     lighten,
     load_demos,
@@ -186,8 +186,7 @@ def validate(args: Args) -> None:
         raise UserError("--spawn moves objects in demonstrations made here; with --demo-path the file decides")
     if held_demos(args.holdout, args.num_demos) >= args.num_demos:
         raise UserError(f"--holdout {args.holdout} leaves none of --num-demos {args.num_demos} to train on")
-    if args.sft_checkpoint:
-        args.sft_updates = 0
+    check_sft(args, head="mse-chunk")
 
 
 def held_demos(share: float, num_demos: int) -> int:
@@ -499,7 +498,7 @@ class Agent(OctoPolicy):
         resumed = bool(args.resume or args.eval_only)
         super().__init__(
             args.backbone, args.checkpoint, resumed, demos.obs, demos.taken(), args.chunk_len,
-            relative="delta" in args.control_mode,
+            relative="delta" in args.control_mode, gripper=demos.gripper,
             instruction=TASKS.get(args.env_id, Task()).instruction,
         )  # fmt: skip
         self.actor = ChunkActor(self.feature_dim, self.chunk_unit, args.hidden_dim)
@@ -752,7 +751,7 @@ def main(args: Args) -> Path:
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr)
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.actor_lr)
 
-    about = {"method": "CO-RFT", "weights": agent.weights}
+    about = {"method": "CO-RFT", "weights": agent.weights, "demonstrations": demos.sha256()}
     evaluator = Evaluator(args, make_env, evaluate, agent)
     generators = ("batch", "critic", "actor", "update")
     run = Run(args, __file__, ("sft", "offline"), about, evaluator, generators)
@@ -806,7 +805,7 @@ def main(args: Args) -> Path:
             run.save_if_due()
         run.evaluate(whole=True)
 
-    run.finish(spawn=args.spawn, demonstrations=demos.source, demo_steps_to_success=demos.mean_steps())
+    run.finish(spawn=args.spawn, **demos.summary())
     film_policy(agent, args, run.folder)
     return run.folder
 

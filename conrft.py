@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.octo_policy import OctoPolicy, random_shift
+from backbones.octo_policy import OctoPolicy, check_octo, random_shift
 from backbones.units import SIGMA_DATA
 from operators.devices import DEVICES
 from operators.interventions import Interventions, check_recording, write_demonstrations
@@ -71,7 +71,7 @@ from plumbing import (
     UserError,
     camera_configs,
     check_flags,
-    check_octo,
+    check_sft,
     film,
     lighten,
     load_demos,
@@ -193,8 +193,7 @@ def validate(args: Args) -> None:
         raise UserError("--intervention needs --num-envs 1, --sim-backend physx_cpu and a pd_ee_delta controller")
     if args.record_demos:
         check_recording(args)
-    if args.sft_checkpoint:
-        args.sft_updates = 0
+    check_sft(args, head="consistency")
 
 
 # === Environment =====================================================================================================
@@ -528,7 +527,7 @@ class Agent(OctoPolicy):
         resumed = bool(args.resume or args.eval_only)
         super().__init__(
             args.backbone, args.checkpoint, resumed, demos.obs, demos.taken(), args.chunk_len,
-            relative="delta" in args.control_mode,
+            relative="delta" in args.control_mode, gripper=demos.gripper,
             instruction=TASKS.get(args.env_id, Task()).instruction,
         )  # fmt: skip
         sizes = (self.feature_dim, self.chunk_unit, args.hidden_dim)
@@ -910,7 +909,7 @@ def main(args: Args) -> Path:
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr)
 
     stages = ("sft", "offline", "online")
-    about = {"method": "ConRFT", "weights": agent.weights}
+    about = {"method": "ConRFT", "weights": agent.weights, "demonstrations": demos.sha256()}
     run = Run(args, __file__, stages, about, Evaluator(args, make_env, evaluate, agent))
     run.keep(  # what a checkpoint holds; a resumed run loads it here
         agent, demo=demo, replay=replay, helped=helped, critic_optimizer=critic_optimizer,
@@ -980,9 +979,7 @@ def main(args: Args) -> Path:
         if args.online_steps:
             run.evaluate(whole=True)
 
-    run.finish(
-        demonstrations=demos.source, demo_steps_to_success=demos.mean_steps(), episodes=run.episodes, **helped.summary()
-    )
+    run.finish(**demos.summary(), episodes=run.episodes, **helped.summary())
     if helped.recorded:
         write_demonstrations(args, helped.recorded)
     film_policy(agent, args, run.folder)

@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.octo_policy import OctoPolicy, random_shift
+from backbones.octo_policy import OctoPolicy, check_octo, random_shift
 from backbones.units import SIGMA_DATA
 from plumbing import (
     EVAL_SEED,
@@ -63,7 +63,7 @@ from plumbing import (
     UserError,
     camera_configs,
     check_flags,
-    check_octo,
+    check_sft,
     cut,
     film,
     joined,
@@ -198,8 +198,7 @@ def validate(args: Args) -> None:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
     if args.online_finetune == "full" and args.round_steps == 1:
         raise UserError("--online-finetune full embeds all buffers after each round: give more than --round-steps 1")
-    if args.sft_checkpoint:
-        args.sft_updates = 0
+    check_sft(args, head="consistency")
 
 
 # === Environment =====================================================================================================
@@ -532,7 +531,7 @@ class Agent(OctoPolicy):
         resumed = bool(args.resume or args.eval_only)
         super().__init__(
             args.backbone, args.checkpoint, resumed, demos.obs, demos.taken(), args.chunk_len,
-            relative="delta" in args.control_mode,
+            relative="delta" in args.control_mode, gripper=demos.gripper,
             instruction=TASKS.get(args.env_id, Task()).instruction,
         )  # fmt: skip
         sizes = (self.feature_dim, self.chunk_unit, args.hidden_dim)
@@ -996,7 +995,7 @@ def main(args: Args) -> Path:
     online_optimizer = torch.optim.AdamW(learns.parameters(), lr=args.online_lr, weight_decay=1e-4)
 
     stages = ("sft", "offline", "warmup", "online")
-    about = {"method": "FORCE", "weights": agent.weights}
+    about = {"method": "FORCE", "weights": agent.weights, "demonstrations": demos.sha256()}
     run = Run(args, __file__, stages, about, Evaluator(args, make_env, evaluate, agent))
     run.keep(  # what a checkpoint holds; a resumed run loads it here
         agent, expert=expert, policy=policy, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
@@ -1094,7 +1093,7 @@ def main(args: Args) -> Path:
                 run.save()
         run.evaluate(whole=True)
 
-    run.finish(demonstrations=demos.source, demo_steps_to_success=demos.mean_steps())
+    run.finish(**demos.summary())
     film_policy(agent, args, run.folder)
     env.close()
     return run.folder

@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.octo_policy import random_shift
-from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher
+from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher, check_pi0
 from backbones.units import SIGMA_DATA
 from plumbing import (
     EVAL_SEED,
@@ -71,7 +71,7 @@ from plumbing import (
     UserError,
     camera_configs,
     check_flags,
-    check_pi0,
+    check_sft,
     film,
     lighten,
     load_demos,
@@ -203,8 +203,8 @@ def validate(args: Args) -> None:
     check_pi0(args)
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
         raise UserError("--warmup-updates needs rollouts: give --warmup-episodes, or leave stage 2 out by --no-warmup")
+    check_sft(args, __file__, head=args.head, finetune=args.finetune)
     if args.sft_checkpoint:
-        args.sft_updates = 0
         args.sft_head_updates = 0
 
 
@@ -528,7 +528,7 @@ class Agent(Pi0Policy):
         resumed = bool(args.resume or args.eval_only or args.sft_checkpoint)
         super().__init__(
             args.backbone, args.checkpoint, resumed, demos.obs, demos.taken(), args.chunk_len,
-            relative="delta" in args.control_mode,
+            relative="delta" in args.control_mode, gripper=demos.gripper,
             instruction=TASKS.get(args.env_id, Task()).instruction,
             finetune=args.finetune, bf16=args.bf16,
         )  # fmt: skip
@@ -1002,7 +1002,7 @@ def main(args: Args) -> Path:
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr)
 
     stages = ("sft", "sft-head", "offline", "warmup", "online")
-    about = {"method": "FORCE on pi0", "weights": agent.weights}
+    about = {"method": "FORCE on pi0", "weights": agent.weights, "demonstrations": demos.sha256()}
     evaluator = Evaluator(args, make_env, evaluate, agent)
     run = Run(args, __file__, stages, about, evaluator)
     run.keep(  # what a checkpoint holds; a resumed run loads it here
@@ -1096,7 +1096,7 @@ def main(args: Args) -> Path:
                 run.save()
         run.evaluate(whole=True)
 
-    run.finish(demonstrations=demos.source, demo_steps_to_success=demos.mean_steps())
+    run.finish(**demos.summary())
     film_policy(agent, args, run.folder)
     env.close()
     return run.folder

@@ -11,6 +11,7 @@ from torch import Tensor
 from backbones.octo import PRESETS, Octo
 from backbones.octo_weights import load_octo
 from backbones.units import SIGMA_DATA, Units
+from plumbing.flags import UserError
 
 
 class OctoPolicy(Units):
@@ -18,7 +19,7 @@ class OctoPolicy(Units):
 
     def __init__(
         self, preset: str, checkpoint: str | None, resumed: bool, obs: dict[str, np.ndarray], action: np.ndarray,
-        chunk_len: int, relative: bool, instruction: str,
+        chunk_len: int, relative: bool, instruction: str, gripper: bool = True,
     ):  # fmt: skip
         """A policy for what demonstrations look like, with the instruction of the task.
 
@@ -27,10 +28,11 @@ class OctoPolicy(Units):
         obs, action          of the demonstrations: "proprio" [N, P], cameras [N, H, H, 3]; [M, A] in controller units
         chunk_len            H, actions per decision
         relative             the controller takes differences, within [-1, 1]
+        gripper              the last number of an action is a gripper's command
 
         Raises: UserError, one line, if the weights or the tokenizer can't be had.
         """
-        super().__init__(obs["proprio"], action, relative)
+        super().__init__(obs["proprio"], action, relative, gripper)
         self.H, self.instruction = chunk_len, instruction
         images = tuple((k, v.shape[1]) for k, v in obs.items() if k != "proprio")
         # Privileged state goes through the transformer; beside a camera, proprio goes to the heads only, as in Octo 1.5.
@@ -74,6 +76,22 @@ class OctoPolicy(Units):
         steps = [self.recent(seen[: t + 1]) for t in range(len(seen))]
         joined = {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
         return self.feature(joined).unflatten(0, (len(seen), -1)).transpose(0, 1)
+
+
+def check_octo(args) -> None:
+    """Check the flags of the backbone, and that its weights can be had, before anything is made. Raises: UserError."""
+    released = args.backbone != "octo-compact"
+    if released != bool(args.checkpoint):
+        raise UserError("--backbone octo-small or octo-base and --checkpoint FOLDER or hf://owner/name need each other")
+    if released and args.obs_mode != "rgb":
+        raise UserError("released Octo weights need --obs-mode rgb: they know cameras only")
+    if released and args.image_size != 256:
+        raise UserError(f"released Octo weights see 256 pixels (on the hand: 128), not --image-size {args.image_size}")
+    if released and not (args.resume or args.eval_only):
+        found = load_octo(args.checkpoint).model.config.token_dim
+        needed = PRESETS[args.backbone].token_dim
+        if found != needed:
+            raise UserError(f"{args.checkpoint} has token width {found}; --backbone {args.backbone} has {needed}")
 
 
 def random_shift(obs: dict[str, Tensor], generator: torch.Generator, pad: int = 4) -> dict[str, Tensor]:

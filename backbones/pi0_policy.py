@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.pi0 import PRESETS, ActionExpert, Pi0, Prefix, choose_trainable
-from backbones.pi0_weights import load_pi0
+from backbones.pi0_weights import check_pi0_weights, load_pi0
 from backbones.units import SIGMA_DATA, Units, action_box
 from plumbing.flags import UserError
 
@@ -137,7 +137,7 @@ class Pi0Policy(Units):
 
     def __init__(
         self, preset: str, checkpoint: str | None, resumed: bool, obs: dict[str, np.ndarray], action: np.ndarray,
-        chunk_len: int, relative: bool, instruction: str, finetune: str, bf16: bool,
+        chunk_len: int, relative: bool, instruction: str, finetune: str, bf16: bool, gripper: bool = True,
     ):  # fmt: skip
         """A policy for what demonstrations look like, with the instruction of the task.
 
@@ -148,10 +148,11 @@ class Pi0Policy(Units):
         relative             the controller takes differences, within [-1, 1]
         finetune             what is trained, for `choose_trainable`
         bf16                 the vision-language model in bfloat16
+        gripper              the last number of an action is a gripper's command
 
         Raises: UserError, one line, if the weights or the tokenizer can't be had, or are too small.
         """
-        super().__init__(obs["proprio"], action, relative)
+        super().__init__(obs["proprio"], action, relative, gripper)
         self.H = chunk_len
         self.instruction = instruction
         low, high = np.quantile(obs["proprio"], (0.01, 0.99), axis=0)  # what pi0.5's digits span
@@ -247,3 +248,23 @@ class Pi0Policy(Units):
             some = {name: value[first : first + 64] for name, value in joined.items()}
             parts.append(self.feature(some))
         return torch.cat(parts).unflatten(0, (len(seen), -1)).transpose(0, 1)
+
+
+def check_pi0(args) -> None:
+    """Check the flags of the backbone, and that its weights can be had, before anything is made. Raises: UserError."""
+    name = args.backbone
+    released = not name.endswith("compact")
+    if args.checkpoint and not released:
+        raise UserError(f"--checkpoint has released weights, and --backbone {name} none: give --backbone pi0 or pi05")
+    if released and not (args.checkpoint or args.sft_checkpoint):
+        weights = f"hf://lerobot/{name}_base"
+        raise UserError(f"--backbone {name} needs its weights: --checkpoint {weights} or a local folder")
+    if released and args.obs_mode == "state":
+        raise UserError(f"--backbone {name} needs --obs-mode rgb: privileged state is for compact models")
+    if released and args.image_size < 224:
+        raise UserError(f"--backbone {name} sees 224 pixels: give --image-size 224, not {args.image_size}")
+    frozen = args.finetune in ("expert", "head")
+    if args.bf16 and not (released and frozen):
+        raise UserError("--bf16 needs a frozen, released model: --backbone pi0 or pi05, --finetune expert or head")
+    if args.checkpoint and not (args.resume or args.eval_only or args.sft_checkpoint):
+        check_pi0_weights(args.checkpoint, PRESETS[name])

@@ -92,16 +92,8 @@ def _older(unused: set[str]) -> str:
     return ""
 
 
-def load_pi0(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:
-    """Load weights of pi0 or pi0.5, strictly: every name is used, every shape agrees.
-
-    `source` is "hf://owner/name[@revision]", e.g. "hf://lerobot/pi0_base" or "hf://lerobot/pi05_base", or a local folder
-    or file: model.safetensors as openpi's converter, or lerobot, writes it, in float32 or bfloat16 (the model is
-    float32). `config` None: the released sizes of the model that the file holds. A config of yours may drop cameras
-    and may add low-dimensional tokens or points, which start random.
-
-    Raises: UserError, one line, for a source that can't be reached or read, and for any misfit.
-    """
+def find_weights(source: str | Path) -> Path:
+    """The weights file of a source for `load_pi0`. Raises: UserError if there is none."""
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
     path = from_hub(match[1], match[2], FILES) if match else Path(source)
     file = path / "model.safetensors" if path.is_dir() else path
@@ -114,6 +106,25 @@ def load_pi0(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:
                 else ""
             )
         )
+    return file
+
+
+def check_pi0_weights(source: str | Path, config: Pi0Config) -> None:
+    """Does a source fit? By names and shapes, without reading the weights. Raises: UserError."""
+    _read(find_weights(source), config, names_only=True)
+
+
+def load_pi0(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:
+    """Load weights of pi0 or pi0.5, strictly: every name is used, every shape agrees.
+
+    `source` is "hf://owner/name[@revision]", e.g. "hf://lerobot/pi0_base" or "hf://lerobot/pi05_base", or a local folder
+    or file: model.safetensors as openpi's converter, or lerobot, writes it, in float32 or bfloat16 (the model is
+    float32). `config` None: the released sizes of the model that the file holds. A config of yours may drop cameras
+    and may add low-dimensional tokens or points, which start random.
+
+    Raises: UserError, one line, for a source that can't be reached or read, and for any misfit.
+    """
+    file = find_weights(source)
     model, folder = _read(file, config), file.parent
     tokenizers = (folder / name for name in ("paligemma_tokenizer.model", "tokenizer.model"))
     model.prefix.tokenizer_file = next((t for t in tokenizers if t.is_file()), None)
@@ -122,8 +133,11 @@ def load_pi0(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:
     return LoadedPi0(model, find_statistics(folder), file, digest)
 
 
-def _read(file: Path, config: Pi0Config | None) -> Pi0:
-    """The model with the file's weights. Tensors are read one by one: the file and the model are never both in memory."""
+def _read(file: Path, config: Pi0Config | None, names_only: bool = False) -> Pi0:
+    """The model with the file's weights. Tensors are read one by one: the file and the model are never both in memory.
+
+    names_only: nothing but names and shapes is looked at, and the model's weights are not there.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -148,13 +162,16 @@ def _read(file: Path, config: Pi0Config | None) -> Pi0:
                 kind = "pi0.5" if config.pi05 else "pi0"
                 misfits = f"missing {_some(missing)}, unused {_some(unused)}"
                 raise UserError(f"{file} doesn't fit {kind}: {misfits}{_older(unused)}")
-            model.to_empty(device="cpu")
-            model.prefix.add_ours()
             for name, parameter in ours.items():
                 shape = tuple(stored.get_slice(names[wanted[name]]).get_shape())
                 if shape != tuple(parameter.shape):
                     needs = tuple(parameter.shape)
                     raise UserError(f"{file}: {wanted[name]} has shape {shape}, this model needs {needs}")
+            if names_only:
+                return model
+            model.to_empty(device="cpu")
+            model.prefix.add_ours()
+            for name in ours:
                 weight = stored.get_tensor(names[wanted[name]])
                 model.get_parameter(name).data.copy_(weight)
                 if not weight.isfinite().all():

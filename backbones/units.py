@@ -22,10 +22,14 @@ def action_box(action: np.ndarray, relative: bool) -> tuple[np.ndarray, np.ndarr
 class Units(nn.Module):
     """Actions in a box [-1, 1], proprio in standard deviations; both from demonstrations, and kept in the state_dict."""
 
-    def __init__(self, proprio: np.ndarray, action: np.ndarray, relative: bool):
-        """Proprio [N, P] and actions [M, A] of demonstrations; `relative`: an action of zeros keeps the robot still."""
+    def __init__(self, proprio: np.ndarray, action: np.ndarray, relative: bool, gripper: bool = True):
+        """Proprio [N, P] and actions [M, A] of demonstrations.
+
+        relative   an action of zeros keeps the robot still, whatever the gripper does
+        gripper    the last number of an action is a gripper's command
+        """
         super().__init__()
-        self.gripper = True
+        self.gripper = gripper
         self.relative, self.proprio_dim, self.action_dim = relative, proprio.shape[1], action.shape[1]
         centre, scale = action_box(action, relative)
         units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians
@@ -58,7 +62,8 @@ class Units(nn.Module):
         return np.clip(action, -1, 1) if self.relative else action
 
     def hold_action(self, last: np.ndarray) -> np.ndarray:
-        """The normalised action that keeps still, gripper as in `last` [A]."""
+        """The normalised action that keeps still, gripper (if there is one) as in `last` [A]."""
         hold = np.zeros_like(last) if self.relative else last.copy()
-        hold[-1] = last[-1]
+        if self.gripper:
+            hold[-1] = last[-1]
         return hold

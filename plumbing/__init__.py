@@ -9,9 +9,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads tha
 
 from plumbing.beside import Evaluator
 from plumbing.demos import Demos, load_demos
-from plumbing.earlier import load_sft_weights, stored_args
+from plumbing.earlier import check_sft, load_sft_weights, stored_args
 from plumbing.evaluation import EVAL_SEED, TRAIN_SEED, film, success_metrics
-from plumbing.flags import RunArgs, UserError, check_flags, check_octo, check_pi0, fill, parse_flags, run_script
+from plumbing.flags import RunArgs, UserError, check_flags, fill, parse_flags, run_script
 from plumbing.idle import moving
 from plumbing.meshes import lighten
 from plumbing.run import Run, threads
@@ -21,7 +21,7 @@ from plumbing.wrappers import SPAWN, ObsWrapper, Spawn, prepare_process
 
 __all__ = [
     "EVAL_SEED", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Run", "RunArgs", "Spawn",
-    "Table", "Task", "UserError", "camera_configs", "check_flags", "check_octo", "check_pi0", "cut", "fill", "film",
+    "Table", "Task", "UserError", "camera_configs", "check_flags", "check_sft", "cut", "fill", "film",
     "joined", "lighten", "load_demos", "load_sft_weights", "moving", "parse_flags", "prepare_process", "run_script",
     "simulator_errors", "stacked", "stored_args", "success_metrics", "threads", "windows",
 ]  # fmt: skip

@@ -106,6 +106,20 @@ def check_origin(args, folder: Path, script: str, **also) -> None:
             raise UserError(f"--sft-checkpoint {folder} was trained with {flag}, not {want}")
 
 
+def check_sft(args, script: str = "bc.py", **also) -> None:
+    """Before anything is made: can --sft-checkpoint be started from? See `check_origin`. Stage 0 is left out then.
+
+    Raises: UserError.
+    """
+    if not args.sft_checkpoint:
+        return
+    args.sft_updates = 0
+    if not (args.resume or args.eval_only):
+        folder = Path(args.sft_checkpoint)
+        check_origin(args, folder, Path(script).name, **also)
+        Checkpoints(folder).load(resume=False)
+
+
 def load_sft_weights(agent: nn.Module, args, script: str = "bc.py", **also) -> None:
     """Backbone, actor and units of a run of `script` with the flags `also`; not the critics. Raises: UserError."""
     if args.resume or args.eval_only:

@@ -188,32 +188,3 @@ def finish(line: str, code: int) -> None:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
     sys.exit(code)
-
-
-def check_octo(args) -> None:
-    """Check the flags of the backbone. Raises: UserError."""
-    released = args.backbone != "octo-compact"
-    if released != bool(args.checkpoint):
-        raise UserError("--backbone octo-small or octo-base and --checkpoint FOLDER or hf://owner/name need each other")
-    if released and args.obs_mode != "rgb":
-        raise UserError("released Octo weights need --obs-mode rgb: they know cameras only")
-    if released and args.image_size != 256:
-        raise UserError(f"released Octo weights see 256 pixels (on the hand: 128), not --image-size {args.image_size}")
-
-
-def check_pi0(args) -> None:
-    """Check the flags of the backbone. Raises: UserError."""
-    name = args.backbone
-    released = not name.endswith("compact")
-    if args.checkpoint and not released:
-        raise UserError(f"--checkpoint has released weights, and --backbone {name} none: give --backbone pi0 or pi05")
-    if released and not (args.checkpoint or args.sft_checkpoint):
-        weights = f"hf://lerobot/{name}_base"
-        raise UserError(f"--backbone {name} needs its weights: --checkpoint {weights} or a local folder")
-    if released and args.obs_mode == "state":
-        raise UserError(f"--backbone {name} needs --obs-mode rgb: privileged state is for compact models")
-    if released and args.image_size < 224:
-        raise UserError(f"--backbone {name} sees 224 pixels: give --image-size 224, not {args.image_size}")
-    frozen = args.finetune in ("expert", "head")
-    if args.bf16 and not (released and frozen):
-        raise UserError("--bf16 needs a frozen, released model: --backbone pi0 or pi05, --finetune expert or head")

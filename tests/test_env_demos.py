@@ -1,6 +1,7 @@
 """Environments, demonstrations, rollouts and evaluation: real ManiSkill on the CPU, and stubs where numbers matter."""
 
 import dataclasses
+import importlib
 import json
 import math
 import shutil
@@ -11,12 +12,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_args
+from conftest import FIXTURES, tiny_args
 
+import bc
 import force_octo as script
 import plumbing.demos
-from plumbing import EVAL_SEED, TRAIN_SEED, UserError, load_demos
+from plumbing import EVAL_SEED, TRAIN_SEED, UserError, load_demos, moving
 from plumbing.demos import cache_of
+
+RELEASED = dict(obs_mode="rgb", backbone="octo-small", image_size=256)
 
 
 @pytest.fixture
@@ -221,6 +225,100 @@ def test_a_changed_file_is_read_again(copy):
         del file["traj_0"]
     second = load_demos(copy, script.make_env)
     assert not np.array_equal(first.action[:5], second.action[:5])
+
+
+# --- what is left out, who refuses what ---
+
+
+def test_idle_steps_are_counted_and_none_past_the_success_are_left_out(place, demos, capsys):
+    """An episode of six steps that waits twice before its success at the fourth, and stays there."""
+    whole = load_demos(tiny_args(place, drop_idle=0.0), script.make_env)
+    assert not capsys.readouterr().err and whole.idle.sum() == 0
+    short = load_demos(tiny_args(place), script.make_env)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"leaves out {(whole.lengths - short.lengths).sum()} steps" in said
+    assert short.lengths.sum() < whole.lengths.sum()
+    assert (short.lengths - short.steps == whole.lengths - whole.steps).all()
+    for about in (whole.summary(), short.summary()):
+        assert about["demo_steps_to_success"] == pytest.approx(whole.steps.mean())
+    assert short.summary()["demo_steps_without_idle"] == pytest.approx(short.steps.mean())
+    action = np.float32([[0, 1], [0.5, 1], [0, 1], [0.5, 1], [0, 1], [0, 1]])
+    action = np.concatenate([action, np.zeros((1, 2), np.float32)])
+    success = np.array([False, False, False, True, True, True, False])
+    one = plumbing.demos.Demos({"proprio": action}, action, np.array([6]), np.array([4]), "by hand", success)
+    left = plumbing.demos.without_idle(one, tiny_args(place))
+    assert left.action[:, 0].tolist() == [0.5, 0.5, 0, 0, 0] and left.idle.tolist() == [2]
+    assert left.steps.tolist() == [2] and left.lengths.tolist() == [4] and left.success.tolist() == [0, 1, 1, 1, 0]
+
+
+def test_a_robot_without_a_gripper_keeps_still(place, demos):
+    """Its last number moves the arm."""
+    last = np.full(demos.action.shape[1], 0.3, np.float32)
+    for gripper in (True, False):
+        agent = script.Agent(tiny_args(place), dataclasses.replace(demos, gripper=gripper))
+        assert agent.hold_action(last)[-1] == pytest.approx(0.3 * gripper) and not agent.hold_action(last)[:-1].any()
+    action = np.zeros((7, 2), np.float32)
+    action[:, 1] = [1, 1, 1, -0.01, -0.01, -0.01, 0.9]
+    kept = {gripper: moving(action, 0.03, relative=True, gripper=gripper).tolist() for gripper in (True, False)}
+    assert kept[True] == [False, False, False, True, True, False, True]  # it closes, and opens at the end
+    assert kept[False] == [True, True, True, False, False, False, True]
+    hand = np.append(action[:, 1:], np.ones((7, 1), np.float32), 1)
+    one = plumbing.demos.Demos({"proprio": hand}, np.append(hand, 0 * hand[:1], 0), np.array([7]), np.array([7]), "",
+                               np.zeros(8, bool), gripper=False)  # fmt: skip
+    one.obs["proprio"] = one.action
+    assert plumbing.demos.without_idle(one, tiny_args(place)).lengths.tolist() == [7]  # ones move an arm
+
+
+WRONG_STARTS = {
+    "no such run": ("force_octo", dict(sft_checkpoint="nowhere"), "is no run folder"),
+    "run of another head": ("conrft", dict(sft_checkpoint="BC"), "with --head mse-chunk, not consistency"),
+    "run of another task": ("co_rft_chunked", dict(sft_checkpoint="BC", control_freq=20), "--control-freq 10, not 20"),
+    "run without a checkpoint": ("co_rft_chunked", dict(sft_checkpoint="BC"), "holds no readable checkpoint"),
+    "run of another script": ("force_pi0", dict(sft_checkpoint="BC"), "is a run of bc.py, not of force_pi0.py"),
+    "no such weights": ("bc", dict(RELEASED, checkpoint="nowhere"), "no folder nowhere"),
+    "weights that aren't there": ("force_octo", dict(RELEASED, checkpoint="BC"), "no weights at"),
+    "no such pi0": ("force_pi0", dict(RELEASED, backbone="pi0", checkpoint="nowhere"), "no weights at nowhere"),
+    "another pi0": ("force_pi0", dict(RELEASED, backbone="pi0", checkpoint=str(FIXTURES / "pi05_tiny")), "fit pi0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_STARTS)
+def test_wrong_weights_are_found_before_demonstrations_are_made(case, tmp_path):
+    name, changes, words = WRONG_STARTS[case]
+    start = tmp_path / "BC"
+    start.mkdir()
+    begun = tiny_args(tmp_path, bc, head="mse-chunk")
+    bc.validate(begun)
+    (start / "config.json").write_text(json.dumps({"script": "bc.py", "args": dataclasses.asdict(begun)}))
+    changes = {flag: str(start) if value == "BC" else value for flag, value in changes.items()}
+    module = importlib.import_module(name)
+    with pytest.raises(UserError, match=words) as caught:
+        module.main(tiny_args(tmp_path, module, **changes))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "demos").exists() and not (tmp_path / "runs").exists()
+
+
+def test_a_resumed_run_refuses_other_demonstrations(place, demos, tmp_path, monkeypatch):
+    folder = bc.main(tiny_args(place, bc, runs=str(tmp_path), run_name="own"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["demonstrations"] == load_demos(tiny_args(place), script.make_env).sha256()
+    assert bc.main(bc.Args(resume=str(folder), device="cpu")) == folder
+    config["packages"]["numpy"] = "0.1"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert bc.main(bc.Args(resume=str(folder), device="cpu")) == folder  # versions alone don't matter
+    other = dataclasses.replace(demos, action=demos.action + 1e-6)
+    monkeypatch.setattr(bc, "load_demos", lambda *_: other)
+    words = r"other demonstrations \(versions .* differ: numpy 0\.1, now [\d.]+\)"
+    with pytest.raises(UserError, match=words) as caught:
+        bc.main(bc.Args(resume=str(folder), device="cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hash_of_all_that_matters(demos):
+    assert dataclasses.replace(demos).sha256() == demos.sha256()
+    changed = [dataclasses.replace(demos, steps=demos.steps - 1), dataclasses.replace(demos, success=~demos.success)]
+    changed.append(dataclasses.replace(demos, obs={"proprio": demos.obs["proprio"] + 1e-3}))
+    assert len({each.sha256() for each in [demos, *changed]}) == 4
 
 
 # --- units of actions and observations ---
