@@ -894,8 +894,7 @@ def main(args: Args) -> Path:
     env = make_env(args, args.num_envs, render=args.intervention in DEVICES)
     torch.manual_seed(args.seed)
     agent = Agent(args, demos).to(args.device)
-    if args.sft_checkpoint:
-        load_sft_weights(agent, args, head="consistency")
+    load_sft_weights(agent, args, head="consistency")
     watched = WatchedEnv(env, make_operator(env, agent, demos, args))
     helped = Interventions()
     demo = ReplayBuffer(agent, args, expert=True)  # demonstrations, and what the operator did

@@ -975,8 +975,7 @@ def main(args: Args) -> Path:
     env = make_env(args, args.num_envs)
     torch.manual_seed(args.seed)
     agent = Agent(args, demos).to(args.device)
-    if args.sft_checkpoint:
-        load_sft_weights(agent, args, head="consistency")
+    load_sft_weights(agent, args, head="consistency")
     kept = demos.empty_obs() if args.online_finetune == "full" else {}
     expert = ReplayBuffer(agent, args, kept, expert=True)  # demonstrations, successes
     policy = ReplayBuffer(agent, args, kept, expert=False)  # all rollouts

@@ -987,8 +987,7 @@ def main(args: Args) -> Path:
     env = make_env(args, args.num_envs)
     torch.manual_seed(args.seed)
     agent = Agent(args, demos).to(args.device)
-    if args.sft_checkpoint:
-        load_sft_weights(agent, args, __file__, head=args.head, finetune=args.finetune)
+    load_sft_weights(agent, args, __file__, head=args.head, finetune=args.finetune)
     expert = ReplayBuffer(agent, args, expert=True)  # demonstrations, successes
     policy = ReplayBuffer(agent, args, expert=False)  # all rollouts
     add_demonstrations(expert, demos, agent, args)

@@ -121,8 +121,11 @@ def check_sft(args, script: str = "bc.py", **also) -> None:
 
 
 def load_sft_weights(agent: nn.Module, args, script: str = "bc.py", **also) -> None:
-    """Backbone, actor and units of a run of `script` with the flags `also`; not the critics. Raises: UserError."""
-    if args.resume or args.eval_only:
+    """Backbone, actor and units of --sft-checkpoint, a run of `script` with the flags `also`; not the critics.
+
+    Raises: UserError.
+    """
+    if args.resume or args.eval_only or not args.sft_checkpoint:
         return
     folder = Path(args.sft_checkpoint)
     check_origin(args, folder, Path(script).name, **also)

@@ -236,7 +236,7 @@ def test_idle_steps_are_counted_and_none_past_the_success_are_left_out(place, de
     assert not capsys.readouterr().err and whole.idle.sum() == 0
     short = load_demos(tiny_args(place), script.make_env)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"leaves out {(whole.lengths - short.lengths).sum()} steps" in said
+    assert said.count("\n") == 1 and f"leaves out {(whole.lengths - short.lengths).sum()} demonstrated steps" in said
     assert short.lengths.sum() < whole.lengths.sum()
     assert (short.lengths - short.steps == whole.lengths - whole.steps).all()
     for about in (whole.summary(), short.summary()):
