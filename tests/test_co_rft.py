@@ -483,6 +483,7 @@ def test_a_resumed_run_keeps_the_action_box_of_its_start(place, upsampled, tmp_p
             agent.action_scale.mul_(1.5)
 
     monkeypatch.setattr(script, "load_sft_weights", wider)
+    monkeypatch.setattr(script, "check_sft", lambda *_, **flags: None)
     args = tiny_args(place, tmp_path, run_name="rl", sft_checkpoint="somewhere", offline_updates=0, eval_episodes=1)
     folder = script.main(args)
     script.main(script.Args(resume=str(folder), device="cpu"))
