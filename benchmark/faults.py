@@ -474,14 +474,16 @@ def two_at_once(work: Path, words: list[str], pattern: str) -> None:
 def two_resumes(work: Path) -> None:
     folder = stopped(work)
     two_at_once(work, ["--resume", str(folder)], "is in use by process")
-    assert not differences(whole(work, "force_octo.py"), folder)
+    found = differences(whole(work, "force_octo.py"), folder)
+    assert not found, found
 
 
 def two_of_one_name(work: Path, seed: int) -> None:
     name = f"twice-{seed}"
     shutil.rmtree(work / "runs" / name, ignore_errors=True)
     two_at_once(work, flags_of(work, "force_octo.py", name), "is in use by process|exists: choose another")
-    assert not differences(whole(work, "force_octo.py"), work / "runs" / name)
+    found = differences(whole(work, "force_octo.py"), work / "runs" / name)
+    assert not found, found
 
 
 def two_default_names(work: Path) -> None:
@@ -626,12 +628,6 @@ def no_key(work: Path) -> None:
 def cases(kills: int, cuts: int) -> Iterator[tuple[str, str, Callable[[Path], None]]]:
     """(kind, name, what to do) of each."""
     root = os.geteuid() == 0
-    for i in range(kills // 2):
-        script = list(SCRIPTS)[i % len(SCRIPTS)]
-        yield "killed twice at random times", f"{script} {i}", partial(killed, script=script, seed=i)
-    for i in range(cuts if root else 0):
-        script = list(SCRIPTS)[i % 2]
-        yield "power cut", f"{script} {i}", partial(power_cut, script=script, seed=i)
     yield from damaged_cases()
     yield from foreign_cases()
     yield from flag_cases()
@@ -678,6 +674,12 @@ def cases(kills: int, cuts: int) -> Iterator[tuple[str, str, Callable[[Path], No
         yield kind, f"broken pipe {updates}", partial(broken_pipe, script="bc.py", updates=updates)
     yield kind, "summary.json without a success", null_steps
     yield kind, "--track without a key", no_key
+    for i in range(kills // 2):
+        script = list(SCRIPTS)[i % len(SCRIPTS)]
+        yield "killed twice at random times", f"{script} {i}", partial(killed, script=script, seed=i)
+    for i in range(cuts if root else 0):
+        script = list(SCRIPTS)[i % 2]
+        yield "power cut", f"{script} {i}", partial(power_cut, script=script, seed=i)
 
 
 def damaged_cases() -> Iterator[tuple]:
