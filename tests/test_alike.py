@@ -126,7 +126,9 @@ def EnsembleCritic(s):
 def Batch(s):
     names = [name for name in inspect.signature(s.Batch).parameters if name != "success"]
     extra = {"success": torch.zeros(2)} if "success" in inspect.signature(s.Batch).parameters else {}
-    one, two = (s.Batch(**{name: torch.full((2,), float(i + k)) for i, name in enumerate(names)}, **extra) for k in (0, 9))
+    one, two = (
+        s.Batch(**{name: torch.full((2,), float(i + k)) for i, name in enumerate(names)}, **extra) for k in (0, 9)
+    )
     return [names, common(one.cat(two)), common(one.to("cpu"))]
 
 
