@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from plumbing import Evaluator, Run
 
 FORKS = multiprocessing.get_context("forkserver")  # a process of its own for each life of a run, without new imports
-FORKS.set_forkserver_preload(["mani_skill.envs", "torch._dynamo", "torch.utils.tensorboard", "tyro", "scipy.stats", "tqdm"])
+FORKS.set_forkserver_preload(
+    ["mani_skill.envs", "torch._dynamo", "torch.utils.tensorboard", "tyro", "scipy.stats", "tqdm"]
+)
 
 
 class Beside(Evaluator):
