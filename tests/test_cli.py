@@ -20,7 +20,7 @@ from conftest import ROOT, SCRIPT, SCRIPTS, as_flags, latest, tiny_args
 import force_octo as script
 import plumbing.demos
 from plumbing import UserError, fill, load_demos, make_demos, parse_flags
-from plumbing.run import load_checkpoint, save_checkpoint
+from plumbing.storage import Checkpoints
 
 SHORT = dict(
     sft_updates=2, offline_updates=2, warmup_updates=2, warmup_episodes=1, online_steps=10,
@@ -355,17 +355,18 @@ class Killed(BaseException):
     pass
 
 
-def saved(folder: Path, value: float, name: str = "a") -> None:
-    save_checkpoint(folder, name, {"w": torch.full((50_000,), value)}, {"x": torch.full((99_000,), value)})
+def saved(folder: Path, value: float, name: str = "update-1") -> None:
+    weights = {"w": torch.full((50_000,), value)}
+    Checkpoints(folder).save(name, weights, {"x": torch.full((99_000,), value)}, buffers={})
 
 
 def loaded(folder: Path) -> float:
-    weights, state = load_checkpoint(folder)
+    weights, state = Checkpoints(folder).load(resume=False)
     assert weights["w"].unique().tolist() == state["x"].unique().tolist()  # of the same moment
     return weights["w"][0].item()
 
 
-@pytest.mark.parametrize("name", ["a", "b"], ids=["same name", "new name"])
+@pytest.mark.parametrize("name", ["update-1", "update-2"], ids=["same name", "new name"])
 @pytest.mark.parametrize("limit", [100, 100_000, 300_000])  # bytes; the last is room for the weights alone
 def test_a_disk_that_fills_up_spares_the_last_checkpoint(tmp_path, name, limit):
     """Writes really fail here: files may not grow past a limit."""
@@ -378,12 +379,13 @@ def test_a_disk_that_fills_up_spares_the_last_checkpoint(tmp_path, name, limit):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert loaded(tmp_path) == 1.0
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["a", "latest"]  # and nothing half-written
+    here = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert here == ["latest", "rows", "update-1"]  # and nothing half-written
     saved(tmp_path, 3.0, name)
     assert loaded(tmp_path) == 3.0
 
 
-@pytest.mark.parametrize("name", ["a", "b"], ids=["same name", "new name"])
+@pytest.mark.parametrize("name", ["update-1", "update-2"], ids=["same name", "new name"])
 @pytest.mark.parametrize("step", range(8))
 def test_a_kill_at_any_step_of_saving_leaves_a_whole_checkpoint(tmp_path, name, step, monkeypatch):
     saved(tmp_path, 1.0)
@@ -426,7 +428,7 @@ def test_a_full_disk_ends_a_run_that_can_go_on(place, command, monkeypatch):
         code, _, errors = command(*as_flags(args))
     assert code == 2 and errors.splitlines()[-1].startswith("error: the disk is full") and "--resume" in errors
     assert "Traceback" not in errors
-    load_checkpoint(folder)
+    Checkpoints(folder).load(resume=False)
     assert command("--resume", folder)[0] == 0
     assert json.loads((folder / "summary.json").read_text())["online_env_steps"] >= 10
 
