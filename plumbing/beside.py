@@ -22,7 +22,7 @@ class Evaluator:
     """
 
     def __init__(self, args, make_env, evaluate, agent: nn.Module):
-        self.work = pickle.dumps((args, make_env, evaluate, agent))  # the agent's structure; weights follow
+        self.work = (args, make_env, evaluate, agent)  # the agent's structure; weights follow
         self.process = None
 
     def submit(self, weights: dict[str, Tensor], whole: bool) -> None:
@@ -35,7 +35,7 @@ class Evaluator:
                 self.process.start()
             atexit.register(self.process.terminate)  # where the program ends before `close`
             there.close()
-            self.pipe.send_bytes(self.work)
+            self.pipe.send_bytes(pickle.dumps(self.work))
         contiguous = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         self.pipe.send_bytes(save(contiguous))
         self.pipe.send(whole)

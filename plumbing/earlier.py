@@ -32,16 +32,19 @@ def read_config(folder: Path) -> tuple[str, dict]:
     return script, flags
 
 
-def load_config(cls, folder: Path, script: str):
-    """The flags a run was started with. Raises: UserError if `folder` isn't a run of this script."""
+def load_config(cls, folder: Path, script: str, resume: bool):
+    """The flags a run was started with; to resume it, all that there are. Raises: UserError."""
     theirs, flags = read_config(folder)
     if theirs != script:
         raise UserError(f"{folder} is a run of {theirs}, not of {script}")
     known = {field.name for field in dataclasses.fields(cls)}
     for here, there, word in ((flags.keys(), known, "with"), (known, flags.keys(), "without")):
         for name in sorted(here - there):
-            raise UserError(f"{folder} was begun by a version {word} {name}: go on with that one, see config.json")
+            if word == "with" or resume:
+                raise UserError(f"{folder} was begun by a version {word} {name}: go on with that one, see config.json")
     for field in dataclasses.fields(cls):
+        if field.name not in flags:
+            continue
         plain = (field.default, flags[field.name])
         kinds = [float if type(value) is int else type(value) for value in plain]
         if kinds[0] is not kinds[1] and None not in plain:
@@ -79,7 +82,7 @@ def stored_args(args, script: str, beside: str = "eval_episodes"):
     if not (args.resume or args.eval_only):
         raise UserError("--resume and --eval-only need a run folder, such as runs/NAME")
     folder = Path(args.resume or args.eval_only)
-    stored = load_config(type(args), folder, Path(script).name)
+    stored = load_config(type(args), folder, Path(script).name, resume=bool(args.resume))
     places = dict(resume=args.resume, eval_only=args.eval_only)
     if args.resume and args.device not in ("auto", stored.device):
         raise UserError(f"{folder} was begun with --device {stored.device}: its losses can't go on alike on another")

@@ -31,7 +31,8 @@ TINY = dict(  # a script takes those that it has
     max_episode_steps=10, hidden_dim=24, num_critics=3, chunk_len=3, updates=8, sft_updates=6, sft_head_updates=3,
     sft_batch_size=8, batch_size=8, offline_updates=5, warmup_episodes=2, warmup_updates=6, online_steps=40,
     utd_ratio=0.3, q_weight=0.0, explore_noise=0.02, cql_samples=2, eval_episodes=2, eval_freq=20, video_episodes=0,
-    critic_first=3, val_freq=4, log_freq=1, checkpoint_freq=2,
+    critic_first=3, val_freq=4, log_freq=1, checkpoint_freq=2, online_finetune="head", round_steps=1, online_lr=3e-4,
+    success_filter=False, drop_idle=0.0,
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from conftest import FIXTURES, tiny_args
 import bc
 import force_octo as script
 import plumbing.demos
+from backbones.units import ACTION_RANGE
 from plumbing import EVAL_SEED, TRAIN_SEED, UserError, load_demos, moving
 from plumbing.demos import cache_of
 
@@ -325,11 +326,11 @@ def test_a_hash_of_all_that_matters(demos):
 
 
 def test_action_units(place, demos):
-    args = tiny_args(place, action_range=1.25)
+    args = tiny_args(place)
     agent = script.Agent(args, demos)
     own = np.delete(demos.action, demos.starts() + demos.lengths, axis=0)
     normal = agent.normalise(own)
-    assert np.abs(normal).max(0) == pytest.approx(np.full(normal.shape[1], 1 / 1.25), rel=1e-3)
+    assert np.abs(normal).max(0) == pytest.approx(np.full(normal.shape[1], 1 / ACTION_RANGE), rel=1e-3)
     assert agent.denormalise(normal) == pytest.approx(own, abs=1e-5)
     box = np.random.default_rng(0).uniform(-1, 1, (50, normal.shape[1])).astype(np.float32)
     reachable = agent.denormalise(box)
@@ -343,11 +344,11 @@ def test_action_units(place, demos):
 
 def test_joint_position_units(place, demos):
     action = np.random.default_rng(0).uniform(1, 3, demos.action.shape).astype(np.float32)
-    args = tiny_args(place, control_mode="pd_joint_pos", action_range=1.0)
+    args = tiny_args(place, control_mode="pd_joint_pos")
     agent = script.Agent(args, dataclasses.replace(demos, action=action))
     own = np.delete(action, demos.starts() + demos.lengths, axis=0)
     normal = agent.normalise(own)
-    assert normal.min() == pytest.approx(-1, abs=1e-4) and normal.max() == pytest.approx(1, abs=1e-4)
+    assert np.abs(normal).max() == pytest.approx(1 / ACTION_RANGE, abs=1e-4)
     assert agent.denormalise(normal) == pytest.approx(own, abs=1e-4)  # beyond 1: joint angles aren't clipped
     assert agent.hold_action(normal[3]) == pytest.approx(normal[3])
 
