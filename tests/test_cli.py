@@ -36,7 +36,7 @@ def one_error(result, message: str) -> None:
 
 
 def snapshot(folder: Path) -> dict:
-    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
 
 
 # --- flags ---
