@@ -66,10 +66,8 @@ def test_mc_returns():
     assert mixed.tolist() == pytest.approx([3.0 + g * -0.5, -0.5])
 
 
-@pytest.mark.parametrize("reward, numbers", [("binary", (0.0, 1.0, 0.0, 1.0)), ("conrft", (-0.05, 10.0, -2.5, 10.0))])
-def test_rewards_and_possible_returns(reward, numbers):
-    found = script.reward_of(script.Args(reward=reward, gamma=0.98))
-    assert (found.fail, found.success, found.lowest, found.highest) == pytest.approx(numbers)
+def test_rewards_of_a_step():
+    assert script.REWARDS == {"binary": (0.0, 1.0), "conrft": (-0.05, 10.0)}
 
 
 # --- the conservative term ---
@@ -415,13 +413,55 @@ def test_demonstrations_go_on_past_the_success_while_it_holds():
     demos.steps = np.array([2, 2])
     demos.success = np.array([0, 1, 1, 0, 0, 0, 1, 1, 1, 0], bool)  # the first one loses it again
     for stay, starts in (True, [0, 1, 2, 5, 6, 7, 8]), (False, [0, 1, 5, 6]):
-        expert = script.ReplayBuffer(policy.feature_dim, 3, 2, 0.9)
-        script.add_demonstrations(expert, demos, policy, script.Args(stay=stay, gamma=0.9, chunk_len=2))
-        assert expert.starts.tolist() == starts
-        assert expert.rows == 10  # as in `demos`, which embeddings go by
-        batch = expert.gather(expert.starts[:2])
+        args = script.Args(stay=stay, gamma=0.9, chunk_len=2)
+        expert = script.ReplayBuffer(policy, args, demos.empty_obs(), expert=True)
+        script.add_demonstrations(expert, demos, policy, args)
+        assert expert.starts["row"].tolist() == starts
+        assert expert.steps.rows == 10  # as in `demos`, which embeddings go by
+        seen = expert.observations(torch.arange(10))
+        assert torch.equal(seen["proprio"], torch.from_numpy(demos.obs["proprio"]))
+        batch = expert.gather(expert.starts["row"][:2])
         np.testing.assert_allclose(batch.chunk[0], policy.normalise(demos.action[:2]).flatten())
         assert batch.reward.tolist() == pytest.approx([0.9, 1.0]) and batch.bootstrap.tolist() == [0, 0]
+
+
+def test_what_is_imitated_has_no_idle_steps():
+    """Those that end an episode, and what was planned past it, stay."""
+    agent = SimpleNamespace(denormalise=lambda action: action, relative=True, gripper=True)
+    arm = [0.0, 0.5, 0.01, 0.2, 0.0, 0.3, 0.0, 0.0]  # an episode of 7 steps, and one planned past it
+    action = np.stack([arm, np.ones(8)], 1).astype(np.float32)
+    steps = np.arange(8.0)
+    success = np.arange(1, 8) == 7
+    episode = script.Episode(torch.from_numpy(steps)[:, None], {"proprio": steps[:, None]}, action, success, True)
+    found = script.without_idle(episode, agent, script.Args(drop_idle=0.1))
+    kept = [1, 3, 5, 6]
+    assert found.feature[:, 0].tolist() == found.obs["proprio"][:, 0].tolist() == [*kept, 7]
+    np.testing.assert_array_equal(found.action, action[[*kept, 7]])
+    assert found.success.tolist() == [False] * 3 + [True] and found.terminated
+    same = script.without_idle(episode, agent, script.Args(drop_idle=0.0))
+    assert len(same.success) == 7 and np.array_equal(same.action, action)
+    letting_go = action.copy()
+    letting_go[3:, 1] = -1  # the gripper opens at step 3: that step, the next one, and all that follow the last change
+    found = script.without_idle(script.Episode(*vars(episode).values()), agent, script.Args(drop_idle=0.1))
+    assert len(found.success) == 4
+    episode.action = letting_go
+    found = script.without_idle(episode, agent, script.Args(drop_idle=0.1))
+    assert found.feature[:, 0].tolist() == [1, 3, 4, 5, 6, 7]
+
+
+def test_a_batch_is_seen_by_its_rows():
+    """What the samples of a batch saw, in its order: the expert's, then the policy's."""
+    seen = {"proprio": torch.empty(0, 1)}
+    agent = SimpleNamespace(window=1, feature_dim=1, action_dim=1)
+    args = script.Args(chunk_len=1, gamma=0.9)
+    buffers = [script.ReplayBuffer(agent, args, seen, expert) for expert in (True, False)]
+    for buffer, base in zip(buffers, (0, 100)):
+        steps = base + np.arange(4.0)[:, None]
+        episode = script.Episode(torch.from_numpy(steps), {"proprio": steps}, steps[:3], np.array([0, 0, 1], bool), True)
+        buffer.add(episode, script.REWARDS["binary"], np.zeros(1))
+    batch = buffers[0].gather(torch.tensor([2, 0])).cat(buffers[1].gather(torch.tensor([1, 1])))
+    looked = script.look(*buffers, batch)
+    assert looked["proprio"].tolist() == batch.feature.tolist() == [[2], [0], [101], [101]]
 
 
 # --- updates on stubs whose numbers can be followed ---
@@ -467,7 +507,7 @@ def stub_agent():
         feature=torch.tensor([[0.1], [0.2]]), chunk=torch.tensor([[0.3, 0.3], [-0.2, 0.1]]),
         reward=torch.tensor([0.05, 0.1]), bootstrap=torch.tensor([0.5, 0.0]),
         next_feature=torch.tensor([[0.02], [0.6]]), mc_return=torch.tensor([0.3, 0.405]),
-        success=torch.tensor([1.0, 0.0]),
+        success=torch.tensor([1.0, 0.0]), expert=torch.tensor([True, False]), row=torch.tensor([4, 2]),
     )  # fmt: skip
     return agent, batch
 
@@ -524,19 +564,24 @@ def test_target_uses_two_critics_of_many():
     assert seen == {1.0, 2.0, 3.0}
 
 
-def imitate(monkeypatch, target=None, bc_weight=2.0, q_weight=0.0, successes_only=False, **flags):
-    """One actor update on two samples, of which the second one's trajectory failed: the agent, the logs, the batch."""
+def imitate(monkeypatch, bc_weight=2.0, q_weight=0.0, successes_only=False, shift=0.0, ema=0.75, **flags):
+    """One actor update on two samples, of which the second one's trajectory failed: the agent, the logs, the batch.
+
+    The actor's feature is by `shift` more than the critic's.
+    """
     agent, batch = stub_agent()
+    own = batch.feature + shift
 
     def surrogate(actor, feature, chunk, generator, n):
-        assert n == args.noise_levels and torch.equal(feature, batch.feature)
+        assert n == args.noise_levels and torch.equal(feature, own)
         return (actor.shift - chunk).square().mean(-1)
 
     monkeypatch.setattr(script, "consistency_loss", surrogate)
-    args = script.Args(**dict(actor_ema=0.75, noise_levels=3) | flags)
+    args = script.Args(**dict(noise_levels=3) | flags)
     optimizer = torch.optim.SGD(agent.actor.parameters(), lr=1.0)
-    target = batch.chunk if target is None else target
-    logs = script.update_actor(agent, optimizer, batch, target, args, rng(), bc_weight, q_weight, successes_only)
+    logs = script.update_actor(
+        agent, optimizer, batch, own, batch.chunk, args, rng(), bc_weight, q_weight, ema, successes_only
+    )
     return agent, logs, batch
 
 
@@ -562,24 +607,58 @@ def test_the_actor_can_imitate_successes_only(monkeypatch):
 
 
 def test_the_q_loss_raises_the_actor_and_spares_the_critic(monkeypatch):
-    agent, logs, _ = imitate(monkeypatch, bc_weight=0.0, q_weight=2.0, q_normalize=False)
+    agent, logs, _ = imitate(monkeypatch, bc_weight=0.0, q_weight=0.5, q_normalize=False)
     # Q(s, pi(s)) = slope * (s + 2 * (s + shift)); d/dshift of its mean over critics: 0.75 * 2
     q = 0.75 * ((0.1 + 0.4) + (0.2 + 0.6)) / 2
     assert logs["values/q_policy"].item() == pytest.approx(q, rel=1e-4)
     assert logs["losses/q"].item() == pytest.approx(-q, rel=1e-4)
-    assert logs["losses/actor"].item() == pytest.approx(-2 * q, rel=1e-4)
-    assert agent.actor.shift.item() == pytest.approx(0.1 + 2 * 1.5, rel=1e-4)
+    assert logs["losses/actor"].item() == pytest.approx(-0.5 * q, rel=1e-4)
+    assert agent.actor.shift.item() == pytest.approx(0.1 + 0.5 * 1.5, rel=1e-4)
     assert agent.critic.slope.grad is None and agent.critic.slope.requires_grad
-    agent, logs, _ = imitate(monkeypatch, bc_weight=0.0, q_weight=2.0, q_normalize=True)
+    agent, logs, _ = imitate(monkeypatch, bc_weight=0.0, q_weight=0.5, q_normalize=True)
     assert logs["losses/q"].item() == pytest.approx(-1, rel=1e-4)
-    assert agent.actor.shift.item() == pytest.approx(0.1 + 2 * 1.5 / q, rel=1e-4)
+    assert agent.actor.shift.item() == pytest.approx(0.1 + 1, rel=1e-4)  # 0.5 * 1.5 / q, clipped to a norm of 1
 
 
-def distilled(expert=(True, False), agent_and_batch=None, **flags):
+def test_the_actor_s_gradient_has_a_norm_of_at_most_1(monkeypatch):
+    agent, logs, _ = imitate(monkeypatch, bc_weight=0.0, q_weight=2.0, q_normalize=False)
+    assert logs["grad_norm/actor"].item() == pytest.approx(3.0, rel=1e-4)  # as it was
+    assert agent.actor.shift.item() == pytest.approx(0.1 + 1.0, rel=1e-4)
+
+
+def test_the_actor_sees_its_own_feature_and_the_critic_the_batch_s(monkeypatch):
+    agent, logs, batch = imitate(monkeypatch, q_weight=0.5, q_normalize=False, shift=0.4)
+    ((feature, chunk),) = agent.critic.asked
+    assert torch.equal(feature, batch.feature)
+    assert chunk[:, 0].tolist() == pytest.approx([0.1 + 0.4 + 0.1, 0.2 + 0.4 + 0.1])
+
+
+def online(finetune, vgpd=True, **flags):
+    """One update of stage 3 with a backbone of one weight, by which what was seen becomes a feature."""
+    agent, batch = stub_agent()
+    agent.weight = nn.Parameter(torch.tensor(2.0))
+    agent.feature = lambda obs: agent.weight * obs
+    agent.perturb = lambda feature, size, generator: feature + size
+    args = script.Args(
+        online_finetune=finetune, vgpd=vgpd, num_critics=2, K=5, proprio_noise=0.25, actor_ema=0.75, **flags
+    )
+    optimizer = torch.optim.SGD([agent.weight, agent.actor.shift], lr=0.1)
+    logs = script.update_online(agent, optimizer, batch, lambda batch: 3 * batch.feature, args, rng(), q_weight=0.5)
+    return agent, logs
+
+
+def test_learning_rate_of_a_round():
+    args = script.Args(online_lr=0.5, round_steps=100)
+    found = [script.online_lr(step, 40, args) for step in range(40)]
+    assert found == [0.5 * script.warmup_cosine(step, 40) for step in range(40)]
+    assert found[0] == pytest.approx(0.25) and max(found) == pytest.approx(0.5, rel=0.05) and found[-1] < 0.01
+    assert {script.online_lr(step, 2, script.Args(online_lr=0.5, round_steps=1)) for step in range(2)} == {0.5}
+
+
+def distilled(agent_and_batch=None, **flags):
     agent, batch = agent_and_batch or stub_agent()
     args = script.Args(**dict(K=5, candidate_noise=0.0) | flags)
-    expert = torch.tensor(expert) if isinstance(expert, tuple) else expert
-    target, logs = script.self_distilled(agent, batch, expert, args, rng())
+    target, logs = script.self_distilled(agent, batch, args, rng())
     return agent, target, logs, batch
 
 
@@ -604,8 +683,8 @@ def test_the_policy_half_imitates_the_better_proposals():
 def test_the_choice_of_a_proposal_follows_the_weights():
     agent, batch = stub_agent()
     many = script.Batch(*(torch.cat([value[1:]] * 3000) for value in vars(batch).values()))
-    nobody = torch.zeros(3000, dtype=torch.bool)
-    _, target, _, _ = distilled(nobody, (agent, many), temperature=0.5)
+    assert not many.expert.any()
+    _, target, _, _ = distilled((agent, many), temperature=0.5)
     weight = weights_by_hand([0.75 * (0.2 + 2 * (0.3 + 0.01 * k)) for k in range(5)], 0.5, True)
     for k in range(5):
         share = (target[:, 0] - (0.3 + 0.01 * k)).abs().lt(1e-4).float().mean().item()
@@ -613,7 +692,9 @@ def test_the_choice_of_a_proposal_follows_the_weights():
 
 
 def test_the_gate_keeps_a_better_buffer_action():
-    _, target, logs, batch = distilled(expert=(False, False))
+    agent, batch = stub_agent()
+    batch.expert[:] = False
+    _, target, logs, _ = distilled((agent, batch))
     # State 0: candidates 0.2 ... 0.24 sum to less than the buffer's 0.6. State 1: the other way round.
     assert torch.equal(target[0], batch.chunk[0]) and target[1, 0] > 0.31
     assert logs["vgpd/zeta"].item() == 0.5

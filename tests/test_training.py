@@ -20,7 +20,7 @@ NAMES = {
     "calib/q_minus_return", "calib/abs_error", "calib/correlation", "vgpd/zeta", "vgpd/pass_rate",
     "vgpd/candidate_std", "vgpd/ess", "buffer/size", "train/success_once", "train/episode_len", "eval/success_once",
     "eval/success_once_low", "eval/success_once_high", "eval/success_at_end", "eval/episode_len", "eval/return",
-    "eval/num_episodes", "grad_norm/sft", "lr/sft",
+    "eval/num_episodes", "grad_norm/sft", "grad_norm/actor", "lr/sft",
 }  # fmt: skip
 
 
@@ -247,9 +247,9 @@ def test_weights_of_the_actor_s_losses(place, monkeypatch):
     """Each stage's own weights; the one of the Q loss moves evenly to its end online."""
     used, update_actor = [], script.update_actor
 
-    def watched(agent, optimizer, batch, target, args, generator, bc_weight, q_weight, successes_only=False):
+    def watched(*inputs, bc_weight, q_weight, successes_only=False, **others):
         used.append((bc_weight, q_weight, successes_only))
-        return update_actor(agent, optimizer, batch, target, args, generator, bc_weight, q_weight, successes_only)
+        return update_actor(*inputs, bc_weight=bc_weight, q_weight=q_weight, successes_only=successes_only, **others)
 
     monkeypatch.setattr(script, "update_actor", watched)
     weights = dict(bc_weight=0.9, offline_q_weight=0.2, distill_weight=0.7, q_weight=0.5, q_weight_end=0.1)
@@ -271,7 +271,7 @@ def test_weights_of_the_actor_s_losses(place, monkeypatch):
 ], ids=["least sizes", "extras off", "nothing to do"])  # fmt: skip
 def test_settings_at_the_edge_run(place, flags):
     folder, _ = short(place, f"edge-{next(iter(flags))}", **flags)
-    assert undefined(folder) == []
+    assert {name for _, _, name, _ in undefined(folder)} <= {"eval/episode_len"}  # which needs a success
     assert (folder / "summary.json").exists()
 
 
