@@ -246,7 +246,7 @@ def test_idle_steps_are_counted_and_none_past_the_success_are_left_out(place, de
     action = np.concatenate([action, np.zeros((1, 2), np.float32)])
     success = np.array([False, False, False, True, True, True, False])
     one = plumbing.demos.Demos({"proprio": action}, action, np.array([6]), np.array([4]), "by hand", success)
-    left = plumbing.demos.without_idle(one, tiny_args(place))
+    left = plumbing.demos.without_idle(one, tiny_args(place, drop_idle=0.03))
     assert left.action[:, 0].tolist() == [0.5, 0.5, 0, 0, 0] and left.idle.tolist() == [2]
     assert left.steps.tolist() == [2] and left.lengths.tolist() == [4] and left.success.tolist() == [0, 1, 1, 1, 0]
 
