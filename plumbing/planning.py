@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from plumbing.flags import UserError
-from plumbing.tasks import cheapest_reward, simulator_errors
+from plumbing.tasks import allow_no_reward, simulator_errors
 from plumbing.wrappers import Spawn
 
 
@@ -122,13 +122,14 @@ def plan(flags, path: Path, seeds: range) -> None:
     from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
     from mani_skill.utils.wrappers.record import RecordEpisode
 
+    allow_no_reward(flags.env_id)
     with simulator_errors(flags.env_id):
         env = gym.make(
             flags.env_id,
             obs_mode="none",
             control_mode="pd_joint_pos",
             robot_uids=flags.robot_uids,
-            reward_mode=cheapest_reward(flags.env_id),
+            reward_mode="none",
             sim_backend="physx_cpu",
             render_backend="cpu",
             sim_config=dict(control_freq=flags.control_freq),
@@ -185,6 +186,7 @@ def convert(flags, recording: Recording, folder: Path, stored: bool) -> Path:
     done = target.with_suffix(".done")
     if done.exists():
         return target
+    allow_no_reward(flags.env_id)
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "episodes.h5"
     link.unlink(missing_ok=True)
@@ -213,7 +215,7 @@ def for_the_tool(flags, recording: Recording) -> dict:
         obs_mode="none",
         control_mode=recording.control_mode,
         robot_uids=flags.robot_uids,
-        reward_mode=cheapest_reward(flags.env_id),
+        reward_mode="none",
         sim_backend="physx_cpu",
         render_backend="cpu",
         sim_config=dict(control_freq=flags.control_freq),

@@ -157,12 +157,12 @@ def replay(env, flags, episode: Episode) -> dict[str, np.ndarray] | None:
         raise UserError(f"{flags.demo_path} has actions of {width} numbers; {flags.control_mode} takes {space.shape[0]}")
     gripper = has_gripper(base)
     limited = (space.low == -1) & (space.high == 1)  # where the controller cuts actions off
-    beyond = (limited & (np.abs(episode.action) > 1)).any(1)
+    beyond = (limited & (np.abs(episode.action) > 1.001)).any(1)
     action = np.where(limited, episode.action.clip(-1, 1), episode.action)
     arm = np.abs(action[:, :-1] if gripper else action).max(1)
     idle = int((arm >= flags.skip_idle).argmax())
     action = action[idle:]
-    first, _ = env.reset(seed=[episode.seed], options={"state": episode.state})
+    first, _ = env.reset(seed=[episode.seed or 0], options={"state": episode.state})
     seen = [first]
     success = []
 
