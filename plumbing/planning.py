@@ -117,7 +117,8 @@ def can_plan(env_id: str) -> bool:
 def plan(flags, path: Path, seeds: range) -> None:
     """Let ManiSkill's motion planner try these seeds; its successes are in `path` then (joint positions).
 
-    They depend on nothing but flags and seeds. A .done beside it says that the file is complete.
+    They depend on nothing but flags and seeds. A .done beside it says that the file is complete, and holds what the
+    solution raised last, if it did.
     """
     from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
     from mani_skill.utils.wrappers.record import RecordEpisode
@@ -137,16 +138,18 @@ def plan(flags, path: Path, seeds: range) -> None:
         )
     env = Spawn(env, flags.env_id, flags.spawn)
     env = RecordEpisode(env, str(path.parent), trajectory_name=path.stem, save_video=False, save_on_reset=False)
+    problem = ""
     for seed in seeds:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the planner reports each path that it doesn't find
                 result = MP_SOLUTIONS[flags.env_id](env, seed=seed, debug=False, vis=False)
             solved = result != -1 and result[-1]["success"].item()
-        except Exception:  # the solutions raise all sorts where no plan exists; the next seed is as good
+        except Exception as error:  # the solutions raise all sorts where no plan exists; the next seed is as good
             solved = False
+            problem = f"{type(error).__name__}: {error}"
         env.flush_trajectory(save=solved)
     env.close()
-    path.with_suffix(".done").touch()  # a killed run leaves no half file
+    path.with_suffix(".done").write_text(problem)  # a killed run leaves no half file
 
 
 # === Converting ======================================================================================================

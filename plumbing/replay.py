@@ -63,12 +63,12 @@ def make_episodes(args, make_env, flags) -> tuple[str, list[dict[str, np.ndarray
     if flags.demo_path:
         source = flags.demo_path
         jobs = recorded_jobs(args, make_env, flags)
-        problem = f"no demonstration of {source} succeeds when replayed: recorded with other settings?"
     else:
         spawn = "" if flags.spawn == "random" else f"-{flags.spawn}"
         source = f"{flags.env_id}-{flags.robot_uids}-{flags.control_freq}hz{spawn}"
-        jobs = planned_jobs(args, make_env, flags, Path(args.demo_dir) / source)
-        problem = f"the motion planner fails on {flags.env_id}, or what it plans does when replayed"
+        folder = Path(args.demo_dir) / source
+        jobs = planned_jobs(args, make_env, flags, folder)
+        problem = f"ManiSkill's motion planner fails on {flags.env_id}, or what it plans does when replayed"
     found = []
     processes = min(os.cpu_count() or 1, 8, math.ceil(flags.num_demos / BLOCK))
     bar = tqdm(total=flags.num_demos, desc=f"demonstrations of {flags.env_id}", mininterval=2)
@@ -81,8 +81,11 @@ def make_episodes(args, make_env, flags) -> tuple[str, list[dict[str, np.ndarray
             for block in running:
                 found += block.result()
                 bar.update(min(len(found), flags.num_demos) - bar.n)
-    if not found or (len(found) < flags.num_demos and not flags.demo_path):
-        raise UserError(f"{problem} ({len(found)} of {flags.num_demos})")
+    if not flags.demo_path and len(found) < flags.num_demos:
+        raised = (folder / "seeds-000000.done").read_text() or "no exception"
+        raise UserError(f"{problem}: {len(found)} of {flags.num_demos} succeed; it raised {raised}")
+    if not found:
+        raise UserError(f"no demonstration of {source} succeeds when replayed: recorded with other settings?")
     return source, found[: flags.num_demos]
 
 
@@ -154,7 +157,9 @@ def replay(env, flags, episode: Episode) -> dict[str, np.ndarray] | None:
     space = base.single_action_space
     width = episode.action.shape[1]
     if space.shape != (width,):
-        raise UserError(f"{flags.demo_path} has actions of {width} numbers; {flags.control_mode} takes {space.shape[0]}")
+        raise UserError(
+            f"{flags.demo_path} has actions of {width} numbers; {flags.control_mode} takes {space.shape[0]}"
+        )
     gripper = has_gripper(base)
     limited = (space.low == -1) & (space.high == 1)  # where the controller cuts actions off
     beyond = (limited & (np.abs(episode.action) > 1.001)).any(1)
