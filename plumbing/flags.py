@@ -20,7 +20,7 @@ import tyro
 from plumbing import stop
 from plumbing.errors import UserError
 from plumbing.help import as_flag, flags_help, wrapped
-from plumbing.tasks import TASKS, Task
+from plumbing.tasks import TASKS, Task, registered
 
 THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
 
@@ -72,12 +72,7 @@ def check_flags(args, limits: dict) -> None:
 
     `limits` holds {what a number must be: (test, flags)} beside COMMON_LIMITS; other numbers must be at least 0.
     """
-    import mani_skill.envs  # noqa: F401  registers the tasks
-    from mani_skill.utils.registration import REGISTERED_ENVS
-
-    if args.env_id not in REGISTERED_ENVS:
-        known = ", ".join(TASKS)
-        raise UserError(f"--env-id {args.env_id} is no ManiSkill task; with a camera and defaults here: {known}")
+    task = registered(args.env_id)
     rules = {}
     for table in (COMMON_LIMITS, limits):
         for meaning, (test, names) in table.items():
@@ -90,7 +85,9 @@ def check_flags(args, limits: dict) -> None:
         if isinstance(value, int | float) and not (abs(value) <= most and test(value)):
             raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
     if args.max_episode_steps is None:
-        seconds = TASKS.get(args.env_id, Task()).seconds or REGISTERED_ENVS[args.env_id].max_episode_steps / 10
+        seconds = TASKS.get(args.env_id, Task()).seconds or (task.max_episode_steps or 0) / 10
+        if not seconds:
+            raise UserError(f"{args.env_id} is registered without a time limit: give --max-episode-steps")
         args.max_episode_steps = round(seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")

@@ -71,10 +71,10 @@ def leave(number: int, frame) -> None:
 
 def follow_parent() -> None:
     """In a worker process: end with its parent, however that ends, and leave Ctrl-C to it (Linux)."""
-    if multiprocessing.parent_process() is None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended in between
+    if os.getppid() != parent.pid:  # it has ended already
         os._exit(1)

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import runpy
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import force_octo
-import plumbing.demos
+import plumbing.replay
 from plumbing import Demos, Run, fill, load_demos
 from plumbing.storage import Checkpoints
 
@@ -61,7 +62,7 @@ def demos(place) -> Demos:
 @pytest.fixture(scope="session")
 def planned(place) -> Path:
     """ManiSkill's own .h5 of the demonstrations (joint positions), beside its .json."""
-    return sorted(place.glob("demos/*/part0of*.h5"))[0]
+    return place / "demos/PushCube-v1-panda-10hz/seeds-000000.h5"
 
 
 # --- runs ---
@@ -237,23 +238,25 @@ def as_flags(args) -> list[str]:
 class InlinePool:
     """In the place of ProcessPoolExecutor: demonstration workers run in this process."""
 
-    def __init__(self, workers, context):
+    def __init__(self, workers, context, initializer):
         pass
 
-    def __enter__(self):
-        return self
+    def submit(self, job) -> Future:
+        future = Future()
+        try:
+            future.set_result(job())
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
-    def __exit__(self, *_):
+    def shutdown(self, cancel_futures):
         pass
-
-    def map(self, function, parts):
-        return map(function, parts)
 
 
 @pytest.fixture
 def inline(monkeypatch):
     """Demonstration workers run in this process."""
-    monkeypatch.setattr(plumbing.demos, "ProcessPoolExecutor", InlinePool)
+    monkeypatch.setattr(plumbing.replay, "ProcessPoolExecutor", InlinePool)
 
 
 @pytest.fixture
