@@ -97,8 +97,9 @@ def count_flops(agent: Agent, args: Args, obs: dict) -> tuple[dict[str, int], Te
     rows = row.expand(B, -1)
     chunk = torch.zeros(B, len(agent.chunk_unit))
     zeros = torch.zeros(B)
-    batch = Batch(rows, chunk, zeros, zeros, rows, zeros, zeros)
-    still = SimpleNamespace(zero_grad=int, step=int)
+    expert = torch.arange(B) < B // 2
+    batch = Batch(rows, chunk, zeros, zeros, rows, zeros, zeros, expert)
+    still = SimpleNamespace(zero_grad=int, step=int, param_groups=[{"params": []}])
     critic = flops(lambda: update_critic(agent, still, batch, args, 0.0, None))
     weights = (args.distill_weight, args.q_weight)
     actor = flops(lambda: update_actor(agent, still, batch, chunk, args, None, *weights))
