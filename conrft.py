@@ -54,7 +54,7 @@ from torch import Tensor, nn
 
 from backbones.octo_policy import OctoPolicy, check_octo, random_shift
 from backbones.units import SIGMA_DATA
-from operators.devices import DEVICES
+from operators.devices import DEVICES, Gone
 from operators.interventions import Interventions, check_recording, write_demonstrations
 from operators.planner import Oracle, check_planner
 from plumbing import (
@@ -186,14 +186,14 @@ def validate(args: Args) -> None:
     check_octo(args)
     if args.intervention == "oracle":
         check_planner(args.env_id)
-    if args.intervention in DEVICES and not args.eval_only:
-        DEVICES[args.intervention].check_packages()
     one = args.num_envs == 1 and args.sim_backend == "physx_cpu"
     if args.intervention != "none" and not (one and "ee_delta" in args.control_mode):
         raise UserError("--intervention needs --num-envs 1, --sim-backend physx_cpu and a pd_ee_delta controller")
-    if args.record_demos:
+    if args.record_demos and not args.eval_only:
         check_recording(args)
     check_sft(args, head="consistency")
+    if args.intervention in DEVICES and not args.eval_only:
+        DEVICES[args.intervention].check(args)
 
 
 # === Environment =====================================================================================================
@@ -839,10 +839,17 @@ def collect(
     watched: WatchedEnv, agent: Agent, args: Args, run: Run, demo: ReplayBuffer, replay: ReplayBuffer,
     helped: Interventions,
 ) -> int:  # fmt: skip
-    """An episode per environment into the replay buffer, the operator's part into the demo buffer too. Returns steps."""
+    """An episode per environment into the replay buffer, the operator's part into the demo buffer too. Returns steps.
+
+    Raises: UserError when the operator has gone, after a checkpoint.
+    """
     first = TRAIN_SEED + 1_000_000 * args.seed + run.episodes
     seeds = range(first, first + args.num_envs)
-    episodes = rollout(watched, agent, args, seeds, run.rng["rollout"], training=True)
+    try:
+        episodes = rollout(watched, agent, args, seeds, run.rng["rollout"], training=True)
+    except Gone as reason:  # in the middle of an episode, which is begun again
+        run.save()
+        raise UserError(f"{reason}; go on with --resume {run.folder}") from reason
     failed = watched.operator.failed if watched.operator else 0
     for seed, episode in zip(seeds, episodes):
         T = len(episode.success)

@@ -59,11 +59,19 @@ class Interventions:
 
 
 def check_recording(args) -> None:
-    """Check --record-demos. Raises: UserError."""
+    """Check --record-demos: a file that can be written there, and isn't yet. Raises: UserError."""
     path = Path(args.record_demos)
     if args.intervention == "none" or path.suffix != ".h5":
         raise UserError(f"--record-demos {path} must end with .h5, and needs an --intervention to record")
-    if path.exists() and not (args.resume or args.eval_only):
+    probe = path.with_name(path.name + ".tmp")
+    try:
+        there = path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--record-demos {path} can't be written: {error}") from error
+    if there and not args.resume:
         raise UserError(f"--record-demos {path} exists: choose another name, or move it away")
 
 

@@ -1,6 +1,7 @@
 """conrft.py: losses against numbers worked out here, what an operator changes, short real runs with the planner's help."""
 
 import dataclasses
+import errno
 import json
 import math
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from conftest import ROOT, differences, latest, rows, tiny_args, weights
 
 import bc
 import conrft as script
+from operators.devices import Gone
 from operators.interventions import Interventions
 from plumbing import Demos, Run, UserError, fill, load_demos
 
@@ -212,6 +214,12 @@ class Script:
         return self.own.get(t)
 
 
+class Leaving(Script):
+    def __call__(self, t, action):
+        if t == 4:
+            raise Gone("the operator's gamepad was pulled out")
+
+
 class FakeEnv:
     """Counts steps; succeeds at step 7."""
 
@@ -258,6 +266,26 @@ def test_interventions_go_to_both_buffers():
     t.args.max_episode_steps = 2
     collect(own)  # cut off before its first chunk ends
     assert t.demo.starts.rows == starts and ends[-1] == (False, 2)
+
+
+def test_a_run_without_its_operator_ends_with_a_checkpoint():
+    """In the second episode, of which nothing is kept."""
+    t = toy(intervention="gamepad")
+    saves, helped = [], Interventions()
+
+    def save():
+        saves.append((run.episodes, run.env_steps, t.replay.starts.rows))
+
+    run = SimpleNamespace(
+        episodes=0, env_steps=0, rng={"rollout": rng()}, ended=lambda *episode: None, save=save, folder="runs/NAME"
+    )
+    watched = script.WatchedEnv(FakeEnv(), Script({}))
+    script.collect(watched, t.agent, t.args, run, t.demo, t.replay, helped)
+
+    watched.operator = Leaving({})
+    with pytest.raises(UserError, match="pulled out; go on with --resume runs/NAME"):
+        script.collect(watched, t.agent, t.args, run, t.demo, t.replay, helped)
+    assert saves == [(1, 7, 7)] and len(helped.recent) == 1
 
 
 @pytest.mark.parametrize("own, planned", [((), True), ((0, 5), True), ((6,), False)])
@@ -345,8 +373,27 @@ def test_a_run_with_help_resumed_after_a_kill_equals_an_undisturbed_one(helped, 
     with pytest.raises(Killed):
         script.main(helped_args(place, tmp_path))
     ends.clear()
-    again = script.main(script.Args(resume=str(tmp_path / "helped"), device="cpu"))
-    assert differences(helped, again) == [] and (tmp_path / "kept.h5").exists()
+    resumed = script.Args(resume=str(tmp_path / "helped"), device="cpu")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(script, "write_demonstrations", full_disk)
+        script.main(resumed)
+    assert differences(helped, tmp_path / "helped") == []  # the summary is there already
+    assert not (tmp_path / "kept.h5").exists()
+    script.main(resumed)
+    assert differences(helped, tmp_path / "helped") == [] and (tmp_path / "kept.h5").exists()
+
+
+def full_disk(args, episodes):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("place", ["file/x.h5", "/proc/x.h5", "n" * 300 + ".h5"])
+def test_recordings_that_cannot_be_written_are_found_at_the_start(place, tmp_path):
+    (tmp_path / "file").touch()
+    flags = dict(intervention="oracle", record_demos=str(tmp_path / place))
+    with pytest.raises(UserError, match="h5 can't be written"):
+        script.main(tiny_args(tmp_path, script, **flags))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # --- flags ---

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 import conrft
 from operators import devices as devices_module
 from operators import planner
-from operators.devices import DEVICES
+from operators.devices import DEVICES, Gone
 from operators.planner import Oracle, stalled
 from plumbing import UserError
 
@@ -124,20 +125,43 @@ class Keys(dict):
         return 0
 
 
+class PygameError(RuntimeError):
+    pass
+
+
+NOT_PRESSED = dict(x=0.0, y=0.0, z=0.0, roll=0.0, pitch=0.0, yaw=0.0)
+
+
 @pytest.fixture
 def devices(monkeypatch):
     """Stand-ins for pygame and pyspacemouse whose state a test sets."""
-    now = SimpleNamespace(keys=Keys(), events=[], axes=[0.0] * 6, buttons=Keys(), mouse=None, sticks=1, paces=[])
-    stick = SimpleNamespace(get_axis=lambda i: now.axes[i], get_button=lambda i: now.buttons[i])
+    now = SimpleNamespace(
+        keys=Keys(), events=[], axes=[0.0] * 6, buttons=Keys(), hat=(0, 0), hats=1, sticks=1, paces=[], driver="x11",
+        opened=True, reports=[], clock=100.0, broken=False,
+    )  # fmt: skip
+
+    def axis(i):
+        if now.broken:
+            raise PygameError("Joystick not initialized")
+        return now.axes[i]
+
+    stick = SimpleNamespace(
+        get_axis=axis, get_button=lambda i: now.buttons[i], get_hat=lambda i: now.hat, get_numhats=lambda: now.hats,
+        get_numaxes=lambda: len(now.axes), get_numbuttons=lambda: 8, get_name=lambda: "Pad", get_instance_id=lambda: 3,
+    )  # fmt: skip
     pygame = SimpleNamespace(
-        init=lambda: None, QUIT=1, KEYDOWN=2, JOYBUTTONDOWN=3, K_SPACE="space", K_LSHIFT="shift",
-        **{f"K_{k}": k for k in "wasdrf"}, key=SimpleNamespace(get_pressed=lambda: now.keys),
+        QUIT=1, KEYDOWN=2, JOYBUTTONDOWN=3, JOYDEVICEREMOVED=4, K_SPACE="space", K_LSHIFT="shift", error=PygameError,
+        **{f"K_{k}": k for k in [*"wasdrfqe", "UP", "DOWN", "LEFT", "RIGHT"]},
+        key=SimpleNamespace(get_pressed=lambda: now.keys),
         event=SimpleNamespace(
             get=lambda: [now.events.pop(0) for _ in range(len(now.events))],
             clear=lambda kinds: now.events.__setitem__(slice(None), [e for e in now.events if e.type not in kinds]),
         ),
-        joystick=SimpleNamespace(get_count=lambda: now.sticks, Joystick=lambda i: stick),
-        display=SimpleNamespace(set_mode=lambda size: SimpleNamespace(blit=lambda *_: None), flip=lambda: None),
+        joystick=SimpleNamespace(init=lambda: None, get_count=lambda: now.sticks, Joystick=lambda i: stick),
+        display=SimpleNamespace(
+            init=lambda: None, quit=lambda: None, get_driver=lambda: now.driver, flip=lambda: None,
+            set_mode=lambda size: SimpleNamespace(blit=lambda *_: None),
+        ),
         time=SimpleNamespace(Clock=lambda: SimpleNamespace(tick=now.paces.append)),
         surfarray=SimpleNamespace(make_surface=lambda x: x), transform=SimpleNamespace(scale=lambda x, size: x),
     )  # fmt: skip
@@ -146,28 +170,42 @@ def devices(monkeypatch):
         if not now.opened:
             raise RuntimeError("No connected or supported devices found.")
         assert axis_convention == "ros"  # x forward, y left, z up
-        return SimpleNamespace(read=lambda: now.mouse[0] if len(now.mouse) == 1 else now.mouse.pop(0))
+        state = SimpleNamespace(t=-1.0, buttons=[0, 0], **NOT_PRESSED)  # the package's own, which it changes in place
+
+        def read():
+            if now.broken:
+                raise OSError("read error")
+            if now.reports:
+                vars(state).update(now.reports.pop(0), t=state.t + 1)
+            return state
+
+        return SimpleNamespace(read=read, close=lambda: None)
 
     monkeypatch.setitem(sys.modules, "pygame", pygame)
     monkeypatch.setitem(sys.modules, "pyspacemouse", SimpleNamespace(open=opened))
-    now.opened = True
+    monkeypatch.setattr(devices_module.time, "monotonic", lambda: now.clock)
     return now
+
+
+def flags(kind):
+    return SimpleNamespace(device_speed=0.5, control_freq=10, intervention=kind)
 
 
 def device(kind, actions=4):
     env = SimpleNamespace(call=lambda name: [np.zeros((8, 8, 3), np.uint8)])
-    operator = DEVICES[kind](env, SimpleNamespace(device_speed=0.5, control_freq=10), lambda a: a)
+    operator = DEVICES[kind](env, flags(kind), lambda a: a)
     operator.start(0)
     return lambda gripper=1.0: operator(0, np.append(np.full(actions - 1, 0.7), gripper).astype(np.float32))
 
 
 def test_keys_pressed_before_an_episode_do_not_count(devices):
-    """Such as during an evaluation. A window that was closed meanwhile does."""
+    """Such as during an evaluation. A window that was closed meanwhile does, and a gamepad that was pulled out."""
     devices.events = [SimpleNamespace(type=2, key="space"), SimpleNamespace(type=3, button=0)]
     assert device("keyboard")() is None and device("gamepad")() is None
-    devices.events = [SimpleNamespace(type=1)]
-    with pytest.raises(KeyboardInterrupt):
-        device("keyboard")()
+    for kind, event in (("keyboard", dict(type=1)), ("gamepad", dict(type=4, instance_id=3))):
+        devices.events = [SimpleNamespace(**event)]
+        with pytest.raises(Gone):
+            device(kind)()
 
 
 def test_keyboard(devices):
@@ -177,14 +215,14 @@ def test_keyboard(devices):
     for key, motion in dict(w=x, s=-x, a=y, d=-y, r=z, f=-z).items():
         devices.keys = Keys({key: 1})
         assert act().tolist() == [*motion, 1.0]
+    devices.keys = Keys(q=1)
+    assert act() is None  # this controller doesn't turn
     devices.events = [SimpleNamespace(type=2, key="space")]
-    assert act()[-1] == -1 and act()[-1] == -1  # toggled, and stays
-    devices.keys = Keys()
-    assert act(-0.8) is None
+    assert act()[-1] == -1 and act(-0.8) is None  # toggled, until he lets go
     devices.keys = Keys(shift=1)
     assert act(-0.8).tolist() == [0, 0, 0, -1]  # holds still, with the policy's gripper
     devices.events = [SimpleNamespace(type=1)]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Gone, match="window was closed"):
         act()
 
 
@@ -198,29 +236,119 @@ def test_gamepad(devices):
     assert act()[-1] == -1  # a button alone is an intervention too
     devices.buttons = Keys({5: 1})
     assert act().tolist() == [0, 0, 0, 0, 0, 0, -1]  # the same intervention goes on
+    devices.events = [SimpleNamespace(type=4, instance_id=2)]
+    assert act() is not None  # another one was pulled out
+    devices.broken = True
+    with pytest.raises(Gone, match="can't be read any more.*not initialized"):
+        act()
+
+
+def test_a_gamepad_that_will_not_do_is_found_at_the_start(devices):
+    devices.axes = [0.0, 0.0]
+    with pytest.raises(UserError, match="Pad has 2 axes and 8 buttons, and 5 and 6"):
+        DEVICES["gamepad"].check(flags("gamepad"))
     devices.sticks = 0
     with pytest.raises(UserError, match="no gamepad found"):
-        device("gamepad")
+        DEVICES["gamepad"].check(flags("gamepad"))
+
+
+def report(buttons=(0, 0), **axes):
+    return NOT_PRESSED | axes | dict(buttons=list(buttons))
 
 
 def test_spacemouse(devices):
     act = device("spacemouse")
 
-    def state(x=0.0, y=0.0, z=0.0, buttons=(0, 0)):  # the last of the reports since the last step
-        old = [SimpleNamespace(x=1.0, y=-1.0, z=1.0, buttons=[0, 0], t=t) for t in (1, 2)]
-        devices.mouse = [*old, SimpleNamespace(x=x, y=y, z=z, buttons=list(buttons), t=3)]
+    def send(**last):  # the last of the reports since the last step
+        devices.reports = [report(x=1.0, y=-1.0), report(z=1.0), report(**last)]
 
-    state()
+    send()
     assert act() is None
-    state(x=0.4, y=-0.2, z=-1.0)
+    send(x=0.4, y=-0.2, z=-1.0)
     np.testing.assert_allclose(act(), [0.2, -0.1, -0.5, 1], rtol=1e-6)
-    state(z=0.5, buttons=(1, 0))
+    send(z=0.5, buttons=(1, 0))
     assert act()[-1] == -1 and act()[-1] == -1  # pressed once, not once a step
-    state(buttons=(0, 1))
+    send(buttons=(0, 1))
     assert act().tolist() == [0, 0, 0, -1]
-    devices.opened = False
+    devices.broken = True
+    with pytest.raises(Gone, match="read error"):
+        act()
+    devices.broken, devices.opened = False, False
     with pytest.raises(UserError, match="No connected.*udev"):
-        device("spacemouse")
+        DEVICES["spacemouse"].check(flags("spacemouse"))
+
+
+def test_a_spacemouse_whose_reports_stop_counts_as_centred(devices):
+    devices.reports = [report(x=1.0)]
+    act = device("spacemouse")
+    assert act() is None  # it was pushed before the episode
+    devices.reports = [report(x=1.0)]
+    assert act()[0] == 0.5
+    devices.clock += 0.15
+    assert act()[0] == 0.5
+    devices.clock += 0.1
+    assert act() is None
+    devices.reports = [report(x=1.0)]
+    assert act()[0] == 0.5
+
+
+TURNS = {
+    "keyboard": [dict(keys=Keys({key: 1})) for key in ("RIGHT", "UP", "q")],
+    "gamepad": [dict(hat=(1, 0)), dict(hat=(0, 1)), dict(axes=[0, 0, 0, -1.0, 0])],  # the stick to the left
+    "spacemouse": [dict(reports=[report(**{axis: 1.0})]) for axis in ("roll", "pitch", "yaw")],
+}
+
+
+def test_the_hand_turns_as_the_person_does(devices):
+    """Real ManiSkill: right-handed turns about forward, left and up."""
+    args = conrft.Args(
+        env_id="PushCube-v1", obs_mode="state", device="cpu", num_envs=1, control_mode="pd_ee_delta_pose"
+    )
+    conrft.validate(args)
+    env = conrft.make_env(args, 1)
+
+    def turned(action) -> np.ndarray:
+        env.reset(seed=[0])
+        tcp = env.envs[0].unwrapped.agent.tcp
+        before = tcp.pose.sp
+        for _ in range(3):
+            env.step(action[None])
+        return Rotation.from_quat(np.roll((tcp.pose.sp * before.inv()).q, -1)).as_rotvec()
+
+    known = []
+    for kind, presses in TURNS.items():
+        act = device(kind, actions=7)
+        for axis, press in enumerate(presses):
+            vars(devices).update(press)
+            action = act()
+            assert np.count_nonzero(action[:6]) == 1 and action[6] == 1
+            if kind == "keyboard":
+                known.append(action)
+                turn = turned(action)
+                assert turn[axis] > 0.05 and np.abs(np.delete(turn, axis)).max() < 0.01, axis
+            np.testing.assert_array_equal(action, known[axis])  # the others do what the keyboard does
+            vars(devices).update(keys=Keys(), hat=(0, 0), axes=[0.0] * 6)
+    env.close()
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("driver", ["offscreen", "dummy"])
+def test_without_a_display_there_is_no_operator(kind, driver, devices):
+    """SDL has drivers that draw for nobody, and takes one of them where it finds no display."""
+    devices.driver = driver
+    with pytest.raises(UserError, match=f"--intervention {kind} needs a display"):
+        DEVICES[kind].check(flags(kind))
+
+
+def test_a_line_shows_at_the_start_what_the_device_says(devices, capsys):
+    devices.axes = [0.0, -0.5, 0, 0, 0, 0]
+    DEVICES["gamepad"].check(flags("gamepad"))
+    lines = capsys.readouterr().err.split("\r")
+    assert len(lines) == 31 and "forward +0.5" in lines[-1] and lines[-1].endswith("\n")
+    assert len(devices.paces) == 30  # three seconds
+    devices.events = [SimpleNamespace(type=1)]
+    with pytest.raises(Gone):
+        DEVICES["gamepad"].check(flags("gamepad"))
 
 
 @pytest.mark.parametrize(
@@ -229,8 +357,4 @@ def test_spacemouse(devices):
 def test_a_missing_package_is_one_clear_line(kind, package, devices, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install '?{package}"):
-        DEVICES[kind].check_packages()
-
-
-def test_what_pip_calls_every_package():
-    assert {module for cls in DEVICES.values() for module in cls.modules} == devices_module.PACKAGES.keys()
+        DEVICES[kind].check(flags(kind))
