@@ -1,4 +1,4 @@
-"""Recorded episodes: ManiSkill's motion planner makes them, a ManiSkill .h5 holds them, its replay tool converts them."""
+"""Recorded episodes: ManiSkill's motion planner makes them, a .h5 holds them, its replay tool converts them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def read_recording(flags, path: Path) -> Recording:
 
 
 def seed_of(entry: dict) -> int | None:
-    """The seed that an episode was reset with. `episode_seed` isn't it where there was none: that of an earlier reset."""
+    """The seed that an episode was reset with. `episode_seed` won't do: without one it is that of an earlier reset."""
     seed = (entry.get("reset_kwargs") or {}).get("seed")
     if isinstance(seed, list):
         (seed,) = seed
@@ -147,7 +147,8 @@ def plan(flags, path: Path, seeds: range) -> None:
         except Exception as error:  # the solutions raise all sorts where no plan exists; the next seed is as good
             solved = False
             problem = f"{type(error).__name__}: {error}"
-        env.flush_trajectory(save=solved)
+        if env._trajectory_buffer is not None:  # none where the solution gave up before its first reset
+            env.flush_trajectory(save=solved)
     env.close()
     path.with_suffix(".done").write_text(problem)  # a killed run leaves no half file
 
