@@ -252,13 +252,22 @@ class Pi0Policy(Units):
 
 def check_pi0(args) -> None:
     """Check the flags of the backbone, and that its weights can be had, before anything is made. Raises: UserError."""
+    check_sizes(args)
+    if args.backbone.endswith("compact"):
+        return
+    if not (args.checkpoint or args.sft_checkpoint):
+        weights = f"hf://lerobot/{args.backbone}_base"
+        raise UserError(f"--backbone {args.backbone} needs its weights: --checkpoint {weights} or a local folder")
+    if args.checkpoint and not (args.resume or args.eval_only or args.sft_checkpoint):
+        check_pi0_weights(args.checkpoint, PRESETS[args.backbone])
+
+
+def check_sizes(args) -> None:
+    """Check the flags of the backbone as far as they don't need its weights. Raises: UserError."""
     name = args.backbone
     released = not name.endswith("compact")
     if args.checkpoint and not released:
         raise UserError(f"--checkpoint has released weights, and --backbone {name} none: give --backbone pi0 or pi05")
-    if released and not (args.checkpoint or args.sft_checkpoint):
-        weights = f"hf://lerobot/{name}_base"
-        raise UserError(f"--backbone {name} needs its weights: --checkpoint {weights} or a local folder")
     if released and args.obs_mode == "state":
         raise UserError(f"--backbone {name} needs --obs-mode rgb: privileged state is for compact models")
     if released and args.image_size < 224:
@@ -266,5 +275,3 @@ def check_pi0(args) -> None:
     frozen = args.finetune in ("expert", "head")
     if args.bf16 and not (released and frozen):
         raise UserError("--bf16 needs a frozen, released model: --backbone pi0 or pi05, --finetune expert or head")
-    if args.checkpoint and not (args.resume or args.eval_only or args.sft_checkpoint):
-        check_pi0_weights(args.checkpoint, PRESETS[name])

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from force_pi0 import TABLES, Agent, Args, Batch, clone_losses, update_actor, update_critic, validate  # noqa: E402
-from plumbing import Demos, parse_flags, run_script  # noqa: E402
+from backbones.pi0_policy import check_sizes  # noqa: E402
+from force_pi0 import LIMITS, TABLES, Agent, Args, Batch, clone_losses, update_actor, update_critic  # noqa: E402
+from plumbing import Demos, check_flags, parse_flags, run_script  # noqa: E402
 
 PROPRIO = 25  # about what the tasks have
 ACTION_DIMS = {"pd_ee_delta_pos": 4, "pd_ee_delta_pose": 7}  # other controllers: about 8
@@ -32,9 +33,9 @@ def main(args: Args) -> None:
 
 def dry_run(args: Args) -> dict:
     """What a run with these flags takes. Raises: UserError."""
-    args.checkpoint = None if args.backbone.endswith("compact") else "not needed"
-    validate(args)
     args.checkpoint = None
+    check_flags(args, LIMITS)
+    check_sizes(args)
     A = ACTION_DIMS.get(args.control_mode, 8)
     obs = toy_observations(args)
     with torch.device("meta"):

@@ -17,7 +17,7 @@ TINY = dict(
     env_id="PushCube-v1", obs_mode="state", device="cpu", cameras="primary", num_demos=4, max_episode_steps=10,
     hidden_dim=24, chunk_len=3, critic_dim=16, critic_layers=1, sft_updates=5, critic_first=1, offline_updates=4,
     batch_size=8, sft_batch_size=8, holdout=0.25, val_freq=2, eval_episodes=2, video_episodes=0, log_freq=1,
-    checkpoint_freq=3, actor_until="rest",
+    checkpoint_freq=3, actor_until="rest", drop_idle=0.0,
 )  # fmt: skip
 TOY = dict(obs_mode="state", proprio_noise=0.0, device="cpu", critic_dim=16, hidden_dim=24, lasting=False)
 
