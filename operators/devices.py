@@ -1,4 +1,4 @@
-"""A person as operator: keyboard, gamepad or SpaceMouse. What is where on them: docs/conrft.md."""
+"""A person as operator: keyboard, gamepad or SpaceMouse. What is where on them: docs/operators.md."""
 
 from __future__ import annotations
 

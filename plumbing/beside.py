@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from plumbing import stop
 from plumbing.flags import UserError
 
+DIED = "the process that evaluates has died (out of memory?); go on with --resume"
+
 
 class Evaluator:
     """Calls a script's `evaluate(env, agent, args, whole)` there, on environments of its own; same weights, same result.
@@ -35,10 +37,17 @@ class Evaluator:
                 self.process.start()
             atexit.register(self.process.terminate)  # where the program ends before `close`
             there.close()
-            self.pipe.send_bytes(pickle.dumps(self.work))
+            self.send(pickle.dumps(self.work))
         contiguous = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        self.pipe.send_bytes(save(contiguous))
-        self.pipe.send(whole)
+        self.send(save(contiguous))
+        self.send(pickle.dumps(whole))
+
+    def send(self, message: bytes) -> None:
+        """Raises: UserError where the process is gone."""
+        try:
+            self.pipe.send_bytes(message)
+        except ConnectionError as error:
+            raise UserError(DIED) from error
 
     def ready(self, seconds: float = 0.0) -> bool:
         """Is the result there, now or within so many seconds?"""
@@ -49,7 +58,7 @@ class Evaluator:
         try:
             result = self.pipe.recv()
         except (EOFError, ConnectionError) as error:
-            raise UserError("the process that evaluates has died (out of memory?); go on with --resume") from error
+            raise UserError(DIED) from error
         if isinstance(result, str):
             raise UserError(result)
         return result

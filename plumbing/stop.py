@@ -76,5 +76,5 @@ def follow_parent() -> None:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent.pid:  # it has ended already
+    if not parent.is_alive():  # it has ended already
         os._exit(1)

@@ -380,7 +380,7 @@ def test_metrics_and_summary(own_run):
     assert names >= {
         "losses/bc", "losses/td", "losses/calql", "losses/critic", "losses/q", "losses/actor", "values/q_data",
         "values/q_policy", "values/td_target", "values/mc_return", "calib/bound_rate", "val/td_error", "val/q_data",
-        "val/q_policy", "val/mc_return", "val/bc", "eval/success_once", "eval/episode_len", "grad_norm/sft", "lr/sft",
+        "val/q_policy", "val/mc_return", "val/bc", "eval/success_once", "grad_norm/sft", "lr/sft",
     }  # fmt: skip
     assert not [line for line in metrics(own_run[0])[1:] if not math.isfinite(float(line.split(",")[3]))]
     summary = json.loads((own_run[0] / "summary.json").read_text())
@@ -416,10 +416,10 @@ def test_eval_only_can_look_elsewhere_too(own_run, capsys, asked):
         assert flags or printed["eval/success_once"] == summary["success_once"]
 
 
-def test_evaluation_elsewhere_changes_nothing_else(own_run, place, upsampled, tmp_path, asked):
+def test_evaluation_elsewhere_changes_nothing_else(own_run, place, upsampled, tmp_path):
     folder = script.main(tiny_args(place, tmp_path, run_name="whole", eval_elsewhere=True))
     summary, other = (json.loads((f / "summary.json").read_text()) for f in (folder, own_run[0]))
-    assert "ood" in asked and summary["success_once"] == other["success_once"]
+    assert summary["success_once"] == other["success_once"]
     assert all("eval/success_once_ood" in e for e in summary["evaluations"])
     own, elsewhere = [], []
     for line in metrics(folder):
@@ -495,7 +495,7 @@ def test_a_resumed_run_keeps_the_action_box_of_its_start(place, upsampled, tmp_p
     (dict(spawn="ood", env_id="PlaceSphere-v1"), "--spawn"),
     (dict(spawn="fixed", demo_path="a.h5"), "--demo-path"), (dict(eval_elsewhere=True, env_id="PlaceSphere-v1"), "--spawn"),
     (dict(tau=1.5), "--tau"), (dict(gamma=1.0), "--gamma"), (dict(cql_samples=0), "--cql-samples"), (dict(backbone="octo-small"), "--backbone"),
-    (dict(sft_checkpoint="nowhere"), "no run folder of bc.py"), (dict(env_id="Nothing-v0"), "--env-id"),
+    (dict(sft_checkpoint="nowhere"), "nowhere is no run folder"), (dict(env_id="Nothing-v0"), "--env-id"),
 ], ids=str)  # fmt: skip
 def test_flags_that_cannot_be(flags, words, place, tmp_path):
     with pytest.raises(UserError, match=words):

@@ -430,14 +430,16 @@ def test_flags_that_cannot_be(flags, words, place, tmp_path, monkeypatch):
 
 
 def test_shared_flags_have_the_same_defaults():
-    """But for the model, and what stage 0 and stage 3 take with it."""
+    """But for the model, and what stage 0 and stage 3 take with it: here the backbone stays frozen online."""
     theirs = {f.name: f.default for f in dataclasses.fields(force_octo.Args)}
     ours = {f.name: f.default for f in dataclasses.fields(script.Args)}
-    assert theirs.keys() - ours.keys() == set()
-    assert {name for name in theirs if theirs[name] != ours[name]} == {"backbone", "sft_updates", "online_steps"}
+    assert theirs.keys() - ours.keys() == {"online_finetune", "round_steps", "online_lr"}
+    common = theirs.keys() & ours.keys()
+    budgets = {"backbone", "sft_updates", "offline_updates", "online_steps", "utd_ratio"}
+    assert {name for name in common if theirs[name] != ours[name]} == budgets
     one, two = (fill(s.Args, s.TABLES, obs_mode="state", env_id="other") for s in (force_octo, script))
-    differ = {name for name in theirs if getattr(one, name) != getattr(two, name)}
-    assert differ == {"backbone", "sft_updates", "online_steps"}
+    differ = {name for name in common if getattr(one, name) != getattr(two, name)}
+    assert differ == budgets | {"q_weight", "explore_noise", "success_filter"}  # episodes in the place of rounds
 
 
 def test_defaults_by_task_are_the_benchmarks():
