@@ -977,11 +977,11 @@ def main(args: Args) -> Path:
                 run.tick(logs, may_save=False)
             run.log(run.recent_episodes() | {"buffer/size": replay.steps.rows})
             run.log(helped.metrics())
-            run.save_if_due()
             between = run.stage_env_steps < args.online_steps
             if between and run.stage_env_steps // args.eval_freq > before // args.eval_freq:
-                run.evaluate()
+                run.evaluate()  # each episode ends at its first success
                 run.save()
+            run.save_if_due()
         if args.online_steps:
             run.evaluate(whole=True)
 

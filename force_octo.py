@@ -2,9 +2,9 @@
 
 A policy is cloned from demonstrations (stage 0), a conservative critic is trained on the same data (stage 1), both are
 re-calibrated on the policy's own rollouts (stage 2), and then the policy learns online from its proposals of
-above-average value, where these beat what it did (stage 3, VGPD). Stages 1 and 2 read fixed embeddings of the Octo
-backbone; stage 3 trains the backbone too, and embeds the buffers anew after each round (--online-finetune head, the
-paper's: it doesn't).
+above-average value, in states where the average proposal beats what it did (stage 3, VGPD). Stages 1 and 2 read fixed
+embeddings of the Octo backbone; stage 3 trains the backbone too, and embeds the buffers anew after each round. The
+paper's stage 3 is --online-finetune head --round-steps 1: a frozen backbone, and updates after each episode.
 
 Equations (numbers of the paper)                                             where
   (1)     critic: TD + alpha * (LSE over sampled actions - Q(data)), Cal-QL    td_target, calql_loss
@@ -150,10 +150,11 @@ class Args(RunArgs):
     candidate_sigma: float = 0.3  # noise level of the second denoising step for candidates (0 = one-step candidates)
     candidate_noise: float = 0.02  # Gaussian push on candidates, in units of the action box
     explore_noise: float = 0.0  # the same push on the chunks of training episodes
-    actor_ema: float = 0.999  # decay of pi_old, which acts and proposes (0: off); in stage 3 of `full` rounds renew it
+    actor_ema: float = 0.999  # decay of pi_old, which acts and proposes (0: pi itself); in stage 3 of `full`: none
 
 
-# The defaults above are for cameras. What else a choice changes: later tables win, and the command line always.
+# The defaults above are for cameras. Other values that go with the flags of a key, and with --preset. Later tables win
+# over earlier ones, and the command line over all.
 BY_OBS_MODE = {  # without a camera updates are cheap
     "state": dict(
         num_envs=1, num_demos=50, proprio_noise=0.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995
@@ -252,7 +253,7 @@ class Batch:
 
     feature: Tensor  # [B, F] embedding and normalised proprio at t
     chunk: Tensor  # [B, H*A] actions t..t+H-1, normalised to [-1, 1], time-major
-    reward: Tensor  # [B] sum over i < n of gamma^i * r_{t+i};  n = H, or fewer where the episode ends
+    reward: Tensor  # [B] sum over i < n of gamma^i * r_{t+i};  n = H, or fewer where the episode terminated
     bootstrap: Tensor  # [B] gamma^n, or 0 if the episode terminated at t + n (not: was truncated)
     next_feature: Tensor  # [B, F] at t + n
     mc_return: Tensor  # [B] discounted return from t on
@@ -269,7 +270,7 @@ class Batch:
 
 
 class Reward(NamedTuple):
-    """Of a control step, by whether it succeeds."""
+    """Of a control step, by whether it succeeds. Bounds of TD targets and of returns follow from it."""
 
     fail: float
     success: float
@@ -294,8 +295,8 @@ def mc_returns(reward: np.ndarray, terminated: bool, gamma: float, reward_failur
 class Episode:
     """T steps; more actions than that are what was recorded, or planned, after its end."""
 
-    feature: Tensor  # [T+1, F], empty if not asked for
-    obs: dict[str, np.ndarray]  # [T+1, ...] what was seen
+    feature: Tensor  # [T+1, F], empty if not asked for; [L+1, F] where it was recorded after the end, too
+    obs: dict[str, np.ndarray]  # [T+1, ...] what was seen; or [L+1, ...]
     action: np.ndarray  # [L, A] normalised, L >= T
     success: np.ndarray  # [T] at each step
     terminated: bool  # at T
@@ -326,7 +327,7 @@ class ReplayBuffer:
         self.tables = {"steps": self.steps, "seen": self.seen, "starts": self.starts}  # what a checkpoint holds
 
     def add(self, episode: Episode, reward: Reward, hold: np.ndarray, stay: int = 0) -> None:
-        """Append one episode of T steps. Chunks that a time limit cuts short are left out.
+        """Append one episode of T steps. Chunks that a time limit cuts short are never drawn.
 
         The L >= T actions (recorded or planned past the end) fill up its last chunks; `hold` [A], the action that keeps
         still, fills up after those. Of what was recorded past the success the first `stay` steps are episodes of their
@@ -569,7 +570,9 @@ class Agent(OctoPolicy):
 
 # === Losses: pure functions ==========================================================================================
 def td_target(batch: Batch, next_q: Tensor, return_mix: float, low: float, high: float) -> Tensor:
-    """y = sum gamma^i r_i + gamma^n * min_k Q'_k(s', a'), a' ~ pi(.|s'), kept within the returns that exist.
+    """sum gamma^i r_i + gamma^n * min Q'(s', a'), a' ~ pi_old(.|s'), mixed with the return, within [low, high].
+
+    The minimum is that of two random target critics; low and high are the least and the largest return that exist.
 
     return_mix > 0 moves that share of the target to the Monte-Carlo return, which carries a failure back through the
     episode at once, where bootstrapping takes thousands of updates.
@@ -635,7 +638,8 @@ def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool)
     """Weights of a state's K candidates and the gate between them and the buffer action.
 
     w_k ~ 1{Q_k >= mean Q} exp(Q_k / temperature)                                    Eq. (15)
-    zeta = 1{mean Q > Q(s, a_buffer)}                                        Eq. (14)
+    zeta = 1{mean Q > Q(s, a_buffer)}                                        gate of Eq. (14)
+    Q is the online critics' mean; mean Q is that of all K candidates.
     With `adaptive` the temperature is in units of the state's own standard deviation of Q over candidates.
     Shapes: q [B, K], q_buffer [B] -> w [B, K] summing to 1, zeta [B] bool.
     """
@@ -713,7 +717,7 @@ def self_distilled(agent: Agent, batch: Batch, args: Args, generator) -> tuple[T
     q = agent.critic(feature, candidates).mean(0)  # [B', K]
     q_buffer = agent.critic(feature, chunk).mean(0)  # [B']
     weight, zeta = vgpd_target(q, q_buffer, args.temperature, args.temperature_adaptive)
-    # Eq. (14) asks for the w-weighted sum of losses; one k ~ w per state has the same expected gradient.
+    # Eq. (14)'s target is the w-weighted sum of candidates; one k ~ w per state has the same expected gradient.
     k = torch.multinomial(weight, 1, generator=generator)[:, 0]
     chosen = candidates.take_along_dim(k[:, None, None], 1)[:, 0]  # [B', D]
     target = batch.chunk.clone()
@@ -735,6 +739,7 @@ def update_actor(
     """One step on bc_weight * BC(target [B, D]) + q_weight * L_Q, Eqs. (2-4), (5-7) or (9), and on pi_old's average.
 
     feature [B, F] is the actor's: batch.feature, or that of a backbone that learns too. The critic sees batch.feature.
+    successes_only filters BC, not L_Q.
     """
     bc = consistency_loss(agent.actor, feature, target, generator, args.noise_levels)  # [B]
     loss_bc = success_weighted_bc(bc, batch.success) if successes_only else bc.mean()
@@ -767,11 +772,11 @@ def update_online(
     if args.vgpd:
         target, found = self_distilled(agent, batch, args, generator)
     feature = batch.feature
-    ema = args.actor_ema
+    ema = args.actor_ema  # head: pi_old follows each update
     if args.online_finetune == "full":
         feature = agent.feature(observed(batch))
         feature = agent.perturb(feature, args.proprio_noise, generator)
-        ema = 1.0  # pi_old stays as it is until the end of the round
+        ema = 1.0  # full: pi_old stays as it is until the end of the round
     logs = update_actor(
         agent, optimizer, batch, feature, target, args, generator,
         bc_weight=args.distill_weight, q_weight=q_weight, ema=ema, successes_only=args.success_filter,
@@ -792,18 +797,18 @@ def rollout(
 ) -> list[Episode]:
     """One episode per environment, side by side; the policy is asked once a chunk.
 
-    training   an episode ends at success or failure, and keeps the features of all its steps
+    training   an episode ends where the task says so (success, or its own failure), and keeps all its features
     whole      if not training: an episode goes on after a success, to the time limit, to see whether it lasts
     frames     collects the first environment's video
     """
     N = len(seeds)
     H = agent.H
     limit = args.max_episode_steps
-    every = 1 if training or agent.window > 1 else H  # replay stores each step's observation
+    every = 1 if training or agent.window > 1 else H  # the steps that are rendered: replay and history need each one
     obs, _ = env.reset(seed=list(seeds), options={"every": every})
     observations = [obs]
     ended = np.zeros(N, dtype=bool)
-    length = np.full(N, limit)
+    length = np.full(N, limit)  # the time limit is no termination
     planned = []
     successes = []
     for t in range(limit):
@@ -945,7 +950,7 @@ def update_critics(agent: Agent, optimizer, next_batch, args: Args, generator, c
 
 
 def look(expert: ReplayBuffer, policy: ReplayBuffer, batch: Batch) -> dict[str, Tensor]:
-    """What the samples of a batch saw, for a backbone that learns."""
+    """What was seen where a batch's samples start, for a backbone that learns."""
     shown = expert.observations(batch.row[batch.expert].cpu())
     own = policy.observations(batch.row[~batch.expert].cpu())
     return joined(shown, own)
@@ -977,7 +982,7 @@ def main(args: Args) -> Path:
     agent = Agent(args, demos).to(args.device)
     load_sft_weights(agent, args, head="consistency")
     kept = demos.empty_obs() if args.online_finetune == "full" else {}
-    expert = ReplayBuffer(agent, args, kept, expert=True)  # demonstrations, successes
+    expert = ReplayBuffer(agent, args, kept, expert=True)  # demonstrations; later successful rollouts too
     policy = ReplayBuffer(agent, args, kept, expert=False)  # all rollouts
     add_demonstrations(expert, demos, agent, args)
     cloned = nn.ModuleList([agent.actor])
@@ -1062,8 +1067,8 @@ def main(args: Args) -> Path:
         forget(critic_optimizer, actor_optimizer)
         run.evaluate(whole=True)
 
-    # Stage 3: TD, and self-distillation online, Eqs. (8-15), in rounds: episodes of pi_old, updates, pi_old <- pi.
-    # A simulator can't be saved in the middle of an episode: checkpoints lie between rounds.
+    # Stage 3: TD, and self-distillation online, Eqs. (8-15), in rounds: episodes of pi_old, then updates.
+    # Checkpoints lie between rounds: a simulator can't be saved within an episode, and a round has one schedule.
     if run.enter("online"):
         bar = run.bar("[3/3] online VGPD", args.online_steps, run.stage_env_steps)
         while run.stage_env_steps < args.online_steps:
@@ -1085,11 +1090,11 @@ def main(args: Args) -> Path:
                 embed(expert, expert.observations, expert.steps.rows, agent)
                 embed(policy, policy.observations, policy.steps.rows, agent)
             run.log(run.recent_episodes() | {"buffer/size": policy.steps.rows})
-            run.save_if_due()
             between = run.stage_env_steps < args.online_steps
             if between and run.stage_env_steps // args.eval_freq > before // args.eval_freq:
-                run.evaluate()
+                run.evaluate()  # each episode ends at its first success
                 run.save()
+            run.save_if_due()
         run.evaluate(whole=True)
 
     run.finish(**demos.summary())

@@ -1088,11 +1088,11 @@ def main(args: Args) -> Path:
                 logs |= update_online(agent, actor_optimizer, batch, args, noise, q_weight)
                 run.tick(logs, may_save=False)
             run.log(run.recent_episodes() | {"buffer/size": policy.steps.rows})
-            run.save_if_due()
             between = run.stage_env_steps < args.online_steps
             if between and run.stage_env_steps // args.eval_freq > before // args.eval_freq:
-                run.evaluate()
+                run.evaluate()  # each episode ends at its first success
                 run.save()
+            run.save_if_due()
         run.evaluate(whole=True)
 
     run.finish(**demos.summary())
