@@ -28,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from plumbing.evaluation import EVAL_SEED, success_metrics
 from plumbing.flags import UserError, run_script
@@ -69,7 +70,8 @@ def ask_server(client: Client, names: str) -> Callable:
         theirs[own] = other
 
     def act(obs: dict, instruction: str) -> np.ndarray:
-        message = {theirs.get(name, name): value for name, value in (obs | {"prompt": instruction}).items()}
+        own = obs | {"prompt": instruction}
+        message = {theirs.get(name, name): own[name] for name in own}
         answer = client.infer(message)
         if "actions" not in answer:
             raise UserError(f"the policy at {client.address} answers without 'actions': {', '.join(map(str, answer))}")
@@ -84,7 +86,7 @@ def checked(actions, width: int, execute: int) -> np.ndarray:
         found = np.atleast_2d(np.asarray(actions, dtype=np.float32))
     except (TypeError, ValueError) as error:
         raise UserError(f"the policy's actions are no array of numbers ({error})") from error
-    if found.ndim != 2 or found.shape[1] != width or not len(found):
+    if found.ndim != 2 or found.shape[-1] != width or not found.size:
         raise UserError(f"the policy's actions are {list(found.shape)}; this controller takes [H, {width}]")
     if not np.isfinite(found).all():
         raise UserError("the policy's actions aren't finite")
@@ -114,17 +116,17 @@ def evaluate_function(act: Callable, module, args, execute: int) -> dict[str, fl
     instruction = TASKS.get(args.env_id, Task()).instruction
     env = module.make_env(replace(args, sim_backend="physx_cpu"), 1)
     success = []
-    for seed in range(EVAL_SEED, EVAL_SEED + args.eval_episodes):
+    bar = tqdm(range(EVAL_SEED, EVAL_SEED + args.eval_episodes), mininterval=2)
+    for seed in bar:
         success.append(play(env, act, instruction, seed, args.max_episode_steps, execute))
         rate = np.mean([episode.any() for episode in success])
-        print(f"\rsuccess {rate:.2f} after {len(success)} episodes", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        bar.set_description(f"success {rate:.2f}")
     env.close()
     return success_metrics(success, args.max_episode_steps)
 
 
-def evaluate_run(folder: str, episodes: int, device: str) -> tuple[dict[str, float], object]:
-    """A run by its script's own `evaluate`: the metrics, and its flags."""
+def evaluate_run(folder: str, episodes: int, device: str) -> tuple[dict, object]:
+    """A run by its script's own `evaluate`: the metrics, and its flags; episodes: 0 for as many as it had."""
     policy = load_policy(folder, device)
     args = policy.args
     if episodes:
@@ -152,22 +154,27 @@ def append_row(path: Path, row: dict) -> None:
     if not {"row", "seed", "success_once", "num_episodes"} <= set(columns):
         raise UserError(f"--csv {path} has other columns than benchmark/results/runs.csv: name another file")
     own = (row["row"], str(row["seed"]))
-    lines = [line for line in lines if (line["row"], line["seed"]) != own]
-    lines.append({name: row.get(name, "") for name in columns})
+    others = []
+    for line in lines:
+        if (line["row"], line["seed"]) != own:
+            others.append(line)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(lines)
+        writer.writerows([*others, row])
     os.replace(temporary, path)
 
 
 def row_of(name: str, metrics: dict[str, float], args, seconds: float, command: str) -> dict:
     """An evaluation as a line of the benchmark's runs.csv."""
-    rates = {name.removeprefix("eval/"): value for name, value in metrics.items()}
-    numbers = {key: f"{value:.6g}" for key, value in rates.items() if np.isfinite(value)}
+    numbers = {}
+    for key, value in metrics.items():
+        if np.isfinite(value):
+            numbers[key.removeprefix("eval/")] = f"{value:.6g}"
     about = provenance()
     versions = {"python": about["python"]} | about["packages"]
+    named = [" ".join(pair) for pair in versions.items()]
     said = {
         "row": name,
         "method": name,
@@ -178,7 +185,7 @@ def row_of(name: str, metrics: dict[str, float], args, seconds: float, command: 
         "final": 1,
         "seconds": f"{seconds:.6g}",
         "git_commit": about["git_commit"],
-        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
+        "versions": ", ".join(named),
         "device": args.device,
         "command": command,
     }
@@ -211,12 +218,17 @@ def main(words: list[str]) -> None:
         metrics, args = evaluate_run(own.run, flags.eval_episodes, flags.device)
     else:
         module, args = with_flags(ENVIRONMENT, __doc__, rest)
-        act = ask_server(Client(own.server), own.names) if own.server else function_of(own.policy)
+        if own.server:
+            act = ask_server(Client(own.server), own.names)
+        else:
+            act = function_of(own.policy)
         metrics = evaluate_function(act, module, args, own.execute)
     print(json.dumps(metrics, indent=2))
     if own.csv:
         command = " ".join(["python evaluate.py", *words])
-        append_row(own.csv, row_of(own.row, metrics, args, time.monotonic() - began, command))
+        seconds = time.monotonic() - began
+        row = row_of(own.row, metrics, args, seconds, command)
+        append_row(own.csv, row)
 
 
 if __name__ == "__main__":

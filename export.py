@@ -37,7 +37,9 @@ def save_as_octo(policy: Policy, folder: Path, flax: bool) -> None:
     released = load_octo(args.checkpoint)
     trained = policy.agent.backbone.state_dict()
     known = released.model.state_dict()
-    if trained.keys() - known.keys() or any(value.shape != known[name].shape for name, value in trained.items()):
+    theirs = {(name, value.shape) for name, value in known.items()}
+    ours = {(name, value.shape) for name, value in trained.items()}
+    if ours - theirs:
         raise UserError(f"{args.checkpoint} isn't what this run began with: its backbone has other parts")
     released.model.load_state_dict(known | trained)
     if getattr(policy.agent, "head", None) == "diffusion":

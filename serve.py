@@ -14,6 +14,7 @@ import plumbing  # noqa: F401  first: it sets how OpenMP's threads wait, which t
 # isort: split
 import argparse
 import sys
+from functools import partial
 
 from plumbing.flags import UserError, run_script
 from plumbing.openpi import server
@@ -41,9 +42,11 @@ def main(words: list[str]) -> None:
     if not 0 <= own.port < 65536:
         raise UserError(f"--port must be in 0..65535, got {own.port}")
     policy = load_policy(own.run, own.device)
-    with server(policy.describe(), lambda observation: answer(policy, observation), own.host, own.port) as listening:
+    infer = partial(answer, policy)
+    with server(policy.describe(), infer, own.host, own.port) as listening:
         host, port = listening.socket.getsockname()[:2]
-        print(f"{own.run} on ws://{host}:{port}: takes {policy.takes()}", flush=True)
+        address = f"ws://{host}:{port}"
+        print(f"{own.run} on {address}: takes {policy.takes()}", flush=True)
         listening.serve_forever()
 
 

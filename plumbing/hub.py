@@ -25,7 +25,7 @@ def from_hub(repository: str, revision: str | None, patterns: list[str]) -> Path
 
         folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the library's errors have many unrelated base classes
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = one_line(error)
         if "Gated" in reason:
             raise UserError(
                 f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, then `hf auth login`"
@@ -72,6 +72,10 @@ def push(folder: Path, repository: str, private: bool) -> str:
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload policy"))
     except Exception as error:  # the library's errors have many unrelated base classes
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         advice = "log in by `hf auth login` with a token that may write"
-        raise UserError(f"can't push to {repository} ({reason}); {advice}, and push again") from error
+        raise UserError(f"can't push to {repository} ({one_line(error)}); {advice}, and push again") from error
+
+
+def one_line(error: Exception) -> str:
+    words = str(error).split()
+    return f"{type(error).__name__}: {' '.join(words)[:200]}"

@@ -35,7 +35,8 @@ def of_recording(path: Path):
         raise UserError(f"{path} isn't by plumbing.record ({error!r}): {advice}") from error
     module = load_script(ROOT / Path(script).name)
     known = {field.name for field in fields(module.Args)}
-    args = module.Args(**{name: value for name, value in flags.items() if name in known})
+    kept = {name: flags[name] for name in flags if name in known}
+    args = module.Args(**kept)
     args = replace(args, demo_path=str(path), num_demos=count, drop_idle=0.0, skip_idle=0.0, resume=None)
     return module, args
 
@@ -62,10 +63,13 @@ def main(words: list[str]) -> None:
         module, args = of_recording(source) if source.suffix == ".h5" else of_run(source)
     demos = load_demos(args, module.make_env)
     instruction = TASKS.get(args.env_id, Task()).instruction
-    about = About(instruction, args.robot_uids, args.control_mode, args.control_freq, own.images == "png")
+    lossless = own.images == "png"
+    about = About(instruction, args.robot_uids, args.control_mode, args.control_freq, lossless)
     write_dataset(demos, own.out, about)
-    size = sum(file.stat().st_size for file in files(own.out)) / 1e6
-    print(f"{len(demos.lengths)} episodes, {demos.lengths.sum()} frames, {size:.1f} MB in {own.out}")
+    sizes = [file.stat().st_size for file in files(own.out)]
+    content = f"{len(demos.lengths)} episodes, {demos.lengths.sum()} frames"
+    megabytes = sum(sizes) / 1e6
+    print(f"{content}, {megabytes:.1f} MB in {own.out}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,14 @@ from tqdm import tqdm
 
 from plumbing.flags import UserError
 from plumbing.replay import has_gripper, worker_processes
-from plumbing.tasks import TASKS, Task, check_robot
+from plumbing.tasks import TASKS, Task, cameras_of, check_robot
 
 ROLES = ("state", "action", "success", "primary", "wrist")  # what --demo-columns can name
-ON_HAND = ("wrist", "hand", "gripper")  # in the name of a camera
+ON_HAND = "wrist|hand|gripper"  # in the name of a camera
+Columns = dict[str, str]  # role: the data set's name for it
+Rows = dict[str, np.ndarray]  # of one episode
 DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+PLACE = ("chunk_index", "file_index")
 VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 
 
@@ -47,12 +52,14 @@ class Dataset:
 
     @property
     def cameras(self) -> list[str]:
-        return [name for name, about in self.features.items() if about["dtype"] in ("image", "video")]
+        kinds = {name: about["dtype"] for name, about in self.features.items()}
+        return [name for name in kinds if kinds[name] in ("image", "video")]
 
     def file(self, pattern: str, fallback: str, **place) -> Path:
         """A file of the data set. Raises: UserError unless its name is one within the folder."""
         try:
-            path = self.path / (self.info.get(pattern) or fallback).format(**place)
+            name = self.info.get(pattern) or fallback
+            path = self.path / name.format(**place)
         except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{self.path}/meta/info.json has a {pattern} that can't be used: {error!r}") from error
         if not path.resolve().is_relative_to(self.path.resolve()):
@@ -69,7 +76,8 @@ def open_dataset(path: Path) -> Dataset:
     try:
         info = json.loads(file.read_text())
         version = str(info["codebase_version"])
-        forms = [(about["dtype"], about["shape"]) for about in info["features"].values()]
+        features = info["features"].values()
+        forms = [(about["dtype"], about["shape"]) for about in features]
         frequency = float(info["fps"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} can't be read ({error!r}); make or copy it again") from error
@@ -122,10 +130,7 @@ def check_source(flags) -> None:
     others = {name for name in controllers if name.startswith("pd_")} - {flags.control_mode}
     if others:
         raise UserError(f"{data.path} has actions for {min(others)}, not {flags.control_mode}: give --control-mode")
-    cameras = []
-    if flags.obs_mode == "rgb":
-        cameras = ["primary", "wrist"] if flags.cameras == "both" and flags.robot_uids == "panda" else ["primary"]
-    columns_of(data, flags.demo_columns, cameras)
+    columns_of(data, flags.demo_columns, list(cameras_of(flags)))
     stored = len(for_task(data, flags.env_id))
     if stored < flags.num_demos:
         raise UserError(f"{data.path} holds {stored} episodes of the task; --num-demos asks for {flags.num_demos}")
@@ -134,19 +139,22 @@ def check_source(flags) -> None:
 def for_task(data: Dataset, env_id: str) -> list[dict]:
     """The episodes with the task's instruction; all, where the data set has one instruction. Raises: UserError."""
     wanted = TASKS.get(env_id, Task()).instruction
-    tasks = {task for episode in data.episodes for task in episode.get("tasks") or []}
+    told = [episode.get("tasks") or [] for episode in data.episodes]
+    tasks = set().union(*told)
     if wanted in tasks:
-        return [episode for episode in data.episodes if wanted in episode["tasks"]]
+        fitting = [wanted in own for own in told]
+        return list(compress(data.episodes, fitting))
     if len(tasks) > 1:
         known = ", ".join(map(repr, sorted(tasks)[:5]))
         what = f"has {len(tasks)} tasks ({known}), none of which is {env_id}'s: {wanted!r}"
         raise UserError(f"{data.path} {what}; TASKS in plumbing/tasks.py has the instructions")
     if tasks:
-        print(f"{data.path} says {min(tasks)!r}; the policy is told {wanted!r}", file=sys.stderr)
+        (said,) = tasks
+        print(f"{data.path} says {said!r}; the policy is told {wanted!r}", file=sys.stderr)
     return data.episodes
 
 
-def columns_of(data: Dataset, given: str | None, cameras: list[str]) -> dict[str, str]:
+def columns_of(data: Dataset, given: str | None, cameras: list[str]) -> Columns:
     """The data set's name for state, action, success (if it has that) and each of the cameras.
 
     given   words ROLE=NAME, which go before the usual names. Raises: UserError.
@@ -169,15 +177,18 @@ def columns_of(data: Dataset, given: str | None, cameras: list[str]) -> dict[str
             raise UserError(f"{data.path} has no column {name}: give --demo-columns {role}=NAME, with one of {known}")
         if role in ("primary", "wrist") and name not in data.cameras:
             raise UserError(f"{data.path}: {name} holds no pictures; its cameras are {', '.join(data.cameras)}")
-    return {role: name for role, name in found.items() if role not in ("primary", "wrist") or role in cameras}
+    unseen = {"primary", "wrist"} - set(cameras)
+    return {role: name for role, name in found.items() if role not in unseen}
 
 
 def camera_for(data: Dataset, role: str) -> str:
     """The camera that a role's name tells from the others. Raises: UserError."""
-    named = [name for name in data.cameras if name.split(".")[-1] == role]
-    on_hand = [name for name in data.cameras if any(word in name.split(".")[-1] for word in ON_HAND)]
+    ends = {name: name.split(".")[-1] for name in data.cameras}
+    named = [name for name, end in ends.items() if end == role]
+    on_hand = [name for name in ends if re.search(ON_HAND, ends[name])]
     others = [name for name in data.cameras if name not in on_hand]
-    fitting = named or (on_hand if role == "wrist" else others)
+    usual = on_hand if role == "wrist" else others
+    fitting = named or usual
     if len(fitting) != 1:
         known = ", ".join(data.cameras) or "none"
         less = "; --cameras primary does without it" if role == "wrist" else ""
@@ -203,13 +214,13 @@ def form_of(args, make_env) -> Form:
     obs, _ = env.reset(seed=[0])
     base = getattr(env, "envs", [env])[0].unwrapped
     space = base.single_action_space
-    shapes = {name: value.shape[1:] for name, value in obs.items()}
+    shapes = {name: obs[name].shape[1:] for name in obs}
     form = Form(shapes, space.low, space.high, has_gripper(base))
     env.close()
     return form
 
 
-def make_episodes(args, make_env, flags) -> tuple[str, list[dict[str, np.ndarray]]]:
+def make_episodes(args, make_env, flags) -> tuple[str, list[Rows]]:
     """Where they are from, and the first --num-demos episodes with a success (fewer, where there aren't as many).
 
     Their arrays are those of `plumbing.replay.replay`. Raises: UserError.
@@ -234,13 +245,14 @@ def make_episodes(args, make_env, flags) -> tuple[str, list[dict[str, np.ndarray
             else:
                 failed += 1
     if failed:
-        print(f"{failed} episodes of {data.path} have no success ({columns['success']}): left out", file=sys.stderr)
+        without = f"{failed} episodes of {data.path} have no success"
+        print(f"{without} ({columns['success']}): left out", file=sys.stderr)
     if not found:
         raise UserError(f"no episode of {data.path} has a success: {columns.get('success')} is never true")
     return str(data.path), found
 
 
-def check_sizes(data: Dataset, columns: dict[str, str], form: Form, flags) -> None:
+def check_sizes(data: Dataset, columns: Columns, form: Form, flags) -> None:
     """Raises: UserError where states or actions have other numbers than the environment's."""
     needed = {"state": form.shapes["proprio"][0], "action": len(form.low)}
     settings = {"state": f"--obs-mode {flags.obs_mode}", "action": f"--control-mode {flags.control_mode}"}
@@ -248,11 +260,11 @@ def check_sizes(data: Dataset, columns: dict[str, str], form: Form, flags) -> No
         name = columns[role]
         have = int(np.prod(data.features[name]["shape"]))
         if have != want:
-            what = f"{flags.env_id} with {settings[role]} has {want}"
-            raise UserError(f"{data.path}: {name} has {have} numbers; {what}: give --demo-columns {role}=NAME")
+            other = f"{flags.env_id} with {settings[role]} has {want}"
+            raise UserError(f"{name} of {data.path} has {have} numbers, and {other}: give --demo-columns {role}=NAME")
 
 
-def read_episode(data: Dataset, episode: dict, columns: dict[str, str], form: Form) -> dict[str, np.ndarray]:
+def read_episode(data: Dataset, episode: dict, columns: Columns, form: Form) -> Rows:
     """A frame's parts for all T frames: "state" [T, P], "action" [T, A], "success" [T], cameras [T, H, H, 3] uint8.
 
     Raises: UserError, which names the episode.
@@ -267,13 +279,17 @@ def read_episode(data: Dataset, episode: dict, columns: dict[str, str], form: Fo
     for role, name in columns.items():
         if role in ("primary", "wrist"):
             side = form.shapes[role][0]
-            pictures = video_frames(data, episode, name) if is_video(data, name) else stored_images(table[name], where)
+            if is_video(data, name):
+                pictures = video_frames(data, episode, name)
+            else:
+                pictures = stored_images(table[name], where)
             fitted = [fit(picture, side) for picture in pictures]
             found[role] = np.stack(fitted)
         else:
             found[role] = numbers(table[name], f"{name} of {where}")
     for role in ("state", "action"):
-        found[role] = found[role].reshape(length, -1).astype(np.float32)
+        flat = found[role].reshape(length, -1)
+        found[role] = flat.astype(np.float32)
         if not np.isfinite(found[role]).all():
             raise UserError(f"{columns[role]} of {where} has numbers that aren't finite")
     succeeded = found.get("success", np.arange(1, length + 1) == length)  # without it, a demonstration ends with one
@@ -285,7 +301,7 @@ def is_video(data: Dataset, name: str) -> bool:
     return data.features[name]["dtype"] == "video"
 
 
-def rows_of(data: Dataset, episode: dict, columns: dict[str, str]):
+def rows_of(data: Dataset, episode: dict, columns: Columns):
     """An episode's rows of its data file, as a pyarrow table. Raises: UserError."""
     from pyarrow import compute
 
@@ -333,7 +349,7 @@ def video_frames(data: Dataset, episode: dict, name: str) -> list[np.ndarray]:
 
     where = f"the video {name} of episode {episode['episode_index']} of {data.path}"
     try:
-        place = {part: episode[f"videos/{name}/{part}"] for part in ("chunk_index", "file_index")}
+        place = {part: episode[f"videos/{name}/{part}"] for part in PLACE}
         start = float(episode[f"videos/{name}/from_timestamp"])
     except (KeyError, TypeError) as error:
         raise UserError(f"meta/episodes doesn't say where {where} is ({error}); make or copy it again") from error
@@ -366,19 +382,21 @@ def fit(picture: np.ndarray, side: int) -> np.ndarray:
     short = min(height, width)
     top = (height - short) // 2
     left = (width - short) // 2
-    square = picture[top : top + short, left : left + short]
+    rows = slice(top, top + short)
+    square = picture[rows, left : left + short]
     if short == side:
         return np.ascontiguousarray(square)
     return cv2.resize(square, (side, side), interpolation=cv2.INTER_AREA)
 
 
-def as_demonstration(rows: dict[str, np.ndarray], form: Form, flags) -> dict[str, np.ndarray]:
+def as_demonstration(rows: Rows, form: Form, flags) -> Rows:
     """Frames of an episode with a success, as `plumbing.replay.replay` returns one."""
     action = rows["action"]
     limited = (form.low == -1) & (form.high == 1)  # where the controller cuts actions off
     beyond = (limited & (np.abs(action) > 1.001)).any(1)
     action = np.where(limited, action.clip(-1, 1), action)
-    arm = np.abs(action[:, :-1] if form.gripper else action).max(1)
+    arm = action[:, :-1] if form.gripper else action
+    arm = np.abs(arm).max(1)
     idle = int((arm >= flags.skip_idle).argmax())
     success = rows["success"][idle:]
     if not success.any():  # it succeeded before it moved
@@ -393,9 +411,12 @@ def as_demonstration(rows: dict[str, np.ndarray], form: Form, flags) -> dict[str
     found = {}
     for name in form.shapes:
         seen = rows["state" if name == "proprio" else name][idle:]
-        found[f"obs_{name}"] = np.concatenate([seen, np.repeat(seen[-1:], more + 1, axis=0)])
-    found["action"] = np.concatenate([action[idle:], *[still[None]] * more, unused[None]])
-    found["success"] = np.concatenate([success, np.repeat(success[-1:], more), [False]])
+        again = np.repeat(seen[-1:], more + 1, axis=0)
+        found[f"obs_{name}"] = np.concatenate([seen, again])
+    waiting = [still] * more
+    found["action"] = np.stack([*action[idle:], *waiting, unused])
+    after = [success[-1]] * more
+    found["success"] = np.array([*success, *after, False])
     found["lengths"] = np.array([len(success) + more])
     found["steps"] = np.array([first])
     found["idle"] = np.array([idle])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.flags import UserError
-from plumbing.lerobot_read import DATA, VIDEO
+from plumbing.lerobot_read import DATA, VIDEO, Columns, Rows
 
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 PER_FILE = 100  # episodes in a file of data, and in one of video
@@ -49,7 +49,8 @@ def write_dataset(demos, folder: Path, about: About) -> None:
     frames = 0
     for first in range(0, len(demos.lengths), PER_FILE):
         numbers = range(first, min(first + PER_FILE, len(demos.lengths)))
-        place = {"chunk_index": first // PER_FILE // PER_CHUNK, "file_index": first // PER_FILE % PER_CHUNK}
+        chunk, file = divmod(first // PER_FILE, PER_CHUNK)
+        place = {"chunk_index": chunk, "file_index": file}
         parts = [frames_of(demos, number, about) for number in numbers]
         rows = write_part(folder, parts, place, cameras, about, frames)
         for row, number in zip(rows, numbers):
@@ -59,13 +60,13 @@ def write_dataset(demos, folder: Path, about: About) -> None:
     write_meta(folder, demos, episodes, features, about, cameras)
 
 
-def features_of(demos, cameras: dict[str, str], about: About) -> dict[str, dict]:
+def features_of(demos, cameras: Columns, about: About) -> dict[str, dict]:
     """The columns, as meta/info.json describes them."""
     width = demos.obs["proprio"].shape[1]
     actions = demos.action.shape[1]
     found = {
-        "observation.state": feature("float32", [width], [f"proprio.{i}" for i in range(width)]),
-        "action": feature("float32", [actions], [f"{about.control_mode}.{i}" for i in range(actions)]),
+        "observation.state": feature("float32", [width], numbered("proprio", width)),
+        "action": feature("float32", [actions], numbered(about.control_mode, actions)),
         "next.success": feature("bool", [1], None),
     }
     for name, column in cameras.items():
@@ -74,22 +75,28 @@ def features_of(demos, cameras: dict[str, str], about: About) -> dict[str, dict]
         if not about.lossless:
             sizes = {"video.height": shape[0], "video.width": shape[1], "video.channels": 3}
             coded = {"video.codec": "h264", "video.pix_fmt": "yuv420p", "video.is_depth_map": False}
-            found[column]["info"] = sizes | coded | {"video.fps": about.control_freq, "has_audio": False}
-    kinds = dict.fromkeys(COUNTED, "int64") | {"timestamp": "float32"}
-    return found | {name: feature(kind, [1], None) for name, kind in kinds.items()}
+            timed = {"video.fps": about.control_freq, "has_audio": False}
+            found[column]["info"] = sizes | coded | timed
+    for name in COUNTED:
+        found[name] = feature("float32" if name == "timestamp" else "int64", [1], None)
+    return found
+
+
+def numbered(name: str, count: int) -> list[str]:
+    return [f"{name}.{i}" for i in range(count)]
 
 
 def feature(dtype: str, shape: list[int], names: list[str] | None) -> dict:
     return {"dtype": dtype, "shape": shape, "names": names}
 
 
-def frames_of(demos, number: int, about: About) -> dict[str, np.ndarray]:
+def frames_of(demos, number: int, about: About) -> Rows:
     """The columns of an episode of T frames: [T] or [T, ...] each; cameras under their own names."""
     start = demos.starts()[number]
     length = int(demos.lengths[number])
     rows = slice(start, start + length)
     counted = np.arange(length)
-    found = {name: value[rows] for name, value in demos.obs.items()}
+    found = {name: demos.obs[name][rows] for name in demos.obs}
     found["observation.state"] = found.pop("proprio")
     found["action"] = demos.action[rows]
     found["next.success"] = demos.success[rows]
@@ -102,8 +109,11 @@ def frames_of(demos, number: int, about: About) -> dict[str, np.ndarray]:
 
 
 # === Files ===========================================================================================================
-def write_part(folder: Path, parts: list[dict], place: dict, cameras: dict, about: About, frames: int) -> list[dict]:
-    """A file of data and one of each video, with some episodes; their rows for meta/episodes."""
+def write_part(folder: Path, parts: list, place: dict, cameras: Columns, about: About, frames: int) -> list:
+    """A file of data and one of each video, with some episodes: their rows for meta/episodes.
+
+    frames: how many there are in the files before.
+    """
     import pyarrow
 
     columns = {}
@@ -112,7 +122,8 @@ def write_part(folder: Path, parts: list[dict], place: dict, cameras: dict, abou
         if name not in cameras:
             columns[name] = as_column(values)
         elif about.lossless:
-            columns[cameras[name]] = pyarrow.array([{"bytes": png(picture), "path": None} for picture in values])
+            stored = [{"bytes": png(picture), "path": None} for picture in values]
+            columns[cameras[name]] = pyarrow.array(stored)
         else:
             path = folder / VIDEO.format(video_key=cameras[name], **place)
             write_video(path, values, about.control_freq)
@@ -122,19 +133,24 @@ def write_part(folder: Path, parts: list[dict], place: dict, cameras: dict, abou
     for part in parts:
         length = len(part["action"])
         row = {"tasks": [about.instruction], "length": length}
-        row |= {f"data/{name}": number for name, number in place.items()}
+        row |= under("data", place)
         row["dataset_from_index"] = frames + before
         row["dataset_to_index"] = frames + before + length
         for column in [] if about.lossless else cameras.values():
-            row |= {f"videos/{column}/{name}": number for name, number in place.items()}
+            row |= under(f"videos/{column}", place)
             row[f"videos/{column}/from_timestamp"] = before / about.control_freq
             row[f"videos/{column}/to_timestamp"] = (before + length) / about.control_freq
-        row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+        row |= under("meta/episodes", {"chunk_index": 0, "file_index": 0})
         for name, numbers in stats_of(part, cameras).items():
-            row |= {f"stats/{name}/{key}": value for key, value in numbers.items()}
+            row |= under(f"stats/{name}", numbers)
         rows.append(row)
         before += length
     return rows
+
+
+def under(name: str, content: dict) -> dict:
+    """Columns of a nested table, as lerobot names them."""
+    return {f"{name}/{key}": value for key, value in content.items()}
 
 
 def as_column(values: np.ndarray):
@@ -180,7 +196,7 @@ def write_video(path: Path, pictures: np.ndarray, frequency: int) -> None:
         container.mux(stream.encode(None))
 
 
-def write_meta(folder: Path, demos, episodes: list[dict], features: dict, about: About, cameras: dict) -> None:
+def write_meta(folder: Path, demos, episodes: list[dict], features: dict, about: About, cameras: Columns) -> None:
     """meta/: info.json, stats.json, tasks.parquet and the episodes."""
     import pyarrow
 
@@ -201,8 +217,10 @@ def write_meta(folder: Path, demos, episodes: list[dict], features: dict, about:
         "video_path": None if about.lossless or not cameras else VIDEO,
         "features": features,
     }
-    everything = [frames_of(demos, number, about) for number in range(len(episodes))]
-    whole = {name: np.concatenate([part[name] for part in everything]) for name in everything[0]}
+    parts = [frames_of(demos, number, about) for number in range(len(episodes))]
+    whole = {}
+    for name in parts[0]:
+        whole[name] = np.concatenate([part[name] for part in parts])
     stats = stats_of(whole, cameras)
     (folder / "meta" / "stats.json").write_text(json.dumps(stats, indent=2) + "\n")
     (folder / "meta" / "info.json").write_text(json.dumps(info, indent=2) + "\n")  # last: without it there is no data
@@ -224,15 +242,17 @@ def tasks_table(instruction: str):
     return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
 
 
-def stats_of(rows: dict[str, np.ndarray], cameras: dict[str, str]) -> dict[str, dict[str, list]]:
+def stats_of(rows: Rows, cameras: Columns) -> dict[str, dict]:
     """What lerobot normalises by, of each column; of pictures by colour, from 0 to 1."""
     found = {}
     for name, values in rows.items():
         if name in cameras:
             some = values[:: max(len(values) // 100, 1)] / 255
             colours = some.reshape(-1, 3)
-            nested = {key: [[[x]] for x in value] for key, value in numbers_of(colours).items()}
-            found[cameras[name]] = nested | {"count": [len(some)]}
+            nested = {"count": [len(some)]}
+            for key, values in numbers_of(colours).items():
+                nested[key] = [[[value]] for value in values]  # [3, 1, 1]
+            found[cameras[name]] = nested
         else:
             flat = values.reshape(len(values), -1).astype(float)
             found[name] = numbers_of(flat) | {"count": [len(values)]}
@@ -241,9 +261,12 @@ def stats_of(rows: dict[str, np.ndarray], cameras: dict[str, str]) -> dict[str, 
 
 def numbers_of(values: np.ndarray) -> dict[str, list[float]]:
     """Statistics over the rows of [N, n]."""
-    found = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
-    found |= {name: np.quantile(values, share, axis=0) for name, share in QUANTILES.items()}
-    return {name: value.tolist() for name, value in found.items()}
+    found = {}
+    for name in ("min", "max", "mean", "std"):
+        found[name] = getattr(values, name)(0).tolist()
+    for name, share in QUANTILES.items():
+        found[name] = np.quantile(values, share, axis=0).tolist()
+    return found
 
 
 def files(folder: Path) -> Iterator[Path]:

@@ -44,7 +44,8 @@ def unpack(content: bytes) -> dict:
 
 
 def from_numpy(value):
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in NUMBERS:
+    kind = getattr(value, "dtype", np.dtype(int)).kind
+    if kind not in NUMBERS:
         raise ValueError(f"arrays of {value.dtype} can't be sent")
     if isinstance(value, np.ndarray):
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
@@ -72,7 +73,7 @@ def numeric(name: str) -> np.dtype:
 
 # === Server ==========================================================================================================
 @contextmanager
-def server(about: dict, infer: Callable[[dict], dict], host: str, port: int) -> Iterator:
+def server(about: dict, infer: Callable, host: str, port: int) -> Iterator:
     """A server of the library's, listening; its `serve_forever` goes on until its `shutdown`.
 
     infer(observation) -> answer; one call at a time. What it says by a UserError goes to the client, who may go on.

@@ -23,6 +23,7 @@ from plumbing.hub import local
 from plumbing.run import provenance
 from plumbing.scripts import of_run
 from plumbing.storage import Checkpoints, write_json
+from plumbing.tasks import cameras_of
 
 MODEL = "model.safetensors"
 PATTERNS = ["config.json", MODEL, "README.md"]
@@ -74,7 +75,8 @@ class Policy:
             feature = self.agent.feature(self.agent.recent(seen))
         finally:
             self.agent.instruction = own
-        chunk = self.agent.act(feature, self.generator) if self.draws else self.agent.act(feature)
+        noise = [self.generator] if self.draws else []
+        chunk = self.agent.act(feature, *noise)
         return self.agent.denormalise(chunk[0]).astype(np.float32)
 
     def checked(self, obs: dict) -> dict[str, np.ndarray]:
@@ -93,15 +95,18 @@ class Policy:
         found = {"proprio": proprio.astype(np.float32)[None]}
         for name, side in self.cameras.items():
             image = np.asarray(obs[name])
-            if image.shape != (side, side, 3) or image.dtype != np.uint8:
+            fits = image.shape == (side, side, 3)
+            if not fits or image.dtype != np.uint8:
                 got = f"{image.dtype} {list(image.shape)}"
                 raise UserError(f"{name!r} is {got}; this policy takes {self.takes()}")
             found[name] = image[None]
         return found
 
     def takes(self) -> str:
-        cameras = [f"{name!r} uint8 [{side}, {side}, 3]" for name, side in self.cameras.items()]
-        return ", ".join([f"'proprio' float32 [{self.proprio_dim}]", *cameras])
+        known = [f"'proprio' float32 [{self.proprio_dim}]"]
+        for name, side in self.cameras.items():
+            known.append(f"{name!r} uint8 [{side}, {side}, 3]")
+        return ", ".join(known)
 
     def describe(self) -> dict:
         """What goes in and comes out, as plain data: for config.json, and for who connects to a server."""
@@ -124,22 +129,15 @@ class Policy:
         if folder.exists():
             raise UserError(f"{folder} exists: choose another --out, or move it away")
         folder.mkdir(parents=True)
-        weights = {name: value for name, value in self.agent.state_dict().items() if "critic." not in name}
+        weights = {}
+        for name, value in self.agent.state_dict().items():
+            if "critic." not in name:
+                weights[name] = value.cpu().contiguous()
         flags = vars(self.args) | {"resume": None, "eval_only": None}
         config = {"script": self.script, "args": flags, "policy": self.describe()} | provenance()
         write_json(folder / "config.json", config)
         (folder / "README.md").write_text(model_card(self.describe()))
-        save_file({name: value.cpu().contiguous() for name, value in weights.items()}, folder / MODEL)
-
-
-def cameras_of(args) -> dict[str, int]:
-    """Names and sides of the images that the flags' environment gives, as `camera_configs` in plumbing/tasks.py."""
-    if args.obs_mode != "rgb":
-        return {}
-    found = {"primary": args.image_size}
-    if args.cameras == "both" and args.robot_uids == "panda":
-        found["wrist"] = min(args.image_size, max(args.image_size // 2, 64))
-    return found
+        save_file(weights, folder / MODEL)
 
 
 def load_policy(source: str | Path, device: str = "cpu") -> Policy:
@@ -147,8 +145,9 @@ def load_policy(source: str | Path, device: str = "cpu") -> Policy:
 
     Needs neither demonstrations nor a simulator. Raises: UserError, one line, for what is none or is damaged.
     """
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"--device {device} isn't here: use cpu")
+    here = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if device not in here:
+        raise UserError(f"--device {device} isn't here: use {' or '.join(here)}")
     folder = local(str(source), PATTERNS)
     module, args = of_run(folder, device)
     if (folder / MODEL).exists():
@@ -156,7 +155,8 @@ def load_policy(source: str | Path, device: str = "cpu") -> Policy:
     else:
         weights, _ = Checkpoints(folder).load(resume=False)
     agent = module.Agent(args, like_demonstrations(args, weights, folder))
-    critics = {name: value for name, value in agent.state_dict().items() if "critic." in name}
+    fresh = agent.state_dict()
+    critics = {name: fresh[name] for name in fresh if "critic." in name}  # a folder may have none, and none is asked
     load_weights(agent, critics | weights, folder)
     return Policy(agent.to(device), args, f"{module.__name__}.py")
 
@@ -179,14 +179,16 @@ def like_demonstrations(args, weights: dict[str, torch.Tensor], folder: Path) ->
     obs = {"proprio": proprio}
     for name, side in cameras_of(args).items():
         obs[name] = np.zeros((2, side, side, 3), np.uint8)
-    return Demos(obs, action, lengths=np.array([1]), steps=np.array([1]), source="shapes alone")
+    one = np.array([1])
+    return Demos(obs, action, lengths=one, steps=one, source="shapes alone")
 
 
 def model_card(about: dict) -> str:
     """README.md of an exported folder."""
     inputs = []
     for name, form in about["inputs"].items():
-        inputs.append(f"| `{name}` | {form['dtype']} | {form['shape']} |")
+        kind = form["dtype"]
+        inputs.append(f"| `{name}` | {kind} | {form['shape']} |")
     H, A = about["actions"]["shape"]
     lines = [
         "---",

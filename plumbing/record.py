@@ -59,7 +59,8 @@ def successes(module, agent, args, count: int) -> dict[int, np.ndarray]:
     tried = 0
     most = 3 * count + 50
     while len(env.found) < count and tried < most:
-        episodes = min(max(count - len(env.found), args.num_envs), most - tried)
+        missing = count - len(env.found)
+        episodes = min(max(missing, args.num_envs), most - tried)
         env.shift = RECORD_SEED - EVAL_SEED + tried
         module.evaluate(env, agent, replace(args, eval_episodes=episodes), whole=False)
         tried += -(-episodes // args.num_envs) * args.num_envs
@@ -74,7 +75,8 @@ def write_recording(args, episodes: dict[int, np.ndarray], out: Path, about: dic
     from mani_skill.utils.wrappers.record import RecordEpisode
 
     env = bare_env(DemoFlags.of(args), args.control_mode, max_episode_steps=args.max_episode_steps)
-    names = dict(trajectory_name=out.stem, source_type="rl", source_desc=f"{about['script']}, {args.env_id}")
+    origin = f"{about['script']}, {args.env_id}"
+    names = dict(trajectory_name=out.stem, source_type="rl", source_desc=origin)
     env = RecordEpisode(env, str(out.parent), save_video=False, save_on_reset=False, **names)
     saved = 0
     for seed, actions in episodes.items():
@@ -93,8 +95,8 @@ def write_recording(args, episodes: dict[int, np.ndarray], out: Path, about: dic
 
 def check_out(out: Path, suffix: str) -> None:
     """Raises: UserError unless a file can be written there that isn't yet."""
-    folder = out.parent
-    if out.suffix != suffix or out.exists() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    new = out.suffix == suffix and not out.exists()
+    if not new or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out} can't be written: name a new {suffix} in a folder that you may write to")
 
 
@@ -119,7 +121,8 @@ def main(words: list[str]) -> None:
     found = successes(module, policy.agent, args, own.episodes)
     if not found:
         raise UserError(f"{own.run} has no success to record: train it longer, or record another run")
-    about = {"script": policy.script, "args": vars(policy.args) | {"eval_only": None}, "run": str(own.run)}
+    flags = vars(policy.args) | {"eval_only": None}
+    about = {"script": policy.script, "args": flags, "run": own.run}
     saved = write_recording(args, found, own.out, about)
     if saved < own.episodes:
         print(f"fewer than asked for: {len(found)} succeeded, {saved} of them when done once more", file=sys.stderr)
