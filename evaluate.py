@@ -86,7 +86,7 @@ def checked(actions, width: int, execute: int) -> np.ndarray:
         found = np.atleast_2d(np.asarray(actions, dtype=np.float32))
     except (TypeError, ValueError) as error:
         raise UserError(f"the policy's actions are no array of numbers ({error})") from error
-    if found.ndim != 2 or found.shape[-1] != width or not found.size:
+    if found.shape[1:] != (width,) or not found.size:
         raise UserError(f"the policy's actions are {list(found.shape)}; this controller takes [H, {width}]")
     if not np.isfinite(found).all():
         raise UserError("the policy's actions aren't finite")

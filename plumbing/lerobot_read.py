@@ -261,7 +261,8 @@ def check_sizes(data: Dataset, columns: Columns, form: Form, flags) -> None:
         have = int(np.prod(data.features[name]["shape"]))
         if have != want:
             other = f"{flags.env_id} with {settings[role]} has {want}"
-            raise UserError(f"{name} of {data.path} has {have} numbers, and {other}: give --demo-columns {role}=NAME")
+            what = f"{name} of {data.path} has {have} numbers"
+            raise UserError(f"{what}, and {other}: give --demo-columns {role}=NAME")
 
 
 def read_episode(data: Dataset, episode: dict, columns: Columns, form: Form) -> Rows:
@@ -414,7 +415,8 @@ def as_demonstration(rows: Rows, form: Form, flags) -> Rows:
         again = np.repeat(seen[-1:], more + 1, axis=0)
         found[f"obs_{name}"] = np.concatenate([seen, again])
     waiting = [still] * more
-    found["action"] = np.stack([*action[idle:], *waiting, unused])
+    moved = action[idle:]
+    found["action"] = np.stack([*moved, *waiting, unused])
     after = [success[-1]] * more
     found["success"] = np.array([*success, *after, False])
     found["lengths"] = np.array([len(success) + more])

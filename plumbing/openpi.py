@@ -11,7 +11,7 @@ import http
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
@@ -136,10 +136,12 @@ class Client:
         except ImportError as error:
             raise UserError(LIBRARIES) from error
         self.address = address
+        self.held = ExitStack()
         self.patience = patience
         self.gone = (WebSocketException, OSError, TimeoutError)
         try:
-            self.connection = connect(address, compression=None, max_size=None, proxy=None)
+            found = connect(address, compression=None, max_size=None, proxy=None)
+            self.connection = self.held.enter_context(found)
             first = self.connection.recv(timeout=patience)
         except (InvalidURI, InvalidHandshake, *self.gone) as error:
             raise UserError(f"no policy answers at {address} ({error}): start it, or correct the address") from error
@@ -160,4 +162,4 @@ class Client:
         return unpack(answer)
 
     def close(self) -> None:
-        self.connection.close()
+        self.held.close()
