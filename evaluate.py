@@ -192,19 +192,23 @@ def row_of(name: str, metrics: dict[str, float], args, seconds: float, command: 
     return numbers | said
 
 
-def main(words: list[str]) -> None:
-    """Raises: UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    what = parser.add_mutually_exclusive_group(required=True)
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    found.formatter_class = argparse.RawDescriptionHelpFormatter
+    what = found.add_mutually_exclusive_group(required=True)
     what.add_argument("--policy", help="module:function")
     what.add_argument("--server", help="ws://host:port of a policy that speaks openpi's protocol")
     what.add_argument("--run", help="run folder, exported folder, or hf://owner/name")
-    parser.add_argument("--execute", type=int, default=0, help="actions to take of each answer (0: all)")
-    parser.add_argument("--names", default="", help='for a server: "primary=observation/image proprio=..."')
-    parser.add_argument("--row", help="name of the line in --csv")
-    parser.add_argument("--csv", type=Path, help="add the result there, such as benchmark/results/runs.csv")
-    own, rest = parser.parse_known_args(words)
+    found.add_argument("--execute", type=int, default=0, help="actions to take of each answer (0: all)")
+    found.add_argument("--names", default="", help='for a server: "primary=observation/image proprio=..."')
+    found.add_argument("--row", help="name of the line in --csv")
+    found.add_argument("--csv", type=Path, help="add the result there, such as benchmark/results/runs.csv")
+    return found
+
+
+def main(words: list[str]) -> None:
+    """Raises: UserError."""
+    own, rest = parser().parse_known_args(words)
     if bool(own.csv) != bool(own.row):
         raise UserError("--csv FILE and --row NAME need each other")
     if own.execute < 0:

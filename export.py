@@ -50,16 +50,20 @@ def save_as_octo(policy: Policy, folder: Path, flax: bool) -> None:
         save_octo(folder, released.model, released.head, released.statistics)
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    found.formatter_class = argparse.RawDescriptionHelpFormatter
+    found.add_argument("run", help="run folder, exported folder, or hf://owner/name[@revision]")
+    found.add_argument("--out", type=Path, required=True, help="folder that isn't there yet")
+    found.add_argument("--format", choices=("policy", "octo", "octo-safetensors"), default="policy")
+    found.add_argument("--push", help="owner/name on the hub; needs `hf auth login`")
+    found.add_argument("--public", action="store_true", help="a new repository on the hub is for everybody")
+    return found
+
+
 def main(words: list[str]) -> None:
     """Raises: UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", help="run folder, exported folder, or hf://owner/name[@revision]")
-    parser.add_argument("--out", type=Path, required=True, help="folder that isn't there yet")
-    parser.add_argument("--format", choices=("policy", "octo", "octo-safetensors"), default="policy")
-    parser.add_argument("--push", help="owner/name on the hub; needs `hf auth login`")
-    parser.add_argument("--public", action="store_true", help="a new repository on the hub is for everybody")
-    own = parser.parse_args(words)
+    own = parser().parse_args(words)
     policy = load_policy(own.run)
     if own.format == "policy":
         policy.save(own.out)

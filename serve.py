@@ -30,15 +30,19 @@ def answer(policy: Policy, observation: dict) -> dict:
     return {"actions": policy.act(obs, prompt)}
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    found.formatter_class = argparse.RawDescriptionHelpFormatter
+    found.add_argument("run", help="run folder, exported folder, or hf://owner/name[@revision]")
+    found.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
+    found.add_argument("--port", type=int, default=8000, help="port (8000; 0: any that is free)")
+    found.add_argument("--device", default="cpu", help="where the networks live (cpu)")
+    return found
+
+
 def main(words: list[str]) -> None:
     """Raises: UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", help="run folder, exported folder, or hf://owner/name[@revision]")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="port (8000; 0: any that is free)")
-    parser.add_argument("--device", default="cpu", help="where the networks live (cpu)")
-    own = parser.parse_args(words)
+    own = parser().parse_args(words)
     if not 0 <= own.port < 65536:
         raise UserError(f"--port must be in 0..65535, got {own.port}")
     policy = load_policy(own.run, own.device)

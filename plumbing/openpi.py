@@ -112,7 +112,9 @@ def server(about: dict, infer: Callable, host: str, port: int) -> Iterator:
     try:
         listening = serve(handle, host, port, compression=None, max_size=LARGEST, process_request=health)
     except OSError as error:
-        raise UserError(f"can't listen on {host}:{port} ({error}): choose another --host or --port") from error
+        raise UserError(
+            f"can't listen on {host}:{port} ({error.strerror or error}): choose another --host or --port"
+        ) from error
     with listening as found:
         yield found
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from plumbing.demos import Demos
 from plumbing.earlier import load_weights
@@ -22,7 +22,7 @@ from plumbing.flags import UserError
 from plumbing.hub import local
 from plumbing.run import provenance
 from plumbing.scripts import of_run
-from plumbing.storage import Checkpoints, write_json
+from plumbing.storage import Checkpoints, write, write_json
 from plumbing.tasks import cameras_of
 
 MODEL = "model.safetensors"
@@ -137,7 +137,7 @@ class Policy:
         config = {"script": self.script, "args": flags, "policy": self.describe()} | provenance()
         write_json(folder / "config.json", config)
         (folder / "README.md").write_text(model_card(self.describe()))
-        save_file(weights, folder / MODEL)
+        write(folder / MODEL, save(weights))
 
 
 def load_policy(source: str | Path, device: str = "cpu") -> Policy:
