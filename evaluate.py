@@ -8,7 +8,7 @@
 A function takes an observation {"proprio": [P] float32, cameras: [H, H, 3] uint8} and the instruction, and returns
 actions [H, A], or one [A], in the controller's units. They are all taken before it is asked again; --execute N takes
 the first N. If it has a `reset`, that is called before each episode. A server gets the same names and "prompt";
---names gives it others. The environment's flags and defaults are those of bc.py (python bc.py --help).
+--names gives it others. The environment's flags and defaults are those of bc.py, whose --help lists them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import compress
@@ -77,7 +76,7 @@ def open_dataset(path: Path) -> Dataset:
         info = json.loads(file.read_text())
         version = str(info["codebase_version"])
         features = info["features"].values()
-        forms = [(about["dtype"], about["shape"]) for about in features]
+        forms = [(about["dtype"], int(np.prod(about["shape"]))) for about in features]
         frequency = float(info["fps"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} can't be read ({error!r}); make or copy it again") from error
@@ -109,7 +108,7 @@ def read_table(path: Path, columns: list[str] | None = None):
         raise UserError("LeRobot data sets need `pip install pyarrow av`") from error
     try:
         return parquet.ParquetFile(path).read(columns)
-    except (OSError, pyarrow.ArrowException, KeyError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} can't be read ({reason}); make or copy it again") from error
 
@@ -281,11 +280,10 @@ def read_episode(data: Dataset, episode: dict, columns: Columns, form: Form) -> 
         if role in ("primary", "wrist"):
             side = form.shapes[role][0]
             if is_video(data, name):
-                pictures = video_frames(data, episode, name)
+                pictures = video_frames(data, episode, name, side)
             else:
-                pictures = stored_images(table[name], where)
-            fitted = [fit(picture, side) for picture in pictures]
-            found[role] = np.stack(fitted)
+                pictures = stored_images(table[name], where, side)
+            found[role] = np.stack(pictures)
         else:
             found[role] = numbers(table[name], f"{name} of {where}")
     for role in ("state", "action"):
@@ -329,20 +327,22 @@ def numbers(column, where: str) -> np.ndarray:
     return found
 
 
-def stored_images(column, where: str) -> Iterator[np.ndarray]:
-    """Pictures that lie in the table as files: [h, w, 3] uint8 each. Raises: UserError."""
+def stored_images(column, where: str, side: int) -> list[np.ndarray]:
+    """Pictures that lie in the table as files: [side, side, 3] uint8 each. Raises: UserError."""
     from PIL import Image
 
+    found = []
     for value in column.to_pylist():
         try:
             picture = Image.open(io.BytesIO(value["bytes"])).convert("RGB")
         except (OSError, TypeError, KeyError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"a picture of {where} can't be read ({error}); make or copy it again") from error
-        yield np.asarray(picture)
+        found.append(fit(np.asarray(picture), side))
+    return found
 
 
-def video_frames(data: Dataset, episode: dict, name: str) -> list[np.ndarray]:
-    """An episode's frames of a video, [h, w, 3] uint8 each. Raises: UserError."""
+def video_frames(data: Dataset, episode: dict, name: str, side: int) -> list[np.ndarray]:
+    """An episode's frames of a video, [side, side, 3] uint8 each. Raises: UserError."""
     try:
         import av
     except ImportError as error:
@@ -367,8 +367,8 @@ def video_frames(data: Dataset, episode: dict, name: str) -> list[np.ndarray]:
                 if index >= length:
                     break
                 if index >= 0:
-                    found[index] = frame.to_ndarray(format="rgb24")
-    except (OSError, ValueError, IndexError, av.error.FFmpegError) as error:
+                    found[index] = fit(frame.to_ndarray(format="rgb24"), side)
+    except (OSError, ValueError, IndexError, TypeError, av.error.FFmpegError) as error:
         raise UserError(f"{where} can't be read ({error}); make or copy it again") from error
     if len(found) < length:
         raise UserError(f"{where} has {len(found)} of {length} frames at their times; make or copy it again")

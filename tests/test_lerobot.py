@@ -15,6 +15,7 @@ from pyarrow import parquet
 import bc as script
 from plumbing import UserError, lerobot, lerobot_read, load_demos
 from plumbing.lerobot_write import About, write_dataset
+from plumbing.storage import write_json
 
 sys.path.insert(0, str(FIXTURES))
 from make_lerobot_fixture import TASK, action, picture, state  # noqa: E402
@@ -200,6 +201,11 @@ def test_actions_for_another_controller_are_refused(tmp_path, known, inline):
         load_demos(args_of(tmp_path, tmp_path / "out", control_mode="pd_ee_delta_pose"), None)
 
 
+def test_columns_go_with_a_folder(tmp_path):
+    with pytest.raises(UserError, match="--demo-columns names columns of a LeRobotDataset: give its folder"):
+        load_demos(tiny_args(tmp_path, script, demo_columns="state=x"), None)
+
+
 def test_a_changed_folder_is_read_anew(tmp_path, known, inline):
     shutil.copytree(TINY, tmp_path / "data")
     args = args_of(tmp_path, tmp_path / "data")
@@ -227,6 +233,14 @@ def test_demonstrations_go_out_and_come_back(place, demos, tmp_path, inline, cap
     assert np.array_equal(again.success, demos.success)
     stored = np.delete(np.arange(len(demos.action)), demos.starts() + demos.lengths)
     assert np.array_equal(again.obs["proprio"][stored], demos.obs["proprio"][stored])
+    run = tmp_path / "run"
+    run.mkdir()
+    args = tiny_args(place, script)
+    script.validate(args)
+    write_json(run / "config.json", {"script": "bc.py", "args": dataclasses.asdict(args)})
+    lerobot.main(["export", str(run), "--out", str(tmp_path / "same")])
+    name = "data/chunk-000/file-000.parquet"
+    assert parquet.read_table(tmp_path / "same" / name) == parquet.read_table(out / name)
     with pytest.raises(UserError, match="exists: choose another --out"):
         lerobot.main(["export", program, "--out", str(out)])
 
