@@ -76,7 +76,7 @@ def open_dataset(path: Path) -> Dataset:
         info = json.loads(file.read_text())
         version = str(info["codebase_version"])
         features = info["features"].values()
-        forms = [(about["dtype"], int(np.prod(about["shape"]))) for about in features]
+        forms = [(about["dtype"], size_of(about)) for about in features]
         frequency = float(info["fps"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} can't be read ({error!r}); make or copy it again") from error
@@ -97,6 +97,11 @@ def open_dataset(path: Path) -> Dataset:
     if not episodes:
         raise UserError(f"{path} holds no episodes: meta/episodes has no .parquet with rows")
     return Dataset(path, info, sorted(episodes, key=lambda episode: episode["episode_index"]))
+
+
+def size_of(about: dict) -> int:
+    """Numbers in a row of a feature."""
+    return int(np.prod(about["shape"]))
 
 
 def read_table(path: Path, columns: list[str] | None = None):
@@ -257,7 +262,7 @@ def check_sizes(data: Dataset, columns: Columns, form: Form, flags) -> None:
     settings = {"state": f"--obs-mode {flags.obs_mode}", "action": f"--control-mode {flags.control_mode}"}
     for role, want in needed.items():
         name = columns[role]
-        have = int(np.prod(data.features[name]["shape"]))
+        have = size_of(data.features[name])
         if have != want:
             other = f"{flags.env_id} with {settings[role]} has {want}"
             what = f"{name} of {data.path} has {have} numbers"
