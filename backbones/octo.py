@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.hub import from_hub
 from backbones.t5 import T5_SIZES, T5Encoder, t5_token_ids
+from plumbing.hub import from_hub
 
 LANGUAGE, OBSERVATION, READOUT = 0, 1, 2  # token kinds, ordered: a token may look at its own kind and at lower ones
 # Added to a score, hides the key. Finite, so that a row which may look at nothing becomes a uniform average as in the

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from backbones.hub import from_hub
 from backbones.octo import PRESETS, DiffusionHead, Octo, OctoConfig
 from plumbing.flags import UserError
+from plumbing.hub import from_hub
 
 
 @dataclass
@@ -252,6 +253,37 @@ def save_octo(folder: str | Path, model: Octo, head: DiffusionHead, statistics: 
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / "octo.safetensors")
     described = {"config": dataclasses.asdict(model.config), "head": head.sizes, "statistics": statistics}
     (folder / "octo.json").write_text(json.dumps(described, indent=1))
+
+
+def save_flax(folder: str | Path, released: LoadedOcto) -> None:
+    """Write a released model whose parameters have changed in the form in which it was read: flax-msgpack.
+
+    config.json, dataset_statistics.json and the tokenizer come from beside the file that was read. Raises: UserError
+    if that isn't Octo's own file.
+    """
+    import msgpack
+
+    if released.file.name != "checkpoint":
+        raise UserError(f"{released.file} isn't in Octo's own format, and has no config.json of Octo's to go with it")
+    tree: dict = {}
+    for path, shape, parameter, transposed in flax_layout(released.model, released.head):
+        tensor = parameter.detach().float().cpu()
+        if transposed:
+            tensor = tensor.permute(*range(2, tensor.ndim), 1, 0)  # [h, w, in, out]
+        array = tensor.reshape(shape).contiguous().numpy()
+        content = msgpack.packb((shape, "float32", array.tobytes()))
+        *modules, leaf = path.split("/")
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[leaf] = msgpack.ExtType(1, content)
+    step = released.file.parent.parent
+    target = Path(folder) / step.name / "default"
+    target.mkdir(parents=True)
+    (target / "checkpoint").write_bytes(msgpack.packb(tree))
+    for name in ("config.json", "dataset_statistics.json", "spiece.model"):
+        if (step.parent / name).is_file():
+            shutil.copyfile(step.parent / name, Path(folder) / name)
 
 
 def _load_ours(folder: Path) -> LoadedOcto:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from backbones.hub import from_hub
 from backbones.pi0 import PRESETS, Pi0, Pi0Config, load_tokenizer
 from plumbing.flags import UserError
+from plumbing.hub import from_hub
 
 _VLM, _EXPERT = "paligemma_with_expert.paligemma.", "paligemma_with_expert.gemma_expert."
 _VISION = f"{_VLM}model.vision_tower.vision_model."

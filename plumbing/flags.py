@@ -41,7 +41,8 @@ class RunArgs:
     torch_threads: int = 0  # CPU threads; 0: one, but OMP_NUM_THREADS or all cores (up to 8) for stage 0 with a camera
 
     # --- demonstrations ---
-    demo_path: str | None = None  # ManiSkill .h5 (with its .json); default: made by its planner
+    demo_path: str | None = None  # ManiSkill .h5 (with its .json), or a LeRobotDataset v3 folder; default: planned
+    demo_columns: str | None = None  # of that folder, where names differ: "primary=observation.images.top state=..."
     demo_dir: str = "demos"  # cache for demonstrations
     num_demos: int = 300  # demonstrations to make or to use
     drop_idle: float = 0.03  # leave out steps in which nothing moves: the arm less than this (actions reach 1); 0: none

@@ -11,14 +11,14 @@ observations begin with obs_.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import shutil
 import sys
 from pathlib import Path
 
 from plumbing.demos import cache_of, load_demos
-from plumbing.flags import UserError, parse_flags, run_script
+from plumbing.flags import UserError, run_script
+from plumbing.scripts import with_flags
 
 
 def main(words: list[str]) -> None:
@@ -31,10 +31,7 @@ def main(words: list[str]) -> None:
     own, flags = parser.parse_known_args(words[1:])
     if own.out and (own.out.is_dir() or not os.access(own.out.parent, os.W_OK)):
         raise UserError(f"--out {own.out} can't be written: name a file in a folder that you may write to")
-    sys.path.insert(0, str(script.resolve().parent))
-    module = importlib.import_module(script.stem)  # worker processes find its functions by this name
-    args = parse_flags(module.Args, __doc__, module.TABLES, flags)
-    module.validate(args)
+    module, args = with_flags(script, __doc__, flags)
     load_demos(args, module.make_env)
     if own.out:
         shutil.copyfile(cache_of(args), own.out)

@@ -114,6 +114,25 @@ def can_plan(env_id: str) -> bool:
     return env_id in MP_SOLUTIONS
 
 
+def bare_env(flags, control_mode: str, **more) -> gym.Env:
+    """The task without observations, for plans and recordings. Raises: UserError."""
+    allow_no_reward(flags.env_id)
+    with simulator_errors(flags.env_id):
+        env = gym.make(
+            flags.env_id,
+            obs_mode="none",
+            control_mode=control_mode,
+            robot_uids=flags.robot_uids,
+            reward_mode="none",
+            sim_backend="physx_cpu",
+            render_backend="cpu",
+            sim_config=dict(control_freq=flags.control_freq),
+            reconfiguration_freq=1,  # PhysX remembers contacts across resets
+            **more,
+        )
+    return Spawn(env, flags.env_id, flags.spawn)
+
+
 def plan(flags, path: Path, seeds: range) -> None:
     """Let ManiSkill's motion planner try these seeds; its successes are in `path` then (joint positions).
 
@@ -123,20 +142,7 @@ def plan(flags, path: Path, seeds: range) -> None:
     from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
     from mani_skill.utils.wrappers.record import RecordEpisode
 
-    allow_no_reward(flags.env_id)
-    with simulator_errors(flags.env_id):
-        env = gym.make(
-            flags.env_id,
-            obs_mode="none",
-            control_mode="pd_joint_pos",
-            robot_uids=flags.robot_uids,
-            reward_mode="none",
-            sim_backend="physx_cpu",
-            render_backend="cpu",
-            sim_config=dict(control_freq=flags.control_freq),
-            reconfiguration_freq=1,  # PhysX remembers contacts across resets
-        )
-    env = Spawn(env, flags.env_id, flags.spawn)
+    env = bare_env(flags, "pd_joint_pos")
     env = RecordEpisode(env, str(path.parent), trajectory_name=path.stem, save_video=False, save_on_reset=False)
     problem = ""
     for seed in seeds:

@@ -40,6 +40,8 @@ def check_source(flags) -> None:
     """Can demonstrations be had with these flags? Raises: UserError."""
     if flags.spawn != "random" and (flags.env_id not in SPAWN or flags.demo_path):
         raise UserError(f"--spawn moves the objects of {', '.join(SPAWN)} where demonstrations are made, not read")
+    if flags.demo_columns:
+        raise UserError("--demo-columns names columns of a LeRobotDataset: give its folder by --demo-path")
     if flags.skip_idle and "delta" not in flags.control_mode:
         raise UserError(f"--skip-idle is for controllers of differences, not {flags.control_mode}")
     check_robot(flags.env_id, flags.robot_uids)

@@ -14,6 +14,7 @@ from conftest import ROOT, SCRIPTS
 
 from plumbing import RunArgs
 
+COMMANDS = ("evaluate", "export", "serve")  # programs for all scripts' runs
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
 TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
 PACKAGES = {name: sorted(ROOT.glob(f"{name}/*.py")) for name in ("backbones", "operators", "plumbing")}
@@ -26,7 +27,8 @@ def walk(tree: ast.AST, kind) -> list:
 # --- who imports whom ---
 MAY_IMPORT = {
     "script": ("backbones", "operators", "plumbing"),
-    "backbones": ("backbones", "plumbing.flags"),
+    "command": ("backbones", "plumbing"),
+    "backbones": ("backbones", "plumbing.flags", "plumbing.hub"),
     "operators": ("operators", "plumbing.flags"),
     "plumbing": ("plumbing",),
 }
@@ -47,7 +49,7 @@ def imported(source: str, package: str = "") -> set[str]:
 def forbidden(kind: str, source: str) -> set[str]:
     """Modules of ours that a script, or a module of a package, must not import."""
     ours = {*SCRIPTS, *PACKAGES, "benchmark", "tests", "conftest"} | {path.stem for path in ROOT.glob("*.py")}
-    package = "" if kind == "script" else kind
+    package = "" if kind in ("script", "command") else kind
     mine = {name for name in imported(source, package) if name.split(".")[0] in ours}
     return {name for name in mine if not any(f"{name}.".startswith(f"{may}.") for may in MAY_IMPORT[kind])} - {
         name for name in mine if any(f"{may}.".startswith(f"{name}.") and "." in may for may in MAY_IMPORT[kind])
@@ -57,6 +59,12 @@ def forbidden(kind: str, source: str) -> set[str]:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_import_no_other_script(name):
     assert forbidden("script", SOURCES[name]) == set()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_know_no_script(name):
+    source = (ROOT / f"{name}.py").read_text()
+    assert forbidden("command", source) == set() and algorithmic(source) == []
 
 
 @pytest.mark.parametrize("path", sum(PACKAGES.values(), []), ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -474,4 +482,4 @@ def test_tasks_of_the_tables_exist():
 
 # --- files ---
 def test_there_are_no_other_scripts():
-    assert {path.stem for path in Path(ROOT).glob("*.py")} == set(SCRIPTS)
+    assert {path.stem for path in Path(ROOT).glob("*.py")} == {*SCRIPTS, *COMMANDS}

@@ -11,13 +11,14 @@ import torch
 from conftest import FIXTURES, tiny_args
 
 import bc
+import export
 import force_octo as script
 from backbones import t5
 from backbones.octo import PRESETS, DiffusionHead, Octo
 from backbones.octo_policy import random_shift
-from backbones.octo_weights import flax_layout, load_octo
-from plumbing import TASKS, UserError, load_demos, load_sft_weights
-from plumbing.storage import Checkpoints
+from backbones.octo_weights import flax_layout, load_octo, read_flax
+from plumbing import TASKS, Demos, UserError, load_demos, load_sft_weights
+from plumbing.storage import Checkpoints, write_json
 
 THIN = dataclasses.replace(  # the released inputs, with a trunk that runs in milliseconds
     PRESETS["octo-small"], token_dim=32, num_layers=1, num_heads=4, mlp_dim=32, stem_features=(32, 32, 32, 32),
@@ -100,6 +101,38 @@ def test_bc_reads_them_too(place, released, tmp_path):
     load_sft_weights(agent, args, head="consistency")
     weights, _ = Checkpoints(run).load(resume=False)
     assert torch.equal(agent.state_dict()["actor.out.weight"], weights["actor.out.weight"])
+
+
+def test_trained_octo_goes_out_in_its_own_format(place, released, tmp_path):
+    """flax-msgpack with every leaf; what was trained is the run's, all else as released. Then --checkpoint takes it."""
+    folder, model = released
+    args = flags(place, folder, eval_only="x")
+    one = np.array([1])
+    obs = {"proprio": np.zeros((2, 9), np.float32), "primary": np.zeros((2, 256, 256, 3), np.uint8)}
+    obs["wrist"] = np.zeros((2, 128, 128, 3), np.uint8)
+    agent = script.Agent(args, Demos(obs, np.zeros((2, 4), np.float32), one, one, "shapes"))
+    with torch.no_grad():
+        for weight in agent.backbone.parameters():
+            weight.add_(0.5)
+    run = tmp_path / "run"
+    run.mkdir()
+    write_json(run / "config.json", {"script": "force_octo.py", "args": dataclasses.asdict(args) | {"eval_only": None}})
+    Checkpoints(run).save("update-1", agent.state_dict(), {}, {})
+    export.main([str(run), "--out", str(tmp_path / "octo"), "--format", "octo"])
+    export.main([str(run), "--out", str(tmp_path / "ours"), "--format", "octo-safetensors"])
+    before, after = (read_flax(path / "7/default/checkpoint") for path in (folder, tmp_path / "octo"))
+    assert before.keys() == after.keys()
+    for name in before:
+        frozen = "hf_model" in name or name.startswith("heads_action")
+        assert np.array_equal(before[name], after[name]) == frozen, name
+    for out in ("octo", "ours"):
+        again = load_octo(tmp_path / out)
+        assert again.model.tokenizer_file is not None or out == "ours"
+        for name, weight in agent.backbone.state_dict().items():
+            assert torch.equal(again.model.state_dict()[name], weight), name
+    (folder / "7/default/checkpoint").unlink()
+    with pytest.raises(UserError, match="no weights at"):
+        export.main([str(run), "--out", str(tmp_path / "more"), "--format", "octo"])
 
 
 def test_the_window_holds_the_step_before(place, released):

@@ -21,11 +21,10 @@ from conftest import FIXTURES, ROOT
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from backbones import hub
 from backbones.pi0_weights import load_pi0
 from backbones.t5 import t5_token_ids
 from benchmark import faults
-from plumbing import RunArgs, UserError, check_flags, run_script, stop
+from plumbing import RunArgs, UserError, check_flags, hub, run_script, stop
 from plumbing.beside import Evaluator
 from plumbing.run import Run
 from plumbing.storage import Checkpoints, lock, write_json
