@@ -1,43 +1,23 @@
-"""Cells and captions of the tables: numbers, runs and the papers' numbers as text. "–" stands for what isn't known."""
+"""Cells of the tables, and the words around them: numbers, runs and the papers' numbers as text.
 
-from __future__ import annotations
+"–" stands for what isn't known. Words, and which cells a table has, are in benchmark/templates.
+"""
 
+import re
 import tomllib
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from benchmark import stats
-from benchmark.rows import ROOT, Row, read_csv
+from benchmark.collect import mixed
+from benchmark.rows import ROOT, TEMPLATES, Row, read_csv
 
-TEMPLATES = ROOT / "benchmark" / "templates"
 PAPERS = ROOT / "benchmark" / "papers.csv"
 WORDS = tomllib.loads((TEMPLATES / "words.toml").read_text())
 FEW = 10  # successful episodes that a mean number of steps needs
-SCALES = {"force_pi0.py": "pi0-compact"}  # the default backbone; of all other scripts octo-compact
-SEEN = {"state": "privileged state", "rgb": "camera"}
-Runs = dict[int, stats.Lines]  # a row's runs by seed
-
-
-def fill(template: str, /, **parts) -> str:
-    """The template with its parts; paragraphs that stay empty are left out."""
-    text = (TEMPLATES / f"{template}.md").read_text()
-    paragraphs = [" ".join(paragraph.split()).format(**parts).strip() for paragraph in text.split("\n\n")]
-    return "\n\n".join(filter(None, paragraphs))
-
-
-def caption(name: str, /, **parts) -> str:
-    return WORDS["captions"][name].format(**parts)
-
-
-def table(header: list[str], body: list[list[str]]) -> str:
-    """Markdown, without the columns in which nothing stands."""
-    columns = enumerate(zip(header, *body))
-    kept = [column for i, column in columns if i == 0 or any(cell != "–" for cell in column[1:])]
-    lines = [f"| {' | '.join(cells)} |" for cells in zip(*kept)]
-    lines.insert(1, f"| {' | '.join(['---'] * len(kept))} |")
-    return "\n".join(lines)
 
 
 # ---- numbers ----
@@ -46,57 +26,32 @@ def percent(rate: float) -> str:
 
 
 def signed(rate: float) -> str:
-    return ("+" if rate > 0 else "") + percent(rate)
-
-
-def interval(measured: tuple[float, float, float] | None) -> str:
-    """Mean and interval in percent."""
-    if measured is None:
-        return "–"
-    mean, low, high = map(percent, measured)
-    return f"{mean} ({low}–{high})"
+    return f"+{percent(rate)}" if rate > 0 else percent(rate)
 
 
 def shown(value: float | None, form: Callable[[float], str] = percent) -> str:
     return "–" if value is None else form(value)
 
 
-def average(by_task: dict[str, float]) -> str:
-    """Over a paper's tasks, halves rounded up as the papers do."""
-    return f"{np.mean(list(by_task.values())) + 1e-9:.1f}"
+def interval(measured: stats.Measured | None) -> str:
+    """Mean and interval in percent."""
+    return "{} ({}–{})".format(*map(percent, measured)) if measured else "–"
 
 
-# ---- runs ----
-def values_of(own: Runs, value: Callable) -> dict[int, float]:
-    """value(run) by seed, without the runs that have none."""
-    found = {seed: value(run) for seed, run in own.items()}
-    return {seed: x for seed, x in found.items() if x is not None}
+def gain(before: stats.Measured | None, after: stats.Measured | None) -> str:
+    """The difference of two rates, in points, with its interval."""
+    if not before or not after:
+        return "–"
+    return "{} ({} to {})".format(*map(signed, stats.difference(before, after)))
 
 
-def mean_of(own: Runs, value: Callable) -> float | None:
-    found = list(values_of(own, value).values())
-    return float(np.mean(found)) if found else None
+def mean(values: dict) -> float | None:
+    return float(np.mean(list(values.values()))) if values else None
 
 
-def per_seed(own: Runs, value: Callable, form: Callable = percent) -> str:
+def per_seed(values: dict[int, float], form: Callable[..., str] = percent) -> str:
     """Each seed's value: "1: x, 2: y"."""
-    return ", ".join(f"{seed}: {form(x)}" for seed, x in values_of(own, value).items()) or "–"
-
-
-def final(name: str) -> Callable[[stats.Lines], float | None]:
-    """The function that gives a column of a run's result."""
-    return lambda run: stats.result(run)[name]
-
-
-def missing(count: int, wanted: int) -> str:
-    return f", {count} of {wanted} seeds" if count < wanted else ""
-
-
-def success(own: Runs, wanted: int) -> str:
-    """Mean and interval, and how many seeds are missing."""
-    if not own:
-        return "not run"
-    return interval(stats.pooled([stats.result(run) for run in own.values()])) + missing(len(own), wanted)
+    return ", ".join(f"{seed}: {form(value)}" for seed, value in values.items()) or "–"
 
 
 def reached(time: tuple[float, bool]) -> str:
@@ -107,96 +62,181 @@ def reached(time: tuple[float, bool]) -> str:
     return f"{steps:.0f}" if steps else "0 (at hand-over)"
 
 
-def steps(evaluation: dict) -> float | None:
-    """Mean steps to success; None if fewer than FEW episodes succeeded."""
-    successes = evaluation["success_once"] * evaluation["num_episodes"]
-    return evaluation["episode_len"] if successes > FEW - 0.5 else None
+def steps_to_success(evaluations: dict[int, dict]) -> dict[int, float]:
+    """Mean steps to success of each seed, but where fewer than FEW episodes succeeded."""
+    found = {}
+    for seed, line in evaluations.items():
+        if line["success_once"] * line["num_episodes"] > FEW - 0.5:
+            found[seed] = line["episode_len"]
+    return found
 
 
-def final_steps(run: stats.Lines) -> float | None:
-    return steps(stats.result(run))
+# ---- a row of a table ----
+@dataclass
+class Entry:
+    """A row and its runs by seed, of `wanted` seeds."""
+
+    row: Row
+    runs: dict[int, stats.Lines]
+    wanted: int
+    horizon: float = 0.0  # the shortest online budget on its task, in control steps
+
+    def each(self, value: Callable) -> dict:
+        """value(run) by seed, without the runs that have none."""
+        found = {seed: value(run) for seed, run in self.runs.items()}
+        return {seed: x for seed, x in found.items() if x is not None}
+
+    def final(self, column: str) -> dict:
+        """A column of the runs' results, by seed."""
+        return self.each(lambda run: stats.result(run)[column])
+
+    def rate(self, evaluation: Callable) -> stats.Measured | None:
+        """Success over the seeds' evaluations: evaluation(run), or None."""
+        return stats.pooled(list(self.each(evaluation).values()))
+
+    def complete(self, text: str) -> str:
+        """The text, and how many seeds there are if some aren't."""
+        missing = f", {len(self.runs)} of {self.wanted} seeds" if len(self.runs) < self.wanted else ""
+        return text + missing if self.runs else "not run"
+
+    @property
+    def cloned(self) -> Callable:
+        """What finds the evaluation after supervised fine-tuning; nothing if a row throws the cloned head away."""
+        return (lambda run: None) if "--fresh-head" in self.row.command else stats.after_sft
+
+    @property
+    def steps(self) -> float | None:
+        return mean(steps_to_success(self.each(stats.result)))
+
+    @property
+    def demo_steps(self) -> float | None:
+        return mean(self.final("demo_steps_to_success"))
+
+    @property
+    def times(self) -> list[tuple[float, bool]]:
+        return list(self.each(stats.steps_at_target).values())
+
+    def paper(self, metric: str) -> str:
+        return paper(self.row.paper, self.row.env_id, metric)
 
 
-def cloned(row: Row, own: Runs) -> stats.Lines:
-    """The evaluations after supervised fine-tuning; none for a row that throws the cloned head away."""
-    if "--fresh-head" in row.command:
-        return []
-    return list(values_of(own, stats.after_sft).values())
-
-
-def steps_cell(own: Runs) -> str:
+def steps_cell(entry: Entry) -> str:
     """Mean steps to success and, in brackets, the demonstrations'."""
-    mine = mean_of(own, final_steps)
-    demos = mean_of(own, final("demo_steps_to_success"))
-    if mine is None:
+    demos = f" ({entry.demo_steps:.1f})" if entry.demo_steps else ""
+    return f"{entry.steps:.1f}{demos}" if entry.steps else "–"
+
+
+def median_cell(entry: Entry) -> str:
+    if len(entry.runs) < entry.wanted or not entry.times:
         return "–"
-    return f"{mine:.1f}" + (f" ({demos:.1f})" if demos else "")
+    median = stats.median_time(entry.times)
+    return f"more than {max(entry.times)[0]:.0f}" if median is None else f"{median:.0f}"
 
 
-# ---- captions ----
-def setting(rows: list[Row]) -> str:
-    """Scale and observations of our rows."""
-    models = list(dict.fromkeys(row.flag("--backbone", SCALES.get(row.script, "octo-compact")) for row in rows))
-    scales = dict.fromkeys("compact" if model.endswith("-compact") else "paper" for model in models)
-    seen = dict.fromkeys(SEEN[row.obs_mode] for row in rows)
-    return f"{' and '.join(scales)} scale ({', '.join(models)}), {' and '.join(seen)}"
+def cycle_cell(entry: Entry) -> str:
+    """How much shorter an episode is than the cloned policy's: mean over seeds, least and most."""
+    before = steps_to_success(entry.each(entry.cloned))
+    after = steps_to_success(entry.each(stats.result))
+    saved = [1 - after[seed] / before[seed] for seed in before.keys() & after.keys()]
+    return f"{percent(np.mean(saved))} ({percent(min(saved))} to {percent(max(saved))})" if saved else "–"
 
 
-def made_by(lines: stats.Lines) -> str:
-    """Episodes, commits, versions and device of runs."""
-    results = [line for line in lines if line["final"]]
-    if not results:
+CELLS: dict[str, Callable[[Entry], str]] = {
+    "task": lambda entry: entry.row.env_id,
+    "method": lambda entry: entry.row.label,
+    "success": lambda entry: entry.complete(interval(entry.rate(stats.result))),
+    "successes": lambda entry: per_seed(entry.final("success_once")),
+    "at_limit": lambda entry: shown(mean(entry.final("success_at_end"))),
+    "after_sft": lambda entry: interval(entry.rate(entry.cloned)),
+    "handover": lambda entry: per_seed(entry.each(stats.handover)),
+    "drop": lambda entry: per_seed(entry.each(stats.largest_drop)),
+    "steps_and_demos": steps_cell,
+    "at_target": lambda entry: per_seed(entry.each(stats.steps_at_target), reached),
+    "minutes": lambda entry: per_seed(entry.final("seconds"), lambda seconds: f"{seconds / 60:.0f}"),
+    "their_success": lambda entry: entry.paper("success_percent"),
+    "their_steps_at_target": lambda entry: entry.paper("steps_at_80"),
+    "all_at_target": lambda entry: entry.complete(CELLS["at_target"](entry)) if entry.times else "not run",
+    "there": lambda entry: f"{sum(there for _, there in entry.times)} of {len(entry.times)}" if entry.times else "–",
+    "median": median_cell,
+    "restricted": lambda entry: (
+        f"{stats.restricted_mean(entry.times, entry.horizon):.0f} of {entry.horizon:.0f}" if entry.times else "–"
+    ),
+    "demo_steps": lambda entry: shown(entry.demo_steps, "{:.1f}".format),
+    "sft_steps": lambda entry: shown(mean(steps_to_success(entry.each(entry.cloned))), "{:.1f}".format),
+    "steps": lambda entry: shown(entry.steps, "{:.1f}".format),
+    "shorter": lambda entry: f"{percent(1 - entry.steps / entry.demo_steps)} %" if entry.steps else "–",
+    "start": lambda entry: "one place" if "--spawn" in entry.row.command else "random",
+    "gain": lambda entry: gain(entry.rate(entry.cloned), entry.rate(stats.result)),
+    "sft_elsewhere": lambda entry: interval(entry.rate(stats.first_elsewhere)),
+    "elsewhere": lambda entry: entry.complete(interval(entry.rate(stats.last_elsewhere))),
+    "gain_elsewhere": lambda entry: gain(entry.rate(stats.first_elsewhere), entry.rate(stats.last_elsewhere)),
+    "cycle": cycle_cell,
+}
+
+
+# ---- tables and words ----
+def table(header: list[str], body: list[list[str]]) -> str:
+    """Markdown, without the columns in which nothing stands; empty without rows."""
+    if not body:
         return ""
-
-    def several(name: str) -> list:
-        return sorted({line[name] for line in results})
-
-    return caption(
-        "made_by",
-        episodes=" or ".join(f"{count:.0f}" for count in several("num_episodes")),
-        commits=", ".join(commit[:12] for commit in several("git_commit")),
-        versions=" | ".join(several("versions")),
-        device=" | ".join(several("device")),
-    )
+    first, *others = zip(header, *body)
+    kept = [first] + [column for column in others if set(column[1:]) != {"–"}]
+    lines = [f"| {' | '.join(cells)} |" for cells in zip(*kept)]
+    lines.insert(1, "| --- " * len(kept) + "|")
+    return "\n".join(lines)
 
 
-class Papers:
-    """papers.csv, and which of its sources have been used since `cite` was last called."""
-
-    def __init__(self):
-        """Raises: UserError."""
-        self.lines = read_csv(PAPERS, ("source", "method", "task", "metric", "value"))
-        self.used: set[str] = set()
-
-    def value(self, methods: tuple[str, ...], task: str, metric: str, unit: str = "") -> str:
-        """The papers' numbers for a method, each with its source."""
-        wanted = [line for line in self.lines if line["task"] == task and line["metric"] == metric]
-        found = [line for line in wanted if line["method"] in methods]
-        self.used |= {line["source"] for line in found}
-        return ", ".join(f"*{line['value']}*{unit} [{line['source']}]" for line in found) or "–"
-
-    def grid(self, source: str, metric: str) -> dict[str, dict[str, float]]:
-        """A paper's table: method -> task -> number."""
-        self.used.add(source)
-        methods: dict[str, dict[str, float]] = {}
-        for line in self.lines:
-            if line["source"] == source and line["metric"] == metric:
-                methods.setdefault(line["method"], {})[line["task"]] = float(line["value"])
-        return methods
-
-    def cite(self) -> str:
-        """The sources used; empty if there are none."""
-        used = sorted(self.used)
-        self.used = set()
-        if not used:
-            return ""
-        sources = "; ".join(f"[{tag}] {WORDS['sources'][tag]}" for tag in used)
-        copied = any(not tag.startswith("CO-RFT") for tag in used)
-        return caption("cited", sources=sources, second_hand=caption("second_hand") if copied else "")
+def entry_table(name: str, entries: list[Entry]) -> str:
+    """The table that words.toml declares under this name."""
+    columns = WORDS["tables"][name]
+    return table(list(columns), [[CELLS[cell](entry) for cell in columns.values()] for entry in entries])
 
 
-def picture(name: str, alt: str, folder: Path, here: str) -> str:
-    """A figure that leads to its vector version; empty if benchmark/plots.py hasn't drawn it."""
-    if not (folder / f"{name}.svg").exists():
-        return ""
-    return f"[![{alt}]({here}/{name}.png)]({here}/{name}.svg)"
+@cache
+def papers() -> list[dict[str, str]]:
+    """The lines of papers.csv. Raises: UserError."""
+    return read_csv(PAPERS, ("source", "method", "task", "metric", "value"))
+
+
+def paper(methods: tuple[str, ...], task: str, metric: str, unit: str = "") -> str:
+    """The papers' numbers for a method, each with its source."""
+    wanted = [line for line in papers() if (line["task"], line["metric"]) == (task, metric)]
+    found = [f"*{line['value']}*{unit} [{line['source']}]" for line in wanted if line["method"] in methods]
+    return ", ".join(found) or "–"
+
+
+def caption(name: str, /, **parts) -> str:
+    return WORDS["captions"][name].format(**parts)
+
+
+def fill(template: str, entries: list[Entry] = (), **parts) -> str:
+    """The template with its parts, and what is to be said of entries and sources; without paragraphs that are empty."""
+    text = (TEMPLATES / f"{template}.md").read_text()
+    tags = [tag for tag in sorted(WORDS["sources"]) if f"[{tag}]" in " ".join([text, *map(str, parts.values())])]
+    sources = "; ".join(f"[{tag}] {WORDS['sources'][tag]}" for tag in tags)
+    cited = caption("cited", sources=sources) if tags else ""
+    parts |= {"cited": cited, "made_by": made_by(entries), "notes": notes(entries), "few": FEW}
+    paragraphs = [re.sub(r"\n(?!\|)", " ", paragraph).format(**parts) for paragraph in text.split("\n\n")]
+    return "\n\n".join(paragraph.strip() for paragraph in paragraphs if paragraph.strip())
+
+
+def made_by(entries: list[Entry]) -> str:
+    """Models, observations, episodes, commits, versions and device of our runs."""
+    columns = ("backbone", "obs_mode", "num_episodes", "git_commit", "versions", "device")
+    values = {column: {str(x) for entry in entries for x in entry.final(column).values()} for column in columns}
+    values["git_commit"] = {commit[:12] for commit in values["git_commit"]}
+    parts = {column: " | ".join(sorted(found)) for column, found in values.items()}
+    return caption("made_by", **parts) if parts["git_commit"] else ""
+
+
+def notes(entries: list[Entry]) -> str:
+    """What a reader must know about how the runs were made."""
+    found = []
+    for entry in entries:
+        name = entry.row.name
+        found += [f"{name}, seed {seed}: {note}." for seed, note in entry.final("notes").items() if note]
+        if differing := mixed(list(entry.runs.values())):
+            found.append(f"{name}: its runs differ in {differing}.")
+        others = set(entry.final("command").values()) - {entry.row.command, entry.row.earlier}
+        found += [caption("another_command", row=name, command=command) for command in sorted(others)]
+    return "\n\n".join(f"Note: {note}" for note in found)

@@ -8,8 +8,6 @@ stay: those of other files, and of other machines. Runs of one row that differ i
 uncommitted code, or don't fit the row's command are refused; `--allow-mixed` takes them, and the tables say so.
 """
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import hashlib
@@ -24,21 +22,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import stats  # noqa: E402
-from benchmark.rows import (  # noqa: E402  # noqa: E402
-    BOOKKEEPING,
-    ROOT,
-    Row,
-    UserError,
-    all_commands,
-    command_line,
-    load_script,
-    misfit,
-    read_commands,
-    read_csv,
-    read_json,
-)
+from benchmark.rows import BOOKKEEPING, RESULTS, ROOT, Row, UserError  # noqa: E402
+from benchmark.rows import all_commands, command_line, load_script, misfit  # noqa: E402
+from benchmark.rows import read_commands, read_csv, read_json  # noqa: E402
 
-RESULTS = ROOT / "benchmark" / "results"
 EVALUATION = ("num_episodes", "success_once", "success_at_end", "episode_len")  # of a run's "eval/..."
 COLUMNS = {"runs": [], "diagnostics": []}  # of the two files; columns.csv says what they mean
 for line in read_csv(RESULTS / "columns.csv", ("file", "column", "meaning")):
@@ -80,36 +67,31 @@ def without_places(args: dict) -> dict:
 
 def settings_of(args: dict, script: str) -> str:
     """Flags that differ from the script's defaults, as "name=value ...", without bookkeeping and machine paths."""
-    defaults = dataclasses.asdict(load_script(ROOT / script).Args()) | {"env_id": None, "obs_mode": None}
-    named = {"env_id": None, "obs_mode": None}  # columns of their own
-    kept = sorted((without_places(args) | named).items())
+    defaults = dataclasses.asdict(load_script(ROOT / script).Args())
+    kept = [(name, value) for name, value in sorted(without_places(args).items()) if name not in ("env_id", "obs_mode")]
     return " ".join(f"{name}={value}" for name, value in kept if value != defaults.get(name))
 
 
 def notes_on(row: Row, config: dict, summary: dict, run: stats.Lines) -> str:
     """What is wrong with a run; empty if nothing is."""
-    notes = []
-    typed = stats.typed(run)
-    last = stats.result(typed)
+    last = run[-1 if run[-1]["final"] else -2]
     claims = {
         "success_once": last["success_once"],
         "success_at_end": last["success_at_end"],
         "steps_to_success": last["episode_len"],
-        "handover_success_once": stats.handover(typed),
     }
-    claims = {name: value for name, value in claims.items() if value is not None}
-    wrong = [name for name, value in claims.items() if number(summary.get(name, value)) != number(value)]
-    if wrong:
-        notes.append(f"summary.json disagrees with its evaluations: {', '.join(wrong)}")
-    if difference := misfit(row, config):
-        notes.append(f"not the row's command: {difference}")
+    wrong = [name for name, value in claims.items() if number(summary.get(name, value)) != value]
     start = config["git_commit"]
     end = summary["git_commit"]
-    if start.endswith("-dirty"):
-        notes.append("uncommitted code")
-    if code_of(start, row.script) != code_of(end, row.script):
-        notes.append(f"the code changed while it ran: {start[:8]} to {end[:8]}")
-    return "; ".join(notes)
+    difference = misfit(row, config)
+    notes = {
+        f"summary.json disagrees with its evaluations: {', '.join(wrong)}": wrong,
+        f"not the row's command: {difference}": difference,
+        "uncommitted code": start.endswith("-dirty"),
+        f"the code changed while it ran: {start[:8]} to {end[:8]}": code_of(start, row.script)
+        != code_of(end, row.script),
+    }
+    return "; ".join(note for note, holds in notes.items() if holds)
 
 
 # ---- what a run has measured ----
@@ -119,24 +101,30 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
     return read_csv(path, METRICS) if path.exists() else []
 
 
-def evaluations_of(args: dict, script: str, summary: dict, folder: Path) -> stats.Lines:
+def stages_of(config: dict, summary: dict) -> list[str]:
+    """The stage of each evaluation; hand-over, what was measured just before online learning, belongs to that."""
+    stages = [evaluation["stage"] for evaluation in summary["evaluations"]]
+    if config["script"] == "bc.py":
+        return ["bc"] * len(stages)
+    if summary.get("online_env_steps") and "online" in stages[1:]:
+        stages[stages.index("online") - 1] = "online"
+    return stages
+
+
+def evaluations_of(config: dict, summary: dict, folder: Path) -> stats.Lines:
     """A run's evaluations, one line each and a second one for --eval-elsewhere: stage, spawn, final, place, rates."""
     evaluations = summary["evaluations"]
-    stages = [evaluation["stage"] for evaluation in evaluations]
-    if script == "bc.py":
-        stages = ["bc"] * len(stages)
-    if summary.get("online_env_steps") and "online" in stages[1:]:  # hand-over is what was measured just before
-        stages[stages.index("online") - 1] = "online"
     logged = [line["update_step"] for line in read_metrics(folder) if line["name"] == "eval/success_once"]
     updates = logged if len(logged) == len(evaluations) else [None] * len(evaluations)
     lines = []
-    for i, evaluation in enumerate(evaluations):
-        for ending, spawn in (("", args.get("spawn")), ("_ood", "ood")):
+    for evaluation, stage, update in zip(evaluations, stages_of(config, summary), updates):
+        line = {"stage": stage, "update_step": update, "global_step": evaluation["global_step"]}
+        for ending, spawn in (("", config["args"].get("spawn")), ("_ood", "ood")):
             rates = {name: evaluation.get(f"eval/{name}{ending}") for name in EVALUATION}
             if rates["success_once"] is not None:
-                place = {"global_step": evaluation["global_step"], "update_step": updates[i]}
-                final = i == len(evaluations) - 1 and not ending or None
-                lines.append(rates | place | {"stage": stages[i], "spawn": spawn, "final": final})
+                lines.append(line | rates | {"spawn": spawn})
+    inside = [line for line in lines if line["spawn"] != "ood"]
+    inside[-1]["final"] = 1
     return lines
 
 
@@ -148,19 +136,28 @@ def read_run(row: Row, folder: Path) -> stats.Lines:
         args = config["args"]
         versions = {"python": config.get("python")} | config["packages"]
         common = {
-            "row": row.name, "method": row.method, "ablation": row.ablation, "command": row.command,
-            "backbone": args.get("backbone"), "obs_mode": args["obs_mode"], "env_id": args["env_id"], "seed": args["seed"],
-            "seconds": summary.get("seconds"), "demo_steps_to_success": summary.get("demo_steps_to_success"),
-            "git_commit": config["git_commit"], "code": code_of(config["git_commit"], row.script),
+            "row": row.name,
+            "method": row.method,
+            "ablation": row.ablation,
+            "command": row.command,
+            "backbone": args.get("backbone"),
+            "obs_mode": args["obs_mode"],
+            "env_id": args["env_id"],
+            "seed": args["seed"],
+            "seconds": summary.get("seconds"),
+            "demo_steps_to_success": summary.get("demo_steps_to_success"),
+            "git_commit": config["git_commit"],
+            "code": code_of(config["git_commit"], row.script),
             "config_hash": hashlib.sha1(json.dumps(without_places(args), sort_keys=True).encode()).hexdigest()[:12],
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
             "device": config["gpu"] if args["device"] == "cuda" else "cpu",
-            "demonstrations": Path(summary["demonstrations"]).name, "settings": settings_of(args, row.script),
-        }  # fmt: skip
-        lines = [common | line for line in evaluations_of(args, config["script"], summary, folder)]
+            "demonstrations": Path(summary["demonstrations"]).name,
+            "settings": settings_of(args, row.script),
+        }
+        lines = [common | line for line in evaluations_of(config, summary, folder)]
         lines = [{name: number(line.get(name)) for name in COLUMNS["runs"]} for line in lines]
         notes = notes_on(row, config, summary, lines)
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{folder}: config.json or summary.json is torn or another program's ({error!r})") from error
     return [line | {"notes": notes} for line in lines]
 
@@ -173,15 +170,12 @@ def read_diagnostics(row: Row, seed: int, folder: Path) -> stats.Lines:
             series.setdefault(line["name"], []).append(line)
     merged: dict[tuple[int, int], dict[str, str]] = {}
     for name, lines in series.items():
-        last = len(lines) - 1
-        kept = {round(k * last / (KEEP - 1)) for k in range(KEEP)}
+        kept = {round(k * (len(lines) - 1) / (KEEP - 1)) for k in range(KEEP)}
         for line in [lines[i] for i in sorted(kept)]:
-            place = int(line["update_step"]), int(line["global_step"])
-            merged.setdefault(place, {})[name] = line["value"]
-    made = []
-    for (update, step), values in sorted(merged.items()):
-        made.append({"row": row.name, "seed": str(seed), "global_step": str(step), "update_step": str(update)} | values)
-    return made
+            place = {"row": row.name, "seed": str(seed)} | {step: line[step] for step in ("global_step", "update_step")}
+            found = merged.setdefault((int(line["update_step"]), int(line["global_step"])), place)
+            found[name] = line["value"]
+    return [line for _, line in sorted(merged.items())]
 
 
 # ---- the two files ----
@@ -200,12 +194,12 @@ def mixed(runs: list[stats.Lines]) -> str:
     return "; ".join(f"{name}: {' | '.join(found)}" for name, found in values.items() if len(found) > 1)
 
 
-def merged(path: Path, found: dict[tuple[str, int], stats.Lines]) -> dict[tuple[str, int], stats.Lines]:
+def merged(path: Path, found: stats.Runs) -> stats.Runs:
     """All runs of a CSV, with those found in the place of the same ones. Raises: UserError."""
     return stats.by_run(read_csv(path, ("row", "seed")) if path.exists() else []) | found
 
 
-def write_csv(path: Path, columns: list[str], runs: dict[tuple[str, int], stats.Lines]) -> None:
+def write_csv(path: Path, columns: list[str], runs: stats.Runs) -> None:
     """Ordered by row and seed. Atomic: the file is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
@@ -217,12 +211,13 @@ def write_csv(path: Path, columns: list[str], runs: dict[tuple[str, int], stats.
     os.replace(temporary, path)
 
 
-def problems_of(found: dict, everything: dict) -> list[str]:
+def problems_of(found: stats.Runs, everything: stats.Runs) -> list[str]:
     """What keeps runs that were found, and the others of their rows, from standing in one table."""
     problems = []
     for name in dict.fromkeys(row for row, _ in found):
-        group = {f"{row}-{seed}": lines for (row, seed), lines in everything.items() if row == name}
-        problems += [f"{run}: {lines[0]['notes']}" for run, lines in group.items() if lines[0]["notes"]]
+        group = {seed: lines for (row, seed), lines in everything.items() if row == name}
+        notes = {seed: lines[0]["notes"] for seed, lines in group.items()}
+        problems += [f"{name}-{seed}: {note}" for seed, note in notes.items() if note]
         if differing := mixed(list(group.values())):
             problems.append(f"{name}: its runs differ in {differing}")
     return problems

@@ -6,10 +6,9 @@ It takes the flags of force_pi0.py; released weights need not be there. It count
 that of stage 0: weights, gradients, Adam, averaged weights, and what the backward pass keeps.
 """
 
-from __future__ import annotations
-
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,27 +32,27 @@ def main(args: Args) -> None:
 
 def dry_run(args: Args) -> dict:
     """What a run with these flags takes. Raises: UserError."""
+    args.checkpoint = None if args.backbone.endswith("compact") else "not needed"
+    args.resume = "."  # a run that is resumed needs no weights from elsewhere
+    validate(args)
     args.checkpoint = None
-    check_flags(args, LIMITS)
-    check_sizes(args)
-    A = ACTION_DIMS.get(args.control_mode, 8)
-    obs = toy_observations(args)
     with torch.device("meta"):
-        one_step = np.array([1])
-        agent = Agent(args, Demos(obs, np.eye(2, A, dtype=np.float32), one_step, one_step, "none"))
-        agent.backbone.prompt = longest_prompt(agent.backbone.config.max_tokens)
-        flops, row = count_flops(agent, args, obs)
-        kept = {}  # storages that the backward pass keeps: their bytes
-        flops["flops_sft_update"] = count_cloning(agent, args, obs, kept)
+        return estimate(args)
 
-    actor = trainable(agent.actor)
-    learned = actor + [weight for part in agent.trained_parts() for weight in trainable(part)]
-    parts = [agent.actor, *agent.trained_parts()]
-    averaged = sum(bytes_of(part) for part in parts)
-    own = {weight.untyped_storage()._cdata for weight in agent.parameters()}
-    activations = sum(size for storage, size in kept.items() if storage not in own)
-    trained = count(learned)
-    in_training = 12 * trained + averaged  # gradient and Adam's two averages; the averaged weights
+
+def estimate(args: Args) -> dict:
+    obs = toy_observations(args)
+    agent = toy_agent(args, obs)
+    with torch.no_grad():
+        row = agent.feature(obs)  # of the replay buffer: [1, D]
+    cloning, activations = count_cloning(agent, args, obs)
+    learners = [agent.actor, *agent.trained_parts()]
+    trained = count(weight for part in learners for weight in part.parameters() if weight.requires_grad)
+    memory = {
+        "gpu_bytes_weights": bytes_of(agent),
+        "gpu_bytes_training": 12 * trained + sum(map(bytes_of, learners)),  # gradient and Adam's two; the averages
+        "gpu_bytes_activations": activations,
+    }
     return {
         "backbone": args.backbone,
         "head": args.head,
@@ -61,89 +60,91 @@ def dry_run(args: Args) -> dict:
         "parameters": count(agent.parameters()),
         "parameters_pi0": count(agent.backbone.parameters()) + count(agent.flow_policy.parameters()),
         "trained_in_stage_0": trained,
-        "trained_online": count(actor),
-        "replay_bytes_per_step": 4 * row.shape[1] + 4 * A + 40,
-        **flops,
-        "gpu_bytes_weights": bytes_of(agent),
-        "gpu_bytes_training": in_training,
-        "gpu_bytes_activations": activations,
-        "gpu_gib_stage_0": round((bytes_of(agent) + in_training + activations) / 2**30, 2),
+        "trained_online": count(weight for weight in agent.actor.parameters() if weight.requires_grad),
+        "replay_bytes_per_step": 4 * row.shape[1] + 4 * agent.action_dim + 40,
+        **count_acting(agent, args, obs, row),
+        "flops_online_update": count_online(agent, args, row),
+        "flops_sft_update": cloning,
+        **memory,
+        "gpu_gib_stage_0": round(sum(memory.values()) / 2**30, 2),
     }
 
 
 def toy_observations(args: Args) -> dict[str, np.ndarray]:
-    """Two observations of the right shapes."""
-    obs = {"proprio": np.random.default_rng(0).normal(size=(2, PROPRIO)).astype(np.float32)}
+    """One observation of the right shapes."""
+    obs = {"proprio": np.ones((1, PROPRIO), np.float32)}
     if args.obs_mode == "rgb":
         names = ("primary", "wrist") if args.cameras == "both" else ("primary",)
-        side = args.image_size
-        obs |= {name: np.zeros((2, side, side, 3), np.uint8) for name in names}
+        obs |= {name: np.zeros((1, args.image_size, args.image_size, 3), np.uint8) for name in names}
     return obs
 
 
-def longest_prompt(tokens: int):
-    ids = torch.zeros(1, tokens, dtype=torch.long)
-    return lambda *_: (ids, torch.ones(1, tokens, dtype=torch.bool))
+def toy_agent(args: Args, obs: dict[str, np.ndarray]) -> Agent:
+    """Without memory; its prompt is the longest."""
+    actions = np.eye(2, ACTION_DIMS.get(args.control_mode, 8), dtype=np.float32)
+    two = {name: np.repeat(value, 2, 0) for name, value in obs.items()}
+    agent = Agent(args, Demos(two, actions, np.array([1]), np.array([1]), "none"))
+    ids = torch.zeros(1, agent.backbone.config.max_tokens, dtype=torch.long)
+    agent.backbone.prompt = lambda *_: (ids, ids == 0)
+    return agent
 
 
-def count_flops(agent: Agent, args: Args, obs: dict) -> tuple[dict[str, int], Tensor]:
-    """Operations per action and per update of stage 3, and a row of the replay buffer."""
-    one = {name: value[:1] for name, value in obs.items()}
+def count_acting(agent: Agent, args: Args, obs: dict[str, np.ndarray], row: Tensor) -> dict[str, int]:
+    """Operations per action."""
     with torch.no_grad():
-        row = agent.feature(one)
-        embed = flops(lambda: agent.feature(one))
-        draw_one = flops(lambda: agent.actor.sample(row, 1, None, args.candidate_sigma))
-        draw_K = flops(lambda: agent.actor.sample(row, args.K, None, args.candidate_sigma))
+        embed = flops(lambda: agent.feature(obs))
+        one = flops(lambda: agent.actor.sample(row, 1, None, args.candidate_sigma))
+        K = flops(lambda: agent.actor.sample(row, args.K, None, args.candidate_sigma))
+    return {"flops_action_K1": embed + one, "flops_action_K": embed + K}
+
+
+def count_online(agent: Agent, args: Args, row: Tensor) -> int:
+    """Operations of stage 3's update of critic and actor, with the candidates that the actor learns from."""
     B = args.batch_size
     rows = row.expand(B, -1)
     chunk = torch.zeros(B, len(agent.chunk_unit))
     zeros = torch.zeros(B)
-    expert = torch.arange(B) < B // 2
-    batch = Batch(rows, chunk, zeros, zeros, rows, zeros, zeros, expert)
+    batch = Batch(rows, chunk, zeros, zeros, rows, zeros, zeros, torch.arange(B) < B // 2)
     still = SimpleNamespace(zero_grad=int, step=int, param_groups=[{"params": []}])
-    critic = flops(lambda: update_critic(agent, still, batch, args, 0.0, None))
     weights = (args.distill_weight, args.q_weight)
+    critic = flops(lambda: update_critic(agent, still, batch, args, 0.0, None))
     actor = flops(lambda: update_actor(agent, still, batch, chunk, args, None, *weights))
-    candidates = B // 2 * draw_K if args.vgpd else 0
-    found = {
-        "flops_action_K1": embed + draw_one,
-        "flops_action_K": embed + draw_K,
-        "flops_online_update": args.critic_updates * critic + actor + candidates,
-    }
-    return found, row
+    with torch.no_grad():
+        candidates = flops(lambda: agent.actor.sample(row, args.K, None, args.candidate_sigma))
+    return args.critic_updates * critic + actor + (B // 2 * candidates if args.vgpd else 0)
 
 
-def count_cloning(agent: Agent, args: Args, obs: dict, kept: dict[int, int]) -> int:
-    """Operations of an update of stage 0; fills `kept`."""
+def count_cloning(agent: Agent, args: Args, obs: dict[str, np.ndarray]) -> tuple[int, int]:
+    """Operations of an update of stage 0, and bytes that its backward pass keeps beside the weights."""
+    kept = {}
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         kept[storage._cdata] = storage.nbytes()
         return x
 
-    many = {name: np.repeat(value[:1], args.sft_batch_size, 0) for name, value in obs.items()}
+    many = {name: np.repeat(value, args.sft_batch_size, 0) for name, value in obs.items()}
     chunk = torch.zeros(args.sft_batch_size, len(agent.chunk_unit))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        return flops(lambda: sum(clone_losses(agent, many, chunk, args, None).values()).backward())
+        found = flops(lambda: sum(clone_losses(agent, many, chunk, args, None).values()).backward())
+    for weight in agent.parameters():
+        kept.pop(weight.untyped_storage()._cdata, None)
+    return found, sum(kept.values())
 
 
-def flops(function) -> int:
+def flops(function: Callable) -> int:
     """Operations that a call does; a multiply-add counts as two."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [weight for weight in module.parameters() if weight.requires_grad]
-
-
-def count(weights) -> int:
+def count(weights: Iterable[Tensor]) -> int:
     return sum(weight.numel() for weight in weights)
 
 
 def bytes_of(module: nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+    return sum(weight.nbytes for weight in module.parameters())
 
 
 if __name__ == "__main__":
