@@ -1,17 +1,11 @@
 """Turns finished run folders into benchmark/results/runs.csv (a line per evaluation) and diagnostics.csv.
 
-    python benchmark/collect.py                                          # whatever is finished, of all command files
-    python benchmark/collect.py benchmark/commands/force-state.sh --runs runs/benchmark
-
-Every number comes from a run's own files; what they don't tell stays empty. A run replaces its own lines, all others
-stay: those of other files, and of other machines. Runs of one row that differ in code, settings or versions, come from
-uncommitted code, or don't fit the row's command are refused; `--allow-mixed` takes them, and the tables say so.
+Every number comes from a run's own files; what they don't tell stays empty. A run replaces its own lines, all others stay.
 """
 
 import csv
 import dataclasses
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -21,10 +15,8 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import stats  # noqa: E402
-from benchmark.rows import BOOKKEEPING, RESULTS, ROOT, Row, UserError  # noqa: E402
-from benchmark.rows import all_commands, command_line, load_script, misfit  # noqa: E402
-from benchmark.rows import read_commands, read_csv, read_json  # noqa: E402
+from benchmark import rows, stats  # noqa: E402
+from benchmark.rows import RESULTS, ROOT, Row, UserError, read_csv, read_json  # noqa: E402
 
 EVALUATION = ("num_episodes", "success_once", "success_at_end", "episode_len")  # of a run's "eval/..."
 COLUMNS = {"runs": [], "diagnostics": []}  # of the two files; columns.csv says what they mean
@@ -56,42 +48,32 @@ def code_of(commit: str, script: str) -> str:
     return hashlib.sha1("".join(found).encode()).hexdigest()[:12]
 
 
-def without_places(args: dict) -> dict:
-    """Flags that say how a run learns; of files only their names, and of runs of the same seed only the row."""
-    kept = {name: value for name, value in args.items() if name not in BOOKKEEPING}
-    for name in FILES:
-        if kept.get(name) and "://" not in kept[name]:
-            kept[name] = Path(kept[name]).name.removesuffix(f"-{args['seed']}")
-    return kept
-
-
 def settings_of(args: dict, script: str) -> str:
-    """Flags that differ from the script's defaults, as "name=value ...", without bookkeeping and machine paths."""
-    defaults = dataclasses.asdict(load_script(ROOT / script).Args())
-    kept = [(name, value) for name, value in sorted(without_places(args).items()) if name not in ("env_id", "obs_mode")]
-    return " ".join(f"{name}={value}" for name, value in kept if value != defaults.get(name))
+    """Flags that differ from the script's defaults, as "name=value ..."; of files only their names, without the seed."""
+    defaults = dataclasses.asdict(rows.load_script(ROOT / script).Args())
+    kept = []
+    for name, value in sorted(args.items()):
+        if name in FILES and value and "://" not in value:
+            value = Path(value).name.removesuffix(f"-{args['seed']}")
+        if name not in ("env_id", "obs_mode", *rows.BOOKKEEPING) and value != defaults.get(name):
+            kept.append(f"{name}={value}")
+    return " ".join(kept)
 
 
-def notes_on(row: Row, config: dict, summary: dict, run: stats.Lines) -> str:
+def notes_on(row: Row, config: dict, summary: dict) -> str:
     """What is wrong with a run; empty if nothing is."""
-    last = run[-1 if run[-1]["final"] else -2]
-    claims = {
-        "success_once": last["success_once"],
-        "success_at_end": last["success_at_end"],
-        "steps_to_success": last["episode_len"],
-    }
-    wrong = [name for name, value in claims.items() if number(summary.get(name, value)) != value]
     start = config["git_commit"]
     end = summary["git_commit"]
-    difference = misfit(row, config)
-    notes = {
-        f"summary.json disagrees with its evaluations: {', '.join(wrong)}": wrong,
-        f"not the row's command: {difference}": difference,
-        "uncommitted code": start.endswith("-dirty"),
-        f"the code changed while it ran: {start[:8]} to {end[:8]}": code_of(start, row.script)
-        != code_of(end, row.script),
-    }
-    return "; ".join(note for note, holds in notes.items() if holds)
+    notes = []
+    if summary["success_once"] != summary["evaluations"][-1]["eval/success_once"]:
+        notes.append("summary.json disagrees with its evaluations")
+    if difference := rows.misfit(row, config):
+        notes.append(f"not the row's command: {difference}")
+    if start.endswith("-dirty"):
+        notes.append("uncommitted code")
+    if code_of(start, row.script) != code_of(end, row.script):
+        notes.append(f"the code changed while it ran: {start[:8]} to {end[:8]}")
+    return "; ".join(notes)
 
 
 # ---- what a run has measured ----
@@ -101,30 +83,22 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
     return read_csv(path, METRICS) if path.exists() else []
 
 
-def stages_of(config: dict, summary: dict) -> list[str]:
-    """The stage of each evaluation; hand-over, what was measured just before online learning, belongs to that."""
-    stages = [evaluation["stage"] for evaluation in summary["evaluations"]]
-    if config["script"] == "bc.py":
-        return ["bc"] * len(stages)
-    if summary.get("online_env_steps") and "online" in stages[1:]:
-        stages[stages.index("online") - 1] = "online"
-    return stages
-
-
 def evaluations_of(config: dict, summary: dict, folder: Path) -> stats.Lines:
     """A run's evaluations, one line each and a second one for --eval-elsewhere: stage, spawn, final, place, rates."""
     evaluations = summary["evaluations"]
+    stages = ["bc" if config["script"] == "bc.py" else evaluation["stage"] for evaluation in evaluations]
+    if summary.get("online_env_steps") and "online" in stages[1:]:  # hand-over is what was measured just before
+        stages[stages.index("online") - 1] = "online"
     logged = [line["update_step"] for line in read_metrics(folder) if line["name"] == "eval/success_once"]
     updates = logged if len(logged) == len(evaluations) else [None] * len(evaluations)
     lines = []
-    for evaluation, stage, update in zip(evaluations, stages_of(config, summary), updates):
-        line = {"stage": stage, "update_step": update, "global_step": evaluation["global_step"]}
+    for evaluation, stage, update in zip(evaluations, stages, updates):
+        place = {"stage": stage, "update_step": update, "global_step": evaluation["global_step"], "final": None}
         for ending, spawn in (("", config["args"].get("spawn")), ("_ood", "ood")):
             rates = {name: evaluation.get(f"eval/{name}{ending}") for name in EVALUATION}
             if rates["success_once"] is not None:
-                lines.append(line | rates | {"spawn": spawn})
-    inside = [line for line in lines if line["spawn"] != "ood"]
-    inside[-1]["final"] = 1
+                lines.append(place | rates | {"spawn": spawn})
+    next(line for line in reversed(lines) if line["spawn"] != "ood")["final"] = 1
     return lines
 
 
@@ -136,30 +110,18 @@ def read_run(row: Row, folder: Path) -> stats.Lines:
         args = config["args"]
         versions = {"python": config.get("python")} | config["packages"]
         common = {
-            "row": row.name,
-            "method": row.method,
-            "ablation": row.ablation,
-            "command": row.command,
-            "backbone": args.get("backbone"),
-            "obs_mode": args["obs_mode"],
-            "env_id": args["env_id"],
-            "seed": args["seed"],
-            "seconds": summary.get("seconds"),
-            "demo_steps_to_success": summary.get("demo_steps_to_success"),
-            "git_commit": config["git_commit"],
-            "code": code_of(config["git_commit"], row.script),
-            "config_hash": hashlib.sha1(json.dumps(without_places(args), sort_keys=True).encode()).hexdigest()[:12],
+            "row": row.name, "method": row.method, "ablation": row.ablation, "command": row.command,
+            "backbone": args.get("backbone"), "obs_mode": args["obs_mode"], "env_id": args["env_id"], "seed": args["seed"],
+            "seconds": summary.get("seconds"), "demo_steps_to_success": summary.get("demo_steps_to_success"),
+            "demonstrations": Path(summary["demonstrations"]).name, "settings": settings_of(args, row.script),
+            "git_commit": config["git_commit"], "code": code_of(config["git_commit"], row.script),
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-            "device": config["gpu"] if args["device"] == "cuda" else "cpu",
-            "demonstrations": Path(summary["demonstrations"]).name,
-            "settings": settings_of(args, row.script),
-        }
-        lines = [common | line for line in evaluations_of(config, summary, folder)]
-        lines = [{name: number(line.get(name)) for name in COLUMNS["runs"]} for line in lines]
-        notes = notes_on(row, config, summary, lines)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            "device": config["gpu"] if args["device"] == "cuda" else "cpu", "notes": notes_on(row, config, summary),
+        }  # fmt: skip
+        evaluations = evaluations_of(config, summary, folder)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
         raise UserError(f"{folder}: config.json or summary.json is torn or another program's ({error!r})") from error
-    return [line | {"notes": notes} for line in lines]
+    return [{name: number((common | line).get(name)) for name in COLUMNS["runs"]} for line in evaluations]
 
 
 def read_diagnostics(row: Row, seed: int, folder: Path) -> stats.Lines:
@@ -194,9 +156,9 @@ def mixed(runs: list[stats.Lines]) -> str:
     return "; ".join(f"{name}: {' | '.join(found)}" for name, found in values.items() if len(found) > 1)
 
 
-def merged(path: Path, found: stats.Runs) -> stats.Runs:
+def merge_csv(path: Path, columns: list[str], found: stats.Runs) -> stats.Runs:
     """All runs of a CSV, with those found in the place of the same ones. Raises: UserError."""
-    return stats.by_run(read_csv(path, ("row", "seed")) if path.exists() else []) | found
+    return stats.by_run(read_csv(path, columns) if path.exists() else []) | found
 
 
 def write_csv(path: Path, columns: list[str], runs: stats.Runs) -> None:
@@ -206,21 +168,8 @@ def write_csv(path: Path, columns: list[str], runs: stats.Runs) -> None:
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
-        for run in sorted(runs):
-            writer.writerows(runs[run])
+        writer.writerows(line for run in sorted(runs) for line in runs[run])
     os.replace(temporary, path)
-
-
-def problems_of(found: stats.Runs, everything: stats.Runs) -> list[str]:
-    """What keeps runs that were found, and the others of their rows, from standing in one table."""
-    problems = []
-    for name in dict.fromkeys(row for row, _ in found):
-        group = {seed: lines for (row, seed), lines in everything.items() if row == name}
-        notes = {seed: lines[0]["notes"] for seed, lines in group.items()}
-        problems += [f"{name}-{seed}: {note}" for seed, note in notes.items() if note]
-        if differing := mixed(list(group.values())):
-            problems.append(f"{name}: its runs differ in {differing}")
-    return problems
 
 
 def main(
@@ -237,7 +186,7 @@ def main(
         results: where the CSVs go.
         allow_mixed: take them all the same; the tables say so.
     """
-    files = [read_commands(path) for path in commands] or all_commands()
+    files = [rows.read_commands(path) for path in commands] or rows.all_commands()
     found = {}
     diagnostics = {}
     for row, seed in dict.fromkeys(run for file in files for run in file.runs):
@@ -249,18 +198,24 @@ def main(
             print(f"{folder.name}: not finished, left out", file=sys.stderr)
     if not found:
         raise UserError(f"no finished run in {runs}")
-    everything = merged(results / "runs.csv", found)
-    problems = problems_of(found, everything)
+    everything = merge_csv(results / "runs.csv", COLUMNS["runs"], found)
+    problems = []
+    for row in dict.fromkeys(row for row, _ in found):
+        group = {f"{row}-{seed}": lines for (name, seed), lines in everything.items() if name == row}
+        problems += [f"{run}: {lines[0]['notes']}" for run, lines in group.items() if lines[0]["notes"]]
+        if differing := mixed(list(group.values())):
+            problems.append(f"{row}: its runs differ in {differing}")
     for problem in problems:
         print(f"{'note' if allow_mixed else 'error'}: {problem}", file=sys.stderr)
     if problems and not allow_mixed:
         print("nothing written; --allow-mixed takes these runs, and the tables say so", file=sys.stderr)
         return 1
-    write_csv(results / "diagnostics.csv", COLUMNS["diagnostics"], merged(results / "diagnostics.csv", diagnostics))
+    path = results / "diagnostics.csv"
+    write_csv(path, COLUMNS["diagnostics"], merge_csv(path, COLUMNS["diagnostics"], diagnostics))
     write_csv(results / "runs.csv", COLUMNS["runs"], everything)
     print(f"{len(found)} runs found; runs.csv now holds {len(everything)}")
     return 0
 
 
 if __name__ == "__main__":
-    command_line(main)
+    rows.command_line(main)

@@ -1,7 +1,5 @@
 """Parameters, memory and work of a run of force_pi0.py, from shapes alone: nothing is loaded, nothing computed.
 
-    python benchmark/dry_run.py --backbone pi0 --image-size 224 --finetune expert --bf16
-
 It takes the flags of force_pi0.py; released weights need not be there. It counts the longest prompt. The GPU's memory is
 that of stage 0: weights, gradients, Adam, averaged weights, and what the backward pass keeps.
 """
@@ -41,11 +39,12 @@ def dry_run(args: Args) -> dict:
 
 
 def estimate(args: Args) -> dict:
-    obs = toy_observations(args)
-    agent = toy_agent(args, obs)
-    with torch.no_grad():
-        row = agent.feature(obs)  # of the replay buffer: [1, D]
-    cloning, activations = count_cloning(agent, args, obs)
+    obs = toy_observations(args, 2)
+    actions = np.eye(2, ACTION_DIMS.get(args.control_mode, 8), dtype=np.float32)
+    agent = Agent(args, Demos(obs, actions, np.array([1]), np.array([1]), "none"))
+    ids = torch.zeros(1, agent.backbone.config.max_tokens, dtype=torch.long)
+    agent.backbone.prompt = lambda *_: (ids, ids == 0)
+    cloning, activations = count_cloning(agent, args)
     learners = [agent.actor, *agent.trained_parts()]
     trained = count(weight for part in learners for weight in part.parameters() if weight.requires_grad)
     memory = {
@@ -61,46 +60,30 @@ def estimate(args: Args) -> dict:
         "parameters_pi0": count(agent.backbone.parameters()) + count(agent.flow_policy.parameters()),
         "trained_in_stage_0": trained,
         "trained_online": count(weight for weight in agent.actor.parameters() if weight.requires_grad),
-        "replay_bytes_per_step": 4 * row.shape[1] + 4 * agent.action_dim + 40,
-        **count_acting(agent, args, obs, row),
-        "flops_online_update": count_online(agent, args, row),
+        **count_online(agent, args),
         "flops_sft_update": cloning,
         **memory,
         "gpu_gib_stage_0": round(sum(memory.values()) / 2**30, 2),
     }
 
 
-def toy_observations(args: Args) -> dict[str, np.ndarray]:
-    """One observation of the right shapes."""
-    obs = {"proprio": np.ones((1, PROPRIO), np.float32)}
+def toy_observations(args: Args, rows: int) -> dict[str, np.ndarray]:
+    obs = {"proprio": np.random.default_rng(0).normal(size=(rows, PROPRIO)).astype(np.float32)}
     if args.obs_mode == "rgb":
         names = ("primary", "wrist") if args.cameras == "both" else ("primary",)
-        obs |= {name: np.zeros((1, args.image_size, args.image_size, 3), np.uint8) for name in names}
+        obs |= {name: np.zeros((rows, args.image_size, args.image_size, 3), np.uint8) for name in names}
     return obs
 
 
-def toy_agent(args: Args, obs: dict[str, np.ndarray]) -> Agent:
-    """Without memory; its prompt is the longest."""
-    actions = np.eye(2, ACTION_DIMS.get(args.control_mode, 8), dtype=np.float32)
-    two = {name: np.repeat(value, 2, 0) for name, value in obs.items()}
-    agent = Agent(args, Demos(two, actions, np.array([1]), np.array([1]), "none"))
-    ids = torch.zeros(1, agent.backbone.config.max_tokens, dtype=torch.long)
-    agent.backbone.prompt = lambda *_: (ids, ids == 0)
-    return agent
-
-
-def count_acting(agent: Agent, args: Args, obs: dict[str, np.ndarray], row: Tensor) -> dict[str, int]:
-    """Operations per action."""
-    with torch.no_grad():
-        embed = flops(lambda: agent.feature(obs))
-        one = flops(lambda: agent.actor.sample(row, 1, None, args.candidate_sigma))
-        K = flops(lambda: agent.actor.sample(row, args.K, None, args.candidate_sigma))
-    return {"flops_action_K1": embed + one, "flops_action_K": embed + K}
-
-
-def count_online(agent: Agent, args: Args, row: Tensor) -> int:
-    """Operations of stage 3's update of critic and actor, with the candidates that the actor learns from."""
+def count_online(agent: Agent, args: Args) -> dict[str, int]:
+    """Bytes of a step in the buffer; operations per action, and per update of stage 3 with the candidates that it draws."""
+    obs = toy_observations(args, 1)
     B = args.batch_size
+    with torch.no_grad():
+        row = agent.feature(obs)
+        embed = flops(lambda: agent.feature(obs))
+        draw_one = flops(lambda: agent.actor.sample(row, 1, None, args.candidate_sigma))
+        draw_K = flops(lambda: agent.actor.sample(row, args.K, None, args.candidate_sigma))
     rows = row.expand(B, -1)
     chunk = torch.zeros(B, len(agent.chunk_unit))
     zeros = torch.zeros(B)
@@ -109,12 +92,16 @@ def count_online(agent: Agent, args: Args, row: Tensor) -> int:
     weights = (args.distill_weight, args.q_weight)
     critic = flops(lambda: update_critic(agent, still, batch, args, 0.0, None))
     actor = flops(lambda: update_actor(agent, still, batch, chunk, args, None, *weights))
-    with torch.no_grad():
-        candidates = flops(lambda: agent.actor.sample(row, args.K, None, args.candidate_sigma))
-    return args.critic_updates * critic + actor + (B // 2 * candidates if args.vgpd else 0)
+    candidates = B // 2 * draw_K if args.vgpd else 0
+    return {
+        "replay_bytes_per_step": 4 * row.shape[1] + 4 * agent.action_dim + 40,
+        "flops_action_K1": embed + draw_one,
+        "flops_action_K": embed + draw_K,
+        "flops_online_update": args.critic_updates * critic + actor + candidates,
+    }
 
 
-def count_cloning(agent: Agent, args: Args, obs: dict[str, np.ndarray]) -> tuple[int, int]:
+def count_cloning(agent: Agent, args: Args) -> tuple[int, int]:
     """Operations of an update of stage 0, and bytes that its backward pass keeps beside the weights."""
     kept = {}
 
@@ -123,10 +110,10 @@ def count_cloning(agent: Agent, args: Args, obs: dict[str, np.ndarray]) -> tuple
         kept[storage._cdata] = storage.nbytes()
         return x
 
-    many = {name: np.repeat(value, args.sft_batch_size, 0) for name, value in obs.items()}
+    obs = toy_observations(args, args.sft_batch_size)
     chunk = torch.zeros(args.sft_batch_size, len(agent.chunk_unit))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        found = flops(lambda: sum(clone_losses(agent, many, chunk, args, None).values()).backward())
+        found = flops(lambda: sum(clone_losses(agent, obs, chunk, args, None).values()).backward())
     for weight in agent.parameters():
         kept.pop(weight.untyped_storage()._cdata, None)
     return found, sum(kept.values())

@@ -101,31 +101,12 @@ class Data:
 
     def digest(self, rows: list[Row]) -> str:
         """Of all that is known about rows: a figure drawn from other numbers has another one."""
-        known = []
-        for row in rows:
-            runs = [(row.name, seed) for seed in self.seeds(row)]
-            known += [(row.label, self.runs[run], self.diagnostics.get(run)) for run in runs]
+        runs = [(row.name, seed) for row in rows for seed in self.seeds(row)]
+        known = [[self.runs[run], self.diagnostics.get(run)] for run in runs]
         return hashlib.sha1(json.dumps(known).encode()).hexdigest()[:12]
 
 
 # ---- drawing ----
-def styles(rows: list[Row]) -> dict[str, dict]:
-    """Colour and dashes of each label among rows."""
-    labels = list(dict.fromkeys(row.label for row in rows))
-    others = [label for label in labels if label not in LOOKS]
-    dashed = {label: {"color": f"C{i % 10}", "ls": ["--", ":"][i // 10 % 2]} for i, label in enumerate(others)}
-    return {label: LOOKS.get(label) or dashed[label] for label in labels}
-
-
-def columns(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each task, by its title."""
-    tasks: dict[str, list[Row]] = {}
-    for row in rows:
-        seen = "camera" if row.obs_mode == "rgb" else row.obs_mode
-        tasks.setdefault(f"{row.env_id.removesuffix('-v1')}, {seen}", []).append(row)
-    return tasks
-
-
 def draw_mean(ax: plt.Axes, runs: list[Series], look: dict) -> None:
     """Mean and range over runs of different x, where all have one; a level if they have a single point."""
     runs = [(x, y) for x, y in runs if len(x)]
@@ -146,8 +127,13 @@ def draw_mean(ax: plt.Axes, runs: list[Series], look: dict) -> None:
 
 def draw(panels: list[Panel], rows: list[Row], data: Data) -> plt.Figure:
     """A column per task, a row per panel."""
-    tasks = columns(rows)
-    looks = styles(rows)
+    tasks: dict[str, list[Row]] = {}
+    for row in rows:
+        seen = row.flag("--obs-mode", "camera")
+        tasks.setdefault(f"{row.env_id.removesuffix('-v1')}, {seen}", []).append(row)
+    labels = dict.fromkeys(row.label for row in rows)
+    others = {label: {"color": f"C{i % 10}", "ls": "--"} for i, label in enumerate(labels)}
+    looks = {label: LOOKS.get(label, others[label]) for label in labels}
     size = (max(2.5 * len(tasks), 3.2), 1.2 + 1.4 * len(panels))
     figure, axes = plt.subplots(
         len(panels), len(tasks), figsize=size, squeeze=False, sharey="row", layout="constrained"
@@ -191,20 +177,11 @@ def figures(data: Data) -> dict[str, tuple[list[Row], Callable[..., plt.Figure]]
         Panel("episode length,\ncontrol steps", partial(data.diagnostic, "train/episode_len"), (0, None)),
         Panel("steps of the operator", partial(data.diagnostic, "intervention/rate"), (0, 1)),
     ]
-    found["operator"] = (with_and_without(files.get("conrft-state", []), data), partial(draw, operator))
+    helped = [row for row in files.get("conrft-state", []) if data.has("intervention/rate", row)]
+    alone = {re.sub(r" --(intervention|takeover-\w+) \S+", "", row.command) for row in helped}  # but for the operator
+    compared = [row for row in files.get("conrft-state", []) if row.command in alone] + helped
+    found["operator"] = (compared, partial(draw, operator))
     return {name: (rows, plot) for name, (rows, plot) in found.items() if rows}
-
-
-def with_and_without(rows: list[Row], data: Data) -> list[Row]:
-    """The rows in which an operator intervened, and before them the same without one."""
-    helped = [row for row in rows if data.has("intervention/rate", row)]
-    alone = {re.sub(r" --(intervention|takeover-\w+) \S+", "", row.command) for row in helped}
-    return [row for row in rows if row.command in alone] + helped
-
-
-def drawn_from(path: Path) -> str | None:
-    """The digest in a figure; None if there is none."""
-    return Image.open(path).info.get("Description") if path.exists() else None
 
 
 def main(results: Path = RESULTS, root: Path = ROOT, check: bool = False) -> int:
@@ -222,7 +199,7 @@ def main(results: Path = RESULTS, root: Path = ROOT, check: bool = False) -> int
     for name, (rows, plot) in figures(data).items():
         made_from = data.digest(rows)
         path = folder / f"{name}.png"
-        if check and drawn_from(path) == made_from:
+        if check and path.exists() and Image.open(path).info.get("Description") == made_from:
             continue
         stale.append(name)
         if not check:

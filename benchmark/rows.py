@@ -1,15 +1,8 @@
-"""What is measured: a file of plain commands per table, in benchmark/commands, and what is said about its rows.
+"""What is measured: a file of plain commands per table, in benchmark/commands, and rows.csv, which describes its rows.
 
-A command file is a shell script: a loop over seeds, with lines
+A command file is a loop over seeds, with lines
     python SCRIPT.py FLAGS --seed $seed --runs FOLDER --run-name ROW-$seed
-It is read, never executed. A row is what its seeds share: script and flags. `--sft-checkpoint FOLDER/ROW-$seed` names a
-run that has to be finished before. Files that name the same row share its runs.
-
-rows.csv says of each row
-    method, ablation  as tables name them
-    paper             the method's names in papers.csv
-    success, ...      what it must reach; rates are fractions (see BARS in tables.py)
-    earlier           the command that gave it the same flags before its script had tables of defaults per task
+It is read, never executed. A row is what its seeds share: script and flags. Files that name the same row share its runs.
 """
 
 import csv
@@ -37,7 +30,9 @@ ROWS = ROOT / "benchmark" / "rows.csv"
 RESULTS = ROOT / "benchmark" / "results"
 TEMPLATES = ROOT / "benchmark" / "templates"
 
-BAR_NAMES = ("success", "sft", "above_sft", "steps_ratio", "drop", "minutes")
+# What a row must reach: success at the end; after SFT; the gap between the intervals of the two; steps to success over the
+# demonstrations'; largest fall below hand-over; minutes of the whole run.
+BARS = ("success", "sft", "above_sft", "steps_ratio", "drop", "minutes")
 # Flags that say which run it is and where things lie, not how it learns.
 BOOKKEEPING = tuple("seed runs run_name resume eval_only track device torch_threads video_episodes demo_dir".split())
 ORIGIN = "--sft-checkpoint"  # names a run that has to be finished before
@@ -56,8 +51,8 @@ class Row:
     method: str
     ablation: str = ""
     paper: tuple[str, ...] = ()  # this method's names in papers.csv
-    earlier: str = ""
-    bars: dict[str, float] = field(default_factory=dict, compare=False)
+    earlier: str = ""  # the command that gave the same flags before its script had tables of defaults per task
+    bars: dict[str, float] = field(default_factory=dict, compare=False)  # what it must reach
 
     @property
     def label(self) -> str:
@@ -79,10 +74,6 @@ class Row:
     @property
     def env_id(self) -> str:
         return self.flag("--env-id")
-
-    @property
-    def obs_mode(self) -> str:
-        return self.flag("--obs-mode", "rgb")
 
 
 @dataclass(frozen=True)
@@ -113,23 +104,17 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
     missing = set(columns) - set(reader.fieldnames or ())
     if missing:
         raise UserError(f"{path} is torn or another file: it has no column {min(missing)}")
-    for number, line in enumerate(lines, 2):
-        if None in line or None in line.values():
-            raise UserError(f"{path} is torn: its line {number} hasn't {len(reader.fieldnames)} columns")
-    if text and not text.endswith("\n"):
-        raise UserError(f"{path} is torn: it ends within a line")
+    if any(None in line or None in line.values() for line in lines) or not f"\n{text}".endswith("\n"):
+        raise UserError(f"{path} is torn: its lines haven't all {len(reader.fieldnames)} columns")
     return lines
 
 
 def read_json(path: Path) -> dict:
     """Raises: UserError."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} isn't a run's: it holds no names")
-    return found
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} can't be read as a run's JSON: {error}") from error
 
 
 def read_commands(path: Path) -> CommandFile:
@@ -142,7 +127,7 @@ def read_commands(path: Path) -> CommandFile:
     code = "\n".join(line for line in lines if line and not line.startswith("#"))
     if stray := LOOP.sub("", code).strip():
         raise UserError(f"{path}: only `for seed in 1 2; do`, commands and `done`, please: {stray.splitlines()[0]}")
-    about = {line["row"]: line for line in read_csv(ROWS, ("row", "method", "ablation", "paper", "earlier"))}
+    about = {line["row"]: line for line in read_csv(ROWS, ("row", "method", "ablation", "paper", "earlier", *BARS))}
     runs = []
     for seeds, body in LOOP.findall(code):
         rows = [read_row(line, path, about) for line in body.splitlines()]
@@ -170,7 +155,7 @@ def read_row(line: str, path: Path, about: dict[str, dict[str, str]]) -> Row:
         raise UserError(f"{path}: {ORIGIN} must be {runs}/ROW-$seed: {line}")
     known = about[name]
     papers = tuple(filter(None, known["paper"].split(";")))
-    bars = {bar: float(known[bar]) for bar in BAR_NAMES if known.get(bar)}
+    bars = {bar: float(known[bar]) for bar in BARS if known[bar]}
     return Row(name, command, known["method"], known["ablation"], papers, known["earlier"], bars)
 
 

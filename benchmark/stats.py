@@ -57,18 +57,13 @@ def after_sft(run: Lines) -> dict | None:
     return next((line for line in run if line["stage"].startswith("sft")), None)
 
 
-def elsewhere(run: Lines) -> Lines:
-    """Evaluations where objects start outside the task's rectangle (CO-RFT): of the cloned and of later policies."""
-    outside = [line for line in run if line.get("spawn") == "ood"]
-    return [line for line in outside if line["select"] in ("", "last")]
-
-
 def first_elsewhere(run: Lines) -> dict | None:
-    return next(iter(elsewhere(run)), None)
+    """The evaluation of the cloned policy where objects start outside the task's rectangle (CO-RFT)."""
+    return next((line for line in run if line["spawn"] == "ood"), None)
 
 
 def last_elsewhere(run: Lines) -> dict | None:
-    return next(reversed(elsewhere(run)), None)
+    return next((line for line in reversed(run) if line["spawn"] == "ood" and line["select"] in ("", "last")), None)
 
 
 def handover(run: Lines) -> float | None:
@@ -103,12 +98,6 @@ def steps_at_target(run: Lines) -> tuple[float, bool] | None:
 
 
 # ---- several runs ----
-def wilson(successes: int, episodes: int) -> tuple[float, float]:
-    """Wilson's 95 % interval."""
-    interval = binomtest(successes, episodes).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def pooled(evaluations: Lines) -> Measured | None:
     """Mean success over evaluations (a run each), and Wilson's interval over all their episodes; None if there are none."""
     if not evaluations:
@@ -116,7 +105,8 @@ def pooled(evaluations: Lines) -> Measured | None:
     rates = np.array([line["success_once"] for line in evaluations])
     counts = np.array([line["num_episodes"] for line in evaluations])
     successes = np.rint(rates * counts).sum()
-    return float(rates.mean()), *wilson(int(successes), int(counts.sum()))
+    interval = binomtest(int(successes), int(counts.sum())).proportion_ci(method="wilson")
+    return float(rates.mean()), float(interval.low), float(interval.high)
 
 
 def difference(before: Measured, after: Measured) -> Measured:
@@ -138,7 +128,10 @@ def bootstrap_iqm(scores: list[list[float]], samples: int = 20_000, seed: int = 
     Source: Agarwal et al., arXiv:2108.13264; with the generator seeded, so that the interval is reproducible.
     """
     generator = np.random.default_rng(seed)
-    drawn = [np.array(task)[generator.integers(len(task), size=(samples, len(task)))] for task in scores]
+    drawn = []
+    for task in scores:
+        picks = generator.integers(len(task), size=(samples, len(task)))
+        drawn.append(np.array(task)[picks])
     means = trim_mean(np.concatenate(drawn, 1), 0.25, axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(trim_mean(np.concatenate(scores), 0.25)), float(low), float(high)
@@ -149,11 +142,10 @@ def survival(times: list[tuple[float, bool]]) -> tuple[np.ndarray, np.ndarray]:
 
     times: (steps, True if reached there, False if censored there) for each run.
     """
-    reached = [steps for steps, there in times if there]
-    censored = [steps for steps, there in times if not there]
-    if not reached:
+    if not any(there for _, there in times):
         return np.array([]), np.array([])
-    found = ecdf(CensoredData(uncensored=reached, right=censored)).sf
+    steps, there = np.array(times).T
+    found = ecdf(CensoredData(uncensored=steps[there > 0], right=steps[there == 0])).sf
     return found.quantiles, found.probabilities
 
 

@@ -1,45 +1,309 @@
 """Writes the tables of the documentation from benchmark/results/runs.csv, beside the papers' numbers (papers.csv).
 
-    python benchmark/tables.py            # rewrite the blocks between <!-- begin: NAME --> and <!-- end: NAME -->
-    python benchmark/tables.py --check    # exit code 1 if a page is out of date
-
-NAME is a command file (its rows, bars and commands), or one of the comparisons of docs/results.md (see COMPARISONS). A
-block goes wherever its markers stand in README.md or docs/*.md; its words are in benchmark/templates. Running it twice
-changes nothing. Draw the figures first (plots.py).
+A block between <!-- begin: NAME --> and <!-- end: NAME --> in README.md or docs/*.md is made anew. NAME is a command file or
+one of COMPARISONS. Words, and which columns a table has, are in benchmark/templates. "–" stands for what isn't known.
 """
 
 import re
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import cells, stats  # noqa: E402
-from benchmark.cells import CELLS, WORDS, Entry, caption, entry_table, fill, interval, mean, percent, table  # noqa: E402
-from benchmark.collect import read_results  # noqa: E402
-from benchmark.rows import ORIGIN, RESULTS, ROOT, CommandFile, Row, UserError, all_commands, command_line, flags_of  # noqa: E402
+from benchmark import rows, stats  # noqa: E402
+from benchmark.collect import mixed, number, read_results  # noqa: E402
+from benchmark.rows import ORIGIN, RESULTS, ROOT, CommandFile, Row, UserError, command_line, read_csv  # noqa: E402
 
+TEMPLATES = ROOT / "benchmark" / "templates"
+PAPERS = ROOT / "benchmark" / "papers.csv"
+WORDS = tomllib.loads((TEMPLATES / "words.toml").read_text())
 MADE = "<!-- made by benchmark/tables.py from benchmark/results/runs.csv: edits here are lost -->"
+FEW = 10  # successful episodes that a mean number of steps needs
 
 
+# ---- numbers ----
+def percent(rate: float) -> str:
+    return f"{100 * rate:.1f}".removesuffix(".0")
+
+
+def signed(rate: float) -> str:
+    return f"+{percent(rate)}" if rate > 0 else percent(rate)
+
+
+def one_digit(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def interval(measured: stats.Measured | None) -> str:
+    """Mean and interval in percent."""
+    return "{} ({}–{})".format(*map(percent, measured)) if measured else "–"
+
+
+def gain(before: stats.Measured | None, after: stats.Measured | None) -> str:
+    """The difference of two rates, in points, with its interval."""
+    if not before or not after:
+        return "–"
+    return "{} ({} to {})".format(*map(signed, stats.difference(before, after)))
+
+
+def mean(values: dict) -> float | None:
+    return float(np.mean(list(values.values()))) if values else None
+
+
+def per_seed(values: dict[int, float], form: Callable[..., str] = percent) -> str:
+    """Each seed's value: "1: x, 2: y"."""
+    return ", ".join(f"{seed}: {form(value)}" for seed, value in values.items()) or "–"
+
+
+def reached(time: tuple[float, bool]) -> str:
+    """Steps at 80 %; a run that isn't there is shown with how far it was followed."""
+    steps, there = time
+    if not there:
+        return f"more than {steps:.0f}"
+    return f"{steps:.0f}" if steps else "0 (at hand-over)"
+
+
+def steps_to_success(evaluations: dict[int, dict]) -> dict[int, float]:
+    """Mean steps to success of each seed, but where fewer than FEW episodes succeeded."""
+    enough = {}
+    for seed, line in evaluations.items():
+        if line["success_once"] * line["num_episodes"] > FEW - 0.5:
+            enough[seed] = line["episode_len"]
+    return enough
+
+
+# ---- a row of a table ----
+@dataclass
+class Entry:
+    """A row and its runs by seed, of `wanted` seeds."""
+
+    row: Row
+    runs: dict[int, stats.Lines]
+    wanted: int
+    horizon: float = 0.0  # the shortest online budget on its task, in control steps
+
+    def each(self, value: Callable) -> dict:
+        """value(run) by seed, without the runs that have none."""
+        found = {seed: value(run) for seed, run in self.runs.items()}
+        return {seed: x for seed, x in found.items() if x is not None}
+
+    def final(self, column: str) -> dict:
+        """A column of the runs' results, by seed."""
+        return self.each(lambda run: stats.result(run)[column])
+
+    def rate(self, evaluation: Callable) -> stats.Measured | None:
+        """Success over the seeds' evaluations: evaluation(run), or None."""
+        return stats.pooled(list(self.each(evaluation).values()))
+
+    def complete(self, text: str) -> str:
+        """The text, and how many seeds there are if some aren't."""
+        missing = f", {len(self.runs)} of {self.wanted} seeds" if len(self.runs) < self.wanted else ""
+        return text + missing if self.runs else "not run"
+
+    def after_sft(self, run: stats.Lines) -> dict | None:
+        """The evaluation after supervised fine-tuning; none for a row that throws the cloned head away."""
+        return None if "--fresh-head" in self.row.command else stats.after_sft(run)
+
+    @property
+    def steps(self) -> float | None:
+        return mean(steps_to_success(self.each(stats.result)))
+
+    @property
+    def demo_steps(self) -> float | None:
+        return mean(self.final("demo_steps_to_success"))
+
+    @property
+    def times(self) -> list[tuple[float, bool]]:
+        return list(self.each(stats.steps_at_target).values())
+
+    def restricted(self) -> float:
+        return stats.restricted_mean(self.times, self.horizon)
+
+    def paper(self, metric: str) -> str:
+        """The papers' numbers for its method and task, each with its source."""
+        found = []
+        for line in papers():
+            if line["method"] in self.row.paper and (line["task"], line["metric"]) == (self.row.env_id, metric):
+                found.append(f"*{line['value']}* [{line['source']}]")
+        return ", ".join(found) or "–"
+
+
+@cache
+def papers() -> list[dict[str, str]]:
+    """The lines of papers.csv. Raises: UserError."""
+    return read_csv(PAPERS, ("source", "method", "task", "metric", "value"))
+
+
+def steps_cell(entry: Entry) -> str:
+    """Mean steps to success and, in brackets, the demonstrations'."""
+    demos = f" ({entry.demo_steps:.1f})" if entry.demo_steps else ""
+    return f"{entry.steps:.1f}{demos}" if entry.steps else "–"
+
+
+def median_cell(entry: Entry) -> str:
+    if len(entry.runs) < entry.wanted or not entry.times:
+        return "–"
+    median = stats.median_time(entry.times)
+    return f"more than {max(entry.times)[0]:.0f}" if median is None else f"{median:.0f}"
+
+
+def cycle_cell(entry: Entry) -> str:
+    """How much shorter an episode is than the cloned policy's: mean over seeds, least and most."""
+    before = steps_to_success(entry.each(entry.after_sft))
+    after = steps_to_success(entry.each(stats.result))
+    saved = [1 - after[seed] / before[seed] for seed in before.keys() & after.keys()]
+    return "{} ({} to {})".format(*map(percent, (np.mean(saved), min(saved), max(saved)))) if saved else "–"
+
+
+CELLS: dict[str, Callable[[Entry], str]] = {
+    "task": lambda entry: entry.row.env_id,
+    "method": lambda entry: entry.row.label,
+    "success": lambda entry: entry.complete(interval(entry.rate(stats.result))),
+    "successes": lambda entry: per_seed(entry.final("success_once")),
+    "at_limit": lambda entry: percent(mean(entry.final("success_at_end"))) if entry.runs else "–",
+    "after_sft": lambda entry: interval(entry.rate(entry.after_sft)),
+    "handover": lambda entry: per_seed(entry.each(stats.handover)),
+    "drop": lambda entry: per_seed(entry.each(stats.largest_drop)),
+    "steps_and_demos": steps_cell,
+    "at_target": lambda entry: per_seed(entry.each(stats.steps_at_target), reached),
+    "minutes": lambda entry: per_seed(entry.final("seconds"), lambda seconds: f"{seconds / 60:.0f}"),
+    "their_success": lambda entry: entry.paper("success_percent"),
+    "their_steps_at_target": lambda entry: entry.paper("steps_at_80"),
+    "all_at_target": lambda entry: entry.complete(per_seed(entry.each(stats.steps_at_target), reached)),
+    "there": lambda entry: f"{sum(there for _, there in entry.times)} of {len(entry.times)}" if entry.times else "–",
+    "median": median_cell,
+    "restricted": lambda entry: f"{entry.restricted():.0f} of {entry.horizon:.0f}" if entry.times else "–",
+    "demo_steps": lambda entry: one_digit(entry.demo_steps),
+    "sft_steps": lambda entry: one_digit(mean(steps_to_success(entry.each(entry.after_sft)))),
+    "steps": lambda entry: one_digit(entry.steps),
+    "shorter": lambda entry: f"{percent(1 - entry.steps / entry.demo_steps)} %" if entry.steps else "–",
+    "start": lambda entry: "one place" if "--spawn" in entry.row.command else "random",
+    "gain": lambda entry: gain(entry.rate(entry.after_sft), entry.rate(stats.result)),
+    "sft_elsewhere": lambda entry: interval(entry.rate(stats.first_elsewhere)),
+    "elsewhere": lambda entry: entry.complete(interval(entry.rate(stats.last_elsewhere))),
+    "gain_elsewhere": lambda entry: gain(entry.rate(stats.first_elsewhere), entry.rate(stats.last_elsewhere)),
+    "cycle": cycle_cell,
+}
+
+
+# ---- tables and words ----
+def table(header: list[str], body: list[list[str]]) -> str:
+    """Markdown, without the columns in which nothing stands; empty without rows."""
+    if not body:
+        return ""
+    first, *others = zip(header, *body)
+    kept = [first] + [column for column in others if set(column[1:]) != {"–"}]
+    lines = [f"| {' | '.join(cells)} |" for cells in zip(*kept)]
+    lines.insert(1, "| --- " * len(kept) + "|")
+    return "\n".join(lines)
+
+
+def entry_table(name: str, entries: list[Entry]) -> str:
+    """The table that words.toml declares under this name."""
+    columns = WORDS["tables"][name]
+    return table(list(columns), [[CELLS[cell](entry) for cell in columns.values()] for entry in entries])
+
+
+def caption(name: str, /, **parts) -> str:
+    return WORDS["captions"][name].format(**parts)
+
+
+def fill(template: str, entries: list[Entry] = (), **parts) -> str:
+    """The template with its parts, and what is to be said of entries and sources; without paragraphs that are empty."""
+    text = (TEMPLATES / f"{template}.md").read_text()
+    named = " ".join([text, *map(str, parts.values())])
+    sources = [f"[{tag}] {meaning}" for tag, meaning in WORDS["sources"].items() if f"[{tag}]" in named]
+    cited = caption("cited", sources="; ".join(sources)) if sources else ""
+    parts |= {"cited": cited, "made_by": made_by(entries), "notes": notes(entries), "few": FEW}
+    paragraphs = [re.sub(r"\n(?!\|)", " ", paragraph).format(**parts) for paragraph in text.split("\n\n")]
+    return "\n\n".join(paragraph.strip() for paragraph in paragraphs if paragraph.strip())
+
+
+def made_by(entries: list[Entry]) -> str:
+    """Models, observations, episodes, commits, versions and device of our runs."""
+    parts = {}
+    for column in ("backbone", "obs_mode", "num_episodes", "git_commit", "versions", "device"):
+        values = {number(value) for entry in entries for value in entry.final(column).values()}
+        width = 12 if column == "git_commit" else None
+        parts[column] = " | ".join(sorted(value[:width] for value in values))
+    return caption("made_by", **parts) if parts["git_commit"] else ""
+
+
+def notes(entries: list[Entry]) -> str:
+    """What a reader must know about how the runs were made."""
+    found = []
+    for entry in entries:
+        name = entry.row.name
+        found += [f"{name}, seed {seed}: {note}." for seed, note in entry.final("notes").items() if note]
+        if differing := mixed(list(entry.runs.values())):
+            found.append(f"{name}: its runs differ in {differing}.")
+        others = set(entry.final("command").values()) - {entry.row.command, entry.row.earlier}
+        found += [caption("another_command", row=name, command=command) for command in sorted(others)]
+    return "\n\n".join(f"Note: {note}" for note in found)
+
+
+# ---- what rows must reach ----
+def gap(entry: Entry) -> float | None:
+    """Between the intervals after SFT and at the end; below 0 if they overlap."""
+    before = entry.rate(entry.after_sft)
+    return before and entry.rate(stats.result)[1] - before[2]
+
+
+BARS: dict[str, Callable[[Entry], float | None]] = {
+    "success": lambda entry: mean(entry.final("success_once")),
+    "sft": lambda entry: (entry.rate(entry.after_sft) or [None])[0],
+    "above_sft": gap,
+    "steps_ratio": lambda entry: entry.steps and entry.steps / entry.demo_steps,
+    "drop": lambda entry: max(entry.each(stats.largest_drop).values(), default=None),
+    "minutes": lambda entry: max(entry.final("seconds").values()) / 60,
+}
+AT_MOST = ("steps_ratio", "drop", "minutes")  # the others are at least
+
+
+def budget(entry: Entry) -> str:
+    """Online control steps of the measured runs, or else of the row's command; empty if it has none."""
+    recorded = re.search(r"\bonline_steps=(\d+)", " ".join(entry.final("settings").values()))
+    words = entry.row.words(1, "runs")[1:]
+    steps = int(recorded[1]) if recorded else rows.flags_of(*words).get("online_steps")
+    return f" within {steps:,} online env steps" if steps else ""
+
+
+def bar_row(entry: Entry, name: str, bound: float) -> list[str]:
+    """Task, method, bar, what was measured, verdict."""
+    words = WORDS["bars"][name]
+    part = "stages 1 to 3" if ORIGIN in entry.row.command else "whole run"
+    text = words["bar"].format(rate=percent(bound), value=bound, within=budget(entry), part=part)
+    value = BARS[name](entry) if entry.runs else None
+    measured = "–"
+    met = False
+    if value is not None:
+        rates = {"before": interval(entry.rate(entry.after_sft)), "after": interval(entry.rate(stats.result))}
+        measured = words["measured"].format(rate=percent(value), value=value, **rates)
+        met = value <= bound + 1e-5 if name in AT_MOST else value >= bound - 1e-5
+    return [entry.row.env_id, entry.row.label, text, measured, entry.complete("met" if met else "**not met**")]
+
+
+# ---- the blocks ----
 @dataclass
 class Book:
-    """All that the tables are made from."""
+    """All that the blocks are made from."""
 
     files: dict[str, CommandFile]
     runs: stats.Runs
     root: Path  # holds README.md and docs
 
-    def entries(self, rows: list[Row]) -> list[Entry]:
+    def entries(self, wanted: list[Row]) -> list[Entry]:
         seeds = {row: len(file.seeds(row)) for file in self.files.values() for row in file.rows}
-        return [Entry(row, self.of(row), seeds[row]) for row in rows]
-
-    def of(self, row: Row) -> dict[int, stats.Lines]:
-        """A row's runs by seed."""
-        return {seed: run for (name, seed), run in sorted(self.runs.items()) if name == row.name}
+        found = []
+        for row in wanted:
+            runs = {seed: run for (name, seed), run in sorted(self.runs.items()) if name == row.name}
+            found.append(Entry(row, runs, seeds[row]))
+        return found
 
     def picture(self, name: str, alt: str) -> str:
         """A figure; empty if benchmark/plots.py hasn't drawn it."""
@@ -47,69 +311,6 @@ class Book:
         return f"![{alt}](figures/{name}.png)" if drawn else ""
 
 
-# ---- what rows must reach ----
-@dataclass
-class Bar:
-    """A bound on what `measure` gives; `show` writes that down."""
-
-    measure: Callable[[Entry], float | None]
-    at_most: bool = False
-    show: Callable[[float], str] = lambda rate: f"{percent(rate)} %"
-
-
-def gap(entry: Entry) -> float | None:
-    """Between the intervals after SFT and at the end; below 0 if they overlap."""
-    before = entry.rate(entry.cloned)
-    return before and entry.rate(stats.result)[1] - before[2]
-
-
-BARS = {
-    "success": Bar(lambda entry: mean(entry.final("success_once"))),
-    "sft": Bar(lambda entry: (entry.rate(entry.cloned) or [None])[0]),
-    "above_sft": Bar(gap),
-    "steps_ratio": Bar(lambda entry: entry.steps and entry.steps / entry.demo_steps, at_most=True),
-    "drop": Bar(
-        lambda entry: max(entry.each(stats.largest_drop).values(), default=None),
-        at_most=True,
-        show=lambda rate: f"{percent(rate)} points",
-    ),
-    "minutes": Bar(lambda entry: max(entry.final("seconds").values()) / 60, at_most=True, show="{:.1f} minutes".format),
-}
-
-
-def budget(entry: Entry) -> str:
-    """Online control steps of the measured runs, or else of the row's command; empty if it has none."""
-    recorded = re.search(r"\bonline_steps=(\d+)", " ".join(entry.final("settings").values()))
-    words = entry.row.words(1, "runs")[1:]
-    steps = int(recorded[1]) if recorded else flags_of(*words).get("online_steps")
-    return f" within {steps:,} online env steps" if steps else ""
-
-
-def judged(entry: Entry, name: str, value: float) -> tuple[str, str]:
-    """What was measured for a bar, and the verdict."""
-    measured = BARS[name].measure(entry) if entry.runs else None
-    if measured is None:
-        return "–", entry.complete("**not met**")
-    text = BARS[name].show(measured)
-    if name == "above_sft":
-        text = f"{CELLS['after_sft'](entry)} to {interval(entry.rate(stats.result))}"
-    met = measured <= value + 1e-5 if BARS[name].at_most else measured >= value - 1e-5
-    return text, entry.complete("met" if met else "**not met**")
-
-
-def bar_table(entries: list[Entry]) -> str:
-    body = []
-    for entry in entries:
-        part = "stages 1 to 3" if ORIGIN in entry.row.command else "whole run"
-        for name, value in entry.row.bars.items():
-            within = budget(entry) if name == "success" else ""
-            about = {"rate": percent(value), "value": f"{value:g}", "within": within, "part": part}
-            text = WORDS["bars"][name].format(**about)
-            body.append([entry.row.env_id, entry.row.label, text, *judged(entry, name, value)])
-    return table(["Task", "Method", "Bar", "Measured", "Verdict"], body)
-
-
-# ---- the tables of a command file ----
 def aggregate(entries: list[Entry]) -> str:
     """Interquartile mean over all tasks, of the methods that have all their seeds there: others can't be compared."""
     tasks = dict.fromkeys(entry.row.env_id for entry in entries)
@@ -131,12 +332,13 @@ def aggregate(entries: list[Entry]) -> str:
 
 def file_block(book: Book, file: CommandFile) -> str:
     entries = book.entries(file.rows)
+    bars = [bar_row(entry, *bar) for entry in entries for bar in entry.row.bars.items()]
     return fill(
         "file",
         entries,
         table=entry_table("file", entries),
         online=caption("online") if any(entry.each(stats.handover) for entry in entries) else "",
-        bars=bar_table(entries),
+        bars=table(["Task", "Method", "Bar", "Measured", "Verdict"], bars),
         aggregate=aggregate(entries),
         picture=book.picture(file.name, caption("curves", title=file.title)),
         name=file.name,
@@ -145,7 +347,6 @@ def file_block(book: Book, file: CommandFile) -> str:
     )
 
 
-# ---- the comparisons of docs/results.md ----
 def by_task(entries: list[Entry]) -> list[Entry]:
     tasks = [entry.row.env_id for entry in entries]
     return sorted(entries, key=lambda entry: tasks.index(entry.row.env_id))
@@ -157,52 +358,47 @@ def success_block(book: Book) -> str:
     body: dict[str, dict[str, str]] = {}  # method -> task -> cell
     for entry in entries:
         body.setdefault(entry.row.label, {})[entry.row.env_id] = CELLS["success"](entry)
-    theirs: dict[str, list[float]] = {}
-    for line in cells.papers():
+    rates: dict[str, list[float]] = {}
+    for line in papers():
         if line["source"] == "FORCE T1":
             method = f"*{line['method']}* [FORCE T1]"
-            theirs.setdefault(method, []).append(float(line["value"]))
-            means = {"Mean of theirs": f"*{np.mean(theirs[method]) + 1e-9:.1f}*"}  # halves rounded up as in the paper
-            body[method] = body.get(method, {}) | {line["task"]: f"*{line['value']}*"} | means
-    columns = dict.fromkeys(column for row in body.values() for column in sorted(row, key="Mean of theirs".__eq__))
-    made = [[label, *(row.get(column, "–") for column in columns)] for label, row in body.items()]
-    return fill("results-success", entries, table=table(["Success, %", *columns], made), aggregate=aggregate(entries))
+            body.setdefault(method, {})[line["task"]] = f"*{line['value']}*"
+            rates.setdefault(method, []).append(float(line["value"]))
+    tasks = dict.fromkeys(task for row in body.values() for task in row)
+    means = {method: f"*{np.mean(found) + 1e-9:.1f}*" for method, found in rates.items()}  # halves up, as in the paper
+    cells = []
+    for method, row in body.items():
+        cells.append([method, *(row.get(task, "–") for task in tasks), means.get(method, "–")])
+    made = table(["Success, %", *tasks, "Mean of theirs"], cells)
+    return fill("results-success", entries, table=made, aggregate=aggregate(entries))
 
 
 def steps_block(book: Book) -> str:
     """FORCE's Table 3: control steps at 80 %."""
-    rows = dict.fromkeys(row for name in ("main", "force-ablation") for row in book.files[name].rows)
-    online = [row for row in rows if row.script in ("force_octo.py", "conrft.py") and row.flag("--online-steps") != "0"]
+    known = dict.fromkeys(row for name in ("main", "force-ablation") for row in book.files[name].rows)
+    online = [
+        row for row in known if row.script in ("force_octo.py", "conrft.py") and row.flag("--online-steps") != "0"
+    ]
     entries = by_task(book.entries(online))
-    ends: dict[str, list[float]] = {}
     for entry in entries:
-        steps = entry.each(lambda run: stats.curve(run)[0])
-        ends.setdefault(entry.row.env_id, []).extend(each[-1] for each in steps.values() if len(each) > 1)
-    for entry in entries:
-        entry.horizon = min(ends[entry.row.env_id], default=0.0)
+        same = [other for other in entries if other.row.env_id == entry.row.env_id]
+        curves = [steps for other in same for steps, _ in other.each(stats.curve).values()]
+        entry.horizon = min((steps[-1] for steps in curves if len(steps) > 1), default=0.0)
     return fill("results-steps", entries, table=entry_table("steps", entries), reduction=reduction(entries))
 
 
 def reduction(entries: list[Entry]) -> str:
     """What warm-up saves: mean steps at 80 % with and without it, and steps spent on it; empty if that isn't known."""
     known = {(entry.row.label, entry.row.env_id): entry for entry in entries if entry.times}
-    pairs = []
-    for (label, task), warm in sorted(known.items()):
-        cold = known.get(("FORCE, no warm-up", task))
-        if label == "FORCE" and cold:
-            pairs.append((warm, cold))
-    after = sum(stats.restricted_mean(warm.times, warm.horizon) for warm, _ in pairs)
-    before = sum(stats.restricted_mean(cold.times, cold.horizon) for _, cold in pairs)
+    tasks = [task for label, task in sorted(known) if label == "FORCE" and ("FORCE, no warm-up", task) in known]
+    warm = [known["FORCE", task] for task in tasks]
+    after = sum(entry.restricted() for entry in warm)
+    before = sum(known["FORCE, no warm-up", task].restricted() for task in tasks)
+    spent = sum(mean(entry.each(stats.before_handover)) for entry in warm)
     if not before:
         return ""
-    return caption(
-        "reduction",
-        tasks=", ".join(warm.row.env_id for warm, _ in pairs),
-        change=percent(after / before - 1),
-        before=f"{before:.0f}",
-        after=f"{after:.0f}",
-        spent=f"{sum(mean(warm.each(stats.before_handover)) for warm, _ in pairs):.0f}",
-    )
+    change = percent(after / before - 1)
+    return caption("reduction", tasks=", ".join(tasks), change=change, before=before, after=after, spent=spent)
 
 
 def execution_block(book: Book) -> str:
@@ -214,8 +410,7 @@ def execution_block(book: Book) -> str:
 
 def corft_block(book: Book) -> str:
     """CO-RFT's Table 1: in and out of distribution, gain over cloning, cycle time."""
-    rows = [row for row in book.files["corft-state"].rows if "--eval-elsewhere" in row.command]
-    entries = book.entries(rows)
+    entries = book.entries([row for row in book.files["corft-state"].rows if "--eval-elsewhere" in row.command])
     return fill("results-corft", entries, table=entry_table("corft", entries))
 
 
@@ -250,12 +445,9 @@ def updated(book: Book, page: Path) -> str:
     """The page's text with all its blocks made anew. Raises: UserError."""
     text = page.read_text()
     for name in dict.fromkeys(re.findall(r"<!-- (?:begin|end): ([\w-]+) -->", text)):
-        if name in book.files:
-            content = file_block(book, book.files[name])
-        elif name in COMPARISONS:
-            content = COMPARISONS[name](book)
-        else:
+        if name not in book.files | COMPARISONS:
             raise UserError(f"{page.name}: there is nothing called {name}")
+        content = COMPARISONS[name](book) if name in COMPARISONS else file_block(book, book.files[name])
         text = replace_block(text, name, f"{MADE}\n\n{content}")
     return text
 
@@ -268,14 +460,13 @@ def main(results: Path = RESULTS, root: Path = ROOT, check: bool = False) -> int
         root: folder that holds README.md and docs.
         check: change nothing; exit code 1 if a page is out of date.
     """
-    files = {file.name: file for file in all_commands()}
+    files = {file.name: file for file in rows.all_commands()}
     book = Book(files, stats.by_run(read_results(results)), root)
-    pages = [page for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if page.exists()]
-    made = {page: updated(book, page) for page in pages}
-    stale = [page for page, text in made.items() if text != page.read_text()]
+    made = {page: updated(book, page) for page in [*root.glob("README.md"), *sorted(root.glob("docs/*.md"))]}
+    stale = {page: text for page, text in made.items() if text != page.read_text()}
     if not check:
-        for page in stale:
-            page.write_text(made[page])
+        for page, text in stale.items():
+            page.write_text(text)
     names = ", ".join(str(page.relative_to(root)) for page in stale) or "nothing"
     print(f"pages {'out of date' if check else 'rewritten'}: {names}")
     return int(check and bool(stale))
