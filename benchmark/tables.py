@@ -139,12 +139,6 @@ def papers() -> list[dict[str, str]]:
     return read_csv(PAPERS, ("source", "method", "task", "metric", "value"))
 
 
-def steps_cell(entry: Entry) -> str:
-    """Mean steps to success and, in brackets, the demonstrations'."""
-    demos = f" ({entry.demo_steps:.1f})" if entry.demo_steps else ""
-    return f"{entry.steps:.1f}{demos}" if entry.steps else "–"
-
-
 def median_cell(entry: Entry) -> str:
     if len(entry.runs) < entry.wanted or not entry.times:
         return "–"
@@ -169,7 +163,6 @@ CELLS: dict[str, Callable[[Entry], str]] = {
     "after_sft": lambda entry: interval(entry.rate(entry.after_sft)),
     "handover": lambda entry: per_seed(entry.each(stats.handover)),
     "drop": lambda entry: per_seed(entry.each(stats.largest_drop)),
-    "steps_and_demos": steps_cell,
     "at_target": lambda entry: per_seed(entry.each(stats.steps_at_target), reached),
     "minutes": lambda entry: per_seed(entry.final("seconds"), lambda seconds: f"{seconds / 60:.0f}"),
     "their_success": lambda entry: entry.paper("success_percent"),
@@ -295,7 +288,6 @@ class Book:
 
     files: dict[str, CommandFile]
     runs: stats.Runs
-    root: Path  # holds README.md and docs
 
     def entries(self, wanted: list[Row]) -> list[Entry]:
         seeds = {row: len(file.seeds(row)) for file in self.files.values() for row in file.rows}
@@ -304,11 +296,6 @@ class Book:
             runs = {seed: run for (name, seed), run in sorted(self.runs.items()) if name == row.name}
             found.append(Entry(row, runs, seeds[row]))
         return found
-
-    def picture(self, name: str, alt: str) -> str:
-        """A figure; empty if benchmark/plots.py hasn't drawn it."""
-        drawn = (self.root / "docs" / "figures" / f"{name}.png").exists()
-        return f"![{alt}](figures/{name}.png)" if drawn else ""
 
 
 def aggregate(entries: list[Entry]) -> str:
@@ -333,18 +320,9 @@ def aggregate(entries: list[Entry]) -> str:
 def file_block(book: Book, file: CommandFile) -> str:
     entries = book.entries(file.rows)
     bars = [bar_row(entry, *bar) for entry in entries for bar in entry.row.bars.items()]
-    return fill(
-        "file",
-        entries,
-        table=entry_table("file", entries),
-        online=caption("online") if any(entry.each(stats.handover) for entry in entries) else "",
-        bars=table(["Task", "Method", "Bar", "Measured", "Verdict"], bars),
-        aggregate=aggregate(entries),
-        picture=book.picture(file.name, caption("curves", title=file.title)),
-        name=file.name,
-        count=len(file.runs),
-        seeds=", ".join(map(str, sorted({seed for _, seed in file.runs}))),
-    )
+    judged = table(["Task", "Method", "Bar", "Measured", "Verdict"], bars)
+    made = entry_table("file", entries)
+    return fill("file", entries, table=made, bars=judged, aggregate=aggregate(entries), name=file.name)
 
 
 def by_task(entries: list[Entry]) -> list[Entry]:
@@ -414,19 +392,11 @@ def corft_block(book: Book) -> str:
     return fill("results-corft", entries, table=entry_table("corft", entries))
 
 
-def figures_block(book: Book) -> str:
-    """The figures over all methods, each with what it shows."""
-    pictures = {name: book.picture(name, name) for name in WORDS["figures"]}
-    drawn = [f"{image}\n\n{WORDS['figures'][name]}" for name, image in pictures.items() if image]
-    return "\n\n".join(drawn) or "Nothing has been run yet."
-
-
 COMPARISONS = {
     "results-success": success_block,
     "results-steps": steps_block,
     "results-execution": execution_block,
     "results-corft": corft_block,
-    "results-figures": figures_block,
 }
 
 
@@ -461,7 +431,7 @@ def main(results: Path = RESULTS, root: Path = ROOT, check: bool = False) -> int
         check: change nothing; exit code 1 if a page is out of date.
     """
     files = {file.name: file for file in rows.all_commands()}
-    book = Book(files, stats.by_run(read_results(results)), root)
+    book = Book(files, stats.by_run(read_results(results)))
     made = {page: updated(book, page) for page in [*root.glob("README.md"), *sorted(root.glob("docs/*.md"))]}
     stale = {page: text for page, text in made.items() if text != page.read_text()}
     if not check:
