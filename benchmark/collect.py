@@ -16,11 +16,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import rows, stats  # noqa: E402
-from benchmark.rows import RESULTS, ROOT, Row, UserError, read_csv, read_json  # noqa: E402
+from benchmark.rows import ROOT, Row, UserError, read_csv, read_json  # noqa: E402
 
 EVALUATION = ("num_episodes", "success_once", "success_at_end", "episode_len")  # of a run's "eval/..."
 COLUMNS = {"runs": [], "diagnostics": []}  # of the two files; columns.csv says what they mean
-for line in read_csv(RESULTS / "columns.csv", ("file", "column", "meaning")):
+for line in read_csv(rows.RESULTS / "columns.csv", ("file", "column", "meaning")):
     COLUMNS[line["file"]].append(line["column"])
 METRICS = ("global_step", "update_step", "name", "value")  # columns of a run's metrics.csv
 FILES = ("demo_path", "checkpoint", "sft_checkpoint", "critic_weights", "record_demos")  # flags that name one
@@ -141,24 +141,19 @@ def read_diagnostics(row: Row, seed: int, folder: Path) -> stats.Lines:
 
 
 # ---- the two files ----
-def read_results(results: Path) -> stats.Lines:
-    """runs.csv with numbers. Raises: UserError if there is nothing in it."""
-    path = results / "runs.csv"
+def read_results() -> stats.Runs:
+    """runs.csv with numbers, by row and seed. Raises: UserError if there is nothing in it."""
+    path = rows.RESULTS / "runs.csv"
     lines = stats.typed(read_csv(path, COLUMNS["runs"]), str(path))
     if not lines:
         raise UserError(f"{path} holds no runs: collect them first (benchmark/collect.py)")
-    return lines
+    return stats.by_run(lines)
 
 
 def mixed(runs: list[stats.Lines]) -> str:
     """What differs between the runs of one row; empty if nothing does."""
     values = {name: sorted({run[0][name] for run in runs}) for name in SAME}
     return "; ".join(f"{name}: {' | '.join(found)}" for name, found in values.items() if len(found) > 1)
-
-
-def merge_csv(path: Path, columns: list[str], found: stats.Runs) -> stats.Runs:
-    """All runs of a CSV, with those found in the place of the same ones. Raises: UserError."""
-    return stats.by_run(read_csv(path, columns) if path.exists() else []) | found
 
 
 def write_csv(path: Path, columns: list[str], runs: stats.Runs) -> None:
@@ -175,7 +170,6 @@ def write_csv(path: Path, columns: list[str], runs: stats.Runs) -> None:
 def main(
     commands: tyro.conf.Positional[tuple[Path, ...]] = (),
     runs: Path = Path("runs/benchmark"),
-    results: Path = RESULTS,
     allow_mixed: bool = False,
 ) -> int:
     """Collect finished runs; exit code 1 if some don't belong in one table.
@@ -183,25 +177,26 @@ def main(
     Args:
         commands: command files; default: all of benchmark/commands.
         runs: folder of the run folders, from the repository's root.
-        results: where the CSVs go.
         allow_mixed: take them all the same; the tables say so.
     """
     files = [rows.read_commands(path) for path in commands] or rows.all_commands()
-    found = {}
-    diagnostics = {}
+    found = {"runs": {}, "diagnostics": {}}
     for row, seed in dict.fromkeys(run for file in files for run in file.runs):
         folder = ROOT / runs / f"{row.name}-{seed}"
         if (folder / "summary.json").exists():
-            found[row.name, seed] = read_run(row, folder)
-            diagnostics[row.name, seed] = read_diagnostics(row, seed, folder)
+            found["runs"][row.name, seed] = read_run(row, folder)
+            found["diagnostics"][row.name, seed] = read_diagnostics(row, seed, folder)
         elif folder.is_dir():
             print(f"{folder.name}: not finished, left out", file=sys.stderr)
-    if not found:
+    if not found["runs"]:
         raise UserError(f"no finished run in {runs}")
-    everything = merge_csv(results / "runs.csv", COLUMNS["runs"], found)
+    everything = {}
+    for name, columns in COLUMNS.items():
+        path = rows.RESULTS / f"{name}.csv"
+        everything[name] = stats.by_run(read_csv(path, columns) if path.exists() else []) | found[name]
     problems = []
-    for row in dict.fromkeys(row for row, _ in found):
-        group = {f"{row}-{seed}": lines for (name, seed), lines in everything.items() if name == row}
+    for row in dict.fromkeys(row for row, _ in found["runs"]):
+        group = {f"{row}-{seed}": lines for (name, seed), lines in everything["runs"].items() if name == row}
         problems += [f"{run}: {lines[0]['notes']}" for run, lines in group.items() if lines[0]["notes"]]
         if differing := mixed(list(group.values())):
             problems.append(f"{row}: its runs differ in {differing}")
@@ -210,10 +205,9 @@ def main(
     if problems and not allow_mixed:
         print("nothing written; --allow-mixed takes these runs, and the tables say so", file=sys.stderr)
         return 1
-    path = results / "diagnostics.csv"
-    write_csv(path, COLUMNS["diagnostics"], merge_csv(path, COLUMNS["diagnostics"], diagnostics))
-    write_csv(results / "runs.csv", COLUMNS["runs"], everything)
-    print(f"{len(found)} runs found; runs.csv now holds {len(everything)}")
+    for name, columns in COLUMNS.items():
+        write_csv(rows.RESULTS / f"{name}.csv", columns, everything[name])
+    print(f"{len(found['runs'])} runs found; runs.csv now holds {len(everything['runs'])}")
     return 0
 
 

@@ -1,14 +1,8 @@
 """Draws the figures of the documentation from the CSVs in benchmark/results: docs/figures/NAME.png.
 
-    python benchmark/plots.py            # draw them
-    python benchmark/plots.py --check    # exit code 1 if a figure wasn't drawn from today's CSVs
-
-NAME             learning curves of a command file, for each that has runs: success against control steps
-calibration      Q against the returns that followed, before and after warm-up, and during online training
-distillation     VGPD: how often the policy's own proposals are taken (zeta), and how far apart they are
-operator         ConRFT: training success, episode length and intervention rate, with an operator and without
-
-Lines are means over seeds, and bands their range.
+NAME is a command file (success against control steps), "calibration" (Q against the returns that followed), "distillation"
+(VGPD's gate and proposals) or "operator" (ConRFT with an operator and without). Lines are means over seeds, bands their
+range.
 """
 
 import hashlib
@@ -25,16 +19,16 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import stats  # noqa: E402
+from benchmark import rows, stats  # noqa: E402
 from benchmark.collect import KEEP, read_results  # noqa: E402
-from benchmark.rows import RESULTS, ROOT, TEMPLATES, Row, all_commands, command_line, read_csv  # noqa: E402
+from benchmark.rows import Row, command_line, read_csv  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 # These labels keep their colour (Okabe and Ito's and Tol's, which colour-blind readers tell apart) in all figures.
 LOOKS = {}
-for line in read_csv(TEMPLATES / "looks.csv", ("label", "colour", "dashes")):
+for line in read_csv(rows.TEMPLATES / "looks.csv", ("label", "colour", "dashes")):
     LOOKS[line["label"]] = {"color": line["colour"], "ls": line["dashes"]}
 OVERVIEW = ("main", "force-ablation", "force-rgb", "pi0-state")  # files in the figures over all methods
 WARM_UP = "before (0) and after (1) warm-up"
@@ -56,11 +50,13 @@ class Panel:
 class Data:
     """Both CSVs, by run."""
 
-    def __init__(self, results: Path):
+    def __init__(self):
         """Raises: UserError."""
-        path = results / "diagnostics.csv"
-        self.runs = stats.by_run(read_results(results))
-        self.diagnostics = stats.by_run(read_csv(path, ("row", "seed")) if path.exists() else [])
+        path = rows.RESULTS / "diagnostics.csv"
+        self.runs = read_results()
+        self.diagnostics = stats.by_run(read_csv(path, ("row", "seed")))
+        known = json.dumps([list(self.runs.items()), list(self.diagnostics.items())])
+        self.digest = hashlib.sha1(known.encode()).hexdigest()  # figures drawn from other numbers have another one
 
     def seeds(self, row: Row) -> list[int]:
         return sorted(seed for name, seed in self.runs if name == row.name)
@@ -99,14 +95,7 @@ class Data:
         """Whether a diagnostic is ever anything but 0."""
         return any(self.diagnostic(name, row, seed)[1].any() for seed in self.seeds(row))
 
-    def digest(self, rows: list[Row]) -> str:
-        """Of all that is known about rows: a figure drawn from other numbers has another one."""
-        runs = [(row.name, seed) for row in rows for seed in self.seeds(row)]
-        known = [[self.runs[run], self.diagnostics.get(run)] for run in runs]
-        return hashlib.sha1(json.dumps(known).encode()).hexdigest()[:12]
 
-
-# ---- drawing ----
 def draw_mean(ax: plt.Axes, runs: list[Series], look: dict) -> None:
     """Mean and range over runs of different x, where all have one; a level if they have a single point."""
     runs = [(x, y) for x, y in runs if len(x)]
@@ -125,13 +114,13 @@ def draw_mean(ax: plt.Axes, runs: list[Series], look: dict) -> None:
         ax.fill_between(grid, values.min(0), values.max(0), **band)
 
 
-def draw(panels: list[Panel], rows: list[Row], data: Data) -> plt.Figure:
+def draw(panels: list[Panel], used: list[Row], data: Data) -> plt.Figure:
     """A column per task, a row per panel."""
     tasks: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in used:
         seen = row.flag("--obs-mode", "camera")
         tasks.setdefault(f"{row.env_id.removesuffix('-v1')}, {seen}", []).append(row)
-    labels = dict.fromkeys(row.label for row in rows)
+    labels = dict.fromkeys(row.label for row in used)
     others = {label: {"color": f"C{i % 10}", "ls": "--"} for i, label in enumerate(labels)}
     looks = {label: LOOKS.get(label, others[label]) for label in labels}
     size = (max(2.5 * len(tasks), 3.2), 1.2 + 1.4 * len(panels))
@@ -154,10 +143,10 @@ def draw(panels: list[Panel], rows: list[Row], data: Data) -> plt.Figure:
 
 
 def figures(data: Data) -> dict[str, tuple[list[Row], Callable[..., plt.Figure]]]:
-    """The rows of each figure that has any, and what draws it: draw(rows, data)."""
-    files = {file.name: [row for row in file.rows if data.seeds(row)] for file in all_commands()}
+    """The rows of each figure that has any, and what draws it."""
+    files = {file.name: [row for row in file.rows if data.seeds(row)] for file in rows.all_commands()}
     success = [Panel("success, %", data.curve, (-3, 103))]
-    found = {name: (rows, partial(draw, success)) for name, rows in files.items() if any(map(data.online, rows))}
+    found = {name: (used, partial(draw, success)) for name, used in files.items() if any(map(data.online, used))}
     overview = dict.fromkeys(row for name in OVERVIEW for row in files.get(name, []))
     calibration = [
         Panel("Q minus return,\nwarm-up rollouts", partial(data.change, "calib/q_minus_return"), steps=WARM_UP),
@@ -181,31 +170,28 @@ def figures(data: Data) -> dict[str, tuple[list[Row], Callable[..., plt.Figure]]
     alone = {re.sub(r" --(intervention|takeover-\w+) \S+", "", row.command) for row in helped}  # but for the operator
     compared = [row for row in files.get("conrft-state", []) if row.command in alone] + helped
     found["operator"] = (compared, partial(draw, operator))
-    return {name: (rows, plot) for name, (rows, plot) in found.items() if rows}
+    return {name: (used, plot) for name, (used, plot) in found.items() if used}
 
 
-def main(results: Path = RESULTS, root: Path = ROOT, check: bool = False) -> int:
+def main(check: bool = False) -> int:
     """Bring the figures in line with the results.
 
     Args:
-        results: folder of the CSVs.
-        root: folder that holds docs/figures.
         check: draw nothing; exit code 1 if a figure is missing or was drawn from other numbers.
     """
-    data = Data(results)
-    folder = root / "docs" / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
+    data = Data()
+    folder = rows.DOCS / "figures"
+    folder.mkdir(exist_ok=True)
     stale = []
-    for name, (rows, plot) in figures(data).items():
-        made_from = data.digest(rows)
+    for name, (drawn, plot) in figures(data).items():
         path = folder / f"{name}.png"
-        if check and path.exists() and Image.open(path).info.get("Description") == made_from:
+        if check and path.exists() and Image.open(path).info.get("Description") == data.digest:
             continue
         stale.append(name)
         if not check:
-            with matplotlib.rc_context(fname=TEMPLATES / "figures.mplstyle"):
-                figure = plot(rows, data)
-                figure.savefig(path, bbox_inches="tight", metadata={"Software": None, "Description": made_from})
+            with matplotlib.rc_context(fname=rows.TEMPLATES / "figures.mplstyle"):
+                figure = plot(drawn, data)
+                figure.savefig(path, bbox_inches="tight", metadata={"Software": None, "Description": data.digest})
             plt.close(figure)
     print(f"figures {'out of date' if check else 'drawn'}: {', '.join(stale) or 'none'}")
     return int(check and bool(stale))

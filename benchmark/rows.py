@@ -28,6 +28,7 @@ from plumbing.flags import parse_flags, run_script  # noqa: E402
 COMMANDS = ROOT / "benchmark" / "commands"
 ROWS = ROOT / "benchmark" / "rows.csv"
 RESULTS = ROOT / "benchmark" / "results"
+DOCS = ROOT / "docs"
 TEMPLATES = ROOT / "benchmark" / "templates"
 
 # What a row must reach: success at the end; after SFT; the gap between the intervals of the two; steps to success over the
@@ -78,18 +79,18 @@ class Row:
 
 @dataclass(frozen=True)
 class CommandFile:
-    """A table: its title (the file's first comment), and a (row, seed) per command, in the order in which bash runs them."""
+    """A table: a (row, seed) per command, in the order in which bash runs them."""
 
     name: str
-    title: str
     runs: tuple[tuple[Row, int], ...]
 
     @property
     def rows(self) -> list[Row]:
         return list(dict.fromkeys(row for row, _ in self.runs))
 
-    def seeds(self, row: Row) -> list[int]:
-        return [seed for other, seed in self.runs if other == row]
+    def runs_of(self, row: Row) -> int:
+        """How many seeds a row has."""
+        return [other for other, _ in self.runs].count(row)
 
 
 # ---- files ----
@@ -123,7 +124,6 @@ def read_commands(path: Path) -> CommandFile:
         known = ", ".join(sorted(other.stem for other in COMMANDS.glob("*.sh")))
         raise UserError(f"no command file {path}; benchmark/commands has: {known}")
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
-    comments = [line.lstrip("# ") for line in lines if line.startswith("#")]
     code = "\n".join(line for line in lines if line and not line.startswith("#"))
     if stray := LOOP.sub("", code).strip():
         raise UserError(f"{path}: only `for seed in 1 2; do`, commands and `done`, please: {stray.splitlines()[0]}")
@@ -132,13 +132,9 @@ def read_commands(path: Path) -> CommandFile:
     for seeds, body in LOOP.findall(code):
         rows = [read_row(line, path, about) for line in body.splitlines()]
         runs += [(row, int(seed)) for seed in seeds.split() for row in rows]
-    if not runs:
-        raise UserError(f"{path} holds no command")
-    file = CommandFile(path.stem, [*comments, path.stem][0], tuple(runs))
-    names = {row.name for row in file.rows}
-    if len(names) < len(file.rows) or len(set(runs)) < len(runs):
-        raise UserError(f"{path}: a run or a row is there twice, or differs")
-    return file
+    if len({(row.name, seed) for row, seed in runs}) < max(len(runs), 1):
+        raise UserError(f"{path} holds no command, or a run twice")
+    return CommandFile(path.stem, tuple(runs))
 
 
 def read_row(line: str, path: Path, about: dict[str, dict[str, str]]) -> Row:

@@ -1,6 +1,6 @@
 """Writes the tables of the documentation from benchmark/results/runs.csv, beside the papers' numbers (papers.csv).
 
-A block between <!-- begin: NAME --> and <!-- end: NAME --> in README.md or docs/*.md is made anew. NAME is a command file or
+A block between <!-- begin: NAME --> and <!-- end: NAME --> in docs/*.md is made anew. NAME is a command file or
 one of COMPARISONS. Words, and which columns a table has, are in benchmark/templates. "–" stands for what isn't known.
 """
 
@@ -17,9 +17,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import rows, stats  # noqa: E402
 from benchmark.collect import mixed, number, read_results  # noqa: E402
-from benchmark.rows import ORIGIN, RESULTS, ROOT, CommandFile, Row, UserError, command_line, read_csv  # noqa: E402
+from benchmark.rows import ORIGIN, ROOT, TEMPLATES, CommandFile, Row, UserError, command_line, read_csv  # noqa: E402
 
-TEMPLATES = ROOT / "benchmark" / "templates"
 PAPERS = ROOT / "benchmark" / "papers.csv"
 WORDS = tomllib.loads((TEMPLATES / "words.toml").read_text())
 MADE = "<!-- made by benchmark/tables.py from benchmark/results/runs.csv: edits here are lost -->"
@@ -282,20 +281,15 @@ def bar_row(entry: Entry, name: str, bound: float) -> list[str]:
 
 
 # ---- the blocks ----
-@dataclass
-class Book:
-    """All that the blocks are made from."""
+Book = dict[str, list[Entry]]  # the rows of each command file
 
-    files: dict[str, CommandFile]
-    runs: stats.Runs
 
-    def entries(self, wanted: list[Row]) -> list[Entry]:
-        seeds = {row: len(file.seeds(row)) for file in self.files.values() for row in file.rows}
-        found = []
-        for row in wanted:
-            runs = {seed: run for (name, seed), run in sorted(self.runs.items()) if name == row.name}
-            found.append(Entry(row, runs, seeds[row]))
-        return found
+def entries_of(file: CommandFile, runs: stats.Runs) -> list[Entry]:
+    found = []
+    for row in file.rows:
+        own = {seed: run for (name, seed), run in sorted(runs.items()) if name == row.name}
+        found.append(Entry(row, own, file.runs_of(row)))
+    return found
 
 
 def aggregate(entries: list[Entry]) -> str:
@@ -317,22 +311,16 @@ def aggregate(entries: list[Entry]) -> str:
     return made and fill("aggregate", tasks=", ".join(tasks), table=made)
 
 
-def file_block(book: Book, file: CommandFile) -> str:
-    entries = book.entries(file.rows)
+def file_block(name: str, entries: list[Entry]) -> str:
     bars = [bar_row(entry, *bar) for entry in entries for bar in entry.row.bars.items()]
     judged = table(["Task", "Method", "Bar", "Measured", "Verdict"], bars)
     made = entry_table("file", entries)
-    return fill("file", entries, table=made, bars=judged, aggregate=aggregate(entries), name=file.name)
-
-
-def by_task(entries: list[Entry]) -> list[Entry]:
-    tasks = [entry.row.env_id for entry in entries]
-    return sorted(entries, key=lambda entry: tasks.index(entry.row.env_id))
+    return fill("file", entries, table=made, bars=judged, aggregate=aggregate(entries), name=name)
 
 
 def success_block(book: Book) -> str:
     """FORCE's Table 1: success by method and task."""
-    entries = book.entries(book.files["main"].rows)
+    entries = book["main"]
     body: dict[str, dict[str, str]] = {}  # method -> task -> cell
     for entry in entries:
         body.setdefault(entry.row.label, {})[entry.row.env_id] = CELLS["success"](entry)
@@ -353,11 +341,9 @@ def success_block(book: Book) -> str:
 
 def steps_block(book: Book) -> str:
     """FORCE's Table 3: control steps at 80 %."""
-    known = dict.fromkeys(row for name in ("main", "force-ablation") for row in book.files[name].rows)
-    online = [
-        row for row in known if row.script in ("force_octo.py", "conrft.py") and row.flag("--online-steps") != "0"
-    ]
-    entries = by_task(book.entries(online))
+    known = {entry.row: entry for entry in [*book["main"], *book["force-ablation"]]}
+    entries = [entry for entry in known.values() if entry.row.script in ("force_octo.py", "conrft.py")]
+    entries = [entry for entry in entries if entry.row.flag("--online-steps") != "0"]
     for entry in entries:
         same = [other for other in entries if other.row.env_id == entry.row.env_id]
         curves = [steps for other in same for steps, _ in other.each(stats.curve).values()]
@@ -381,14 +367,14 @@ def reduction(entries: list[Entry]) -> str:
 
 def execution_block(book: Book) -> str:
     """FORCE's Table 2 and ConRFT's Table I: success and steps to success."""
-    helped = [row for row in book.files["conrft-state"].rows if row.label == "ConRFT, planner as operator"]
-    entries = by_task(book.entries([*book.files["main"].rows, *helped]))
+    helped = [entry for entry in book["conrft-state"] if entry.row.label == "ConRFT, planner as operator"]
+    entries = [*book["main"], *helped]
     return fill("results-execution", entries, table=entry_table("execution", entries))
 
 
 def corft_block(book: Book) -> str:
     """CO-RFT's Table 1: in and out of distribution, gain over cloning, cycle time."""
-    entries = book.entries([row for row in book.files["corft-state"].rows if "--eval-elsewhere" in row.command])
+    entries = [entry for entry in book["corft-state"] if "--eval-elsewhere" in entry.row.command]
     return fill("results-corft", entries, table=entry_table("corft", entries))
 
 
@@ -415,29 +401,27 @@ def updated(book: Book, page: Path) -> str:
     """The page's text with all its blocks made anew. Raises: UserError."""
     text = page.read_text()
     for name in dict.fromkeys(re.findall(r"<!-- (?:begin|end): ([\w-]+) -->", text)):
-        if name not in book.files | COMPARISONS:
+        if name not in book | COMPARISONS:
             raise UserError(f"{page.name}: there is nothing called {name}")
-        content = COMPARISONS[name](book) if name in COMPARISONS else file_block(book, book.files[name])
+        content = COMPARISONS[name](book) if name in COMPARISONS else file_block(name, book[name])
         text = replace_block(text, name, f"{MADE}\n\n{content}")
     return text
 
 
-def main(results: Path = RESULTS, root: Path = ROOT, check: bool = False) -> int:
+def main(check: bool = False) -> int:
     """Bring the documentation in line with the results.
 
     Args:
-        results: folder of runs.csv.
-        root: folder that holds README.md and docs.
         check: change nothing; exit code 1 if a page is out of date.
     """
-    files = {file.name: file for file in rows.all_commands()}
-    book = Book(files, stats.by_run(read_results(results)))
-    made = {page: updated(book, page) for page in [*root.glob("README.md"), *sorted(root.glob("docs/*.md"))]}
+    runs = read_results()
+    book = {file.name: entries_of(file, runs) for file in rows.all_commands()}
+    made = {page: updated(book, page) for page in sorted(rows.DOCS.glob("*.md"))}
     stale = {page: text for page, text in made.items() if text != page.read_text()}
     if not check:
         for page, text in stale.items():
             page.write_text(text)
-    names = ", ".join(str(page.relative_to(root)) for page in stale) or "nothing"
+    names = ", ".join(page.name for page in stale) or "nothing"
     print(f"pages {'out of date' if check else 'rewritten'}: {names}")
     return int(check and bool(stale))
 
