@@ -12,8 +12,6 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import rows, stats  # noqa: E402
 from benchmark.rows import ROOT, Row, UserError, read_csv, read_json  # noqa: E402
@@ -35,7 +33,6 @@ def number(value) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:.6g}"
 
 
-# ---- where a run comes from ----
 @cache
 def code_of(commit: str, script: str) -> str:
     """Hash of the script and of what it imports from here at `commit`: commits that differ elsewhere have the same."""
@@ -76,24 +73,14 @@ def notes_on(row: Row, config: dict, summary: dict) -> str:
     return "; ".join(notes)
 
 
-# ---- what a run has measured ----
-def read_metrics(folder: Path) -> list[dict[str, str]]:
-    """The lines of metrics.csv; none if there is no file. Raises: UserError."""
-    path = folder / "metrics.csv"
-    return read_csv(path, METRICS) if path.exists() else []
-
-
-def evaluations_of(config: dict, summary: dict, folder: Path) -> stats.Lines:
+def evaluations_of(config: dict, summary: dict) -> stats.Lines:
     """A run's evaluations, one line each and a second one for --eval-elsewhere: stage, spawn, final, place, rates."""
-    evaluations = summary["evaluations"]
-    stages = ["bc" if config["script"] == "bc.py" else evaluation["stage"] for evaluation in evaluations]
+    stages = [evaluation["stage"] for evaluation in summary["evaluations"]]
     if summary.get("online_env_steps") and "online" in stages[1:]:  # hand-over is what was measured just before
         stages[stages.index("online") - 1] = "online"
-    logged = [line["update_step"] for line in read_metrics(folder) if line["name"] == "eval/success_once"]
-    updates = logged if len(logged) == len(evaluations) else [None] * len(evaluations)
     lines = []
-    for evaluation, stage, update in zip(evaluations, stages, updates):
-        place = {"stage": stage, "update_step": update, "global_step": evaluation["global_step"], "final": None}
+    for evaluation, stage in zip(summary["evaluations"], stages):
+        place = {"stage": "bc" if config["script"] == "bc.py" else stage, "global_step": evaluation["global_step"]}
         for ending, spawn in (("", config["args"].get("spawn")), ("_ood", "ood")):
             rates = {name: evaluation.get(f"eval/{name}{ending}") for name in EVALUATION}
             if rates["success_once"] is not None:
@@ -118,16 +105,20 @@ def read_run(row: Row, folder: Path) -> stats.Lines:
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
             "device": config["gpu"] if args["device"] == "cuda" else "cpu", "notes": notes_on(row, config, summary),
         }  # fmt: skip
-        evaluations = evaluations_of(config, summary, folder)
+        evaluations = evaluations_of(config, summary)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
         raise UserError(f"{folder}: config.json or summary.json is torn or another program's ({error!r})") from error
     return [{name: number((common | line).get(name)) for name in COLUMNS["runs"]} for line in evaluations]
 
 
 def read_diagnostics(row: Row, seed: int, folder: Path) -> stats.Lines:
-    """A run's diagnostics as lines of diagnostics.csv: at most KEEP values of each, evenly spaced, ends included."""
+    """A run's diagnostics as lines of diagnostics.csv: at most KEEP values of each, evenly spaced, ends included.
+
+    Raises: UserError if metrics.csv is torn.
+    """
+    path = folder / "metrics.csv"
     series: dict[str, list[dict[str, str]]] = {}
-    for line in read_metrics(folder):
+    for line in read_csv(path, METRICS) if path.exists() else ():
         if line["name"] in COLUMNS["diagnostics"]:
             series.setdefault(line["name"], []).append(line)
     merged: dict[tuple[int, int], dict[str, str]] = {}
@@ -140,14 +131,14 @@ def read_diagnostics(row: Row, seed: int, folder: Path) -> stats.Lines:
     return [line for _, line in sorted(merged.items())]
 
 
-# ---- the two files ----
 def read_results() -> stats.Runs:
     """runs.csv with numbers, by row and seed. Raises: UserError if there is nothing in it."""
     path = rows.RESULTS / "runs.csv"
     lines = stats.typed(read_csv(path, COLUMNS["runs"]), str(path))
-    if not lines:
-        raise UserError(f"{path} holds no runs: collect them first (benchmark/collect.py)")
-    return stats.by_run(lines)
+    runs = stats.by_run(lines)
+    if not runs or not all(any(line["final"] for line in run) for run in runs.values()):
+        raise UserError(f"{path} holds no runs, or one without its end: collect them first (benchmark/collect.py)")
+    return runs
 
 
 def mixed(runs: list[stats.Lines]) -> str:
@@ -167,21 +158,13 @@ def write_csv(path: Path, columns: list[str], runs: stats.Runs) -> None:
     os.replace(temporary, path)
 
 
-def main(
-    commands: tyro.conf.Positional[tuple[Path, ...]] = (),
-    runs: Path = Path("runs/benchmark"),
-    allow_mixed: bool = False,
-) -> int:
-    """Collect finished runs; exit code 1 if some don't belong in one table.
+def main(runs: Path = Path("runs/benchmark"), allow_mixed: bool = False) -> int:
+    """Collect the finished runs of all command files from the folder --runs.
 
-    Args:
-        commands: command files; default: all of benchmark/commands.
-        runs: folder of the run folders, from the repository's root.
-        allow_mixed: take them all the same; the tables say so.
+    Exit code 1 if some don't belong in one table; --allow-mixed takes them all the same, and the tables say so.
     """
-    files = [rows.read_commands(path) for path in commands] or rows.all_commands()
     found = {"runs": {}, "diagnostics": {}}
-    for row, seed in dict.fromkeys(run for file in files for run in file.runs):
+    for row, seed in dict.fromkeys(run for commands in rows.all_commands().values() for run in commands):
         folder = ROOT / runs / f"{row.name}-{seed}"
         if (folder / "summary.json").exists():
             found["runs"][row.name, seed] = read_run(row, folder)

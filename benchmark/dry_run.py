@@ -53,9 +53,6 @@ def estimate(args: Args) -> dict:
         "gpu_bytes_activations": activations,
     }
     return {
-        "backbone": args.backbone,
-        "head": args.head,
-        "finetune": args.finetune,
         "parameters": count(agent.parameters()),
         "parameters_pi0": count(agent.backbone.parameters()) + count(agent.flow_policy.parameters()),
         "trained_in_stage_0": trained,
@@ -68,6 +65,7 @@ def estimate(args: Args) -> dict:
 
 
 def toy_observations(args: Args, rows: int) -> dict[str, np.ndarray]:
+    """Random proprio, and black images: name -> [rows, ...]."""
     obs = {"proprio": np.random.default_rng(0).normal(size=(rows, PROPRIO)).astype(np.float32)}
     if args.obs_mode == "rgb":
         names = ("primary", "wrist") if args.cameras == "both" else ("primary",)

@@ -1,17 +1,13 @@
 """Draws the figures of the documentation from the CSVs in benchmark/results: docs/figures/NAME.png.
 
-NAME is a command file (success against control steps), "calibration" (Q against the returns that followed), "distillation"
-(VGPD's gate and proposals) or "operator" (ConRFT with an operator and without). Lines are means over seeds, bands their
-range.
+NAME is a command file (success against control steps) or one of FIGURES. Lines are means over seeds, bands their range.
 """
 
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -30,21 +26,42 @@ import matplotlib.pyplot as plt  # noqa: E402
 LOOKS = {}
 for line in read_csv(rows.TEMPLATES / "looks.csv", ("label", "colour", "dashes")):
     LOOKS[line["label"]] = {"color": line["colour"], "ls": line["dashes"]}
-OVERVIEW = ("main", "force-ablation", "force-rgb", "pi0-state")  # files in the figures over all methods
-WARM_UP = "before (0) and after (1) warm-up"
 STEPS = "control steps since hand-over"
+WARM_UP = "before (0) and after (1) warm-up"
 Series = tuple[np.ndarray, np.ndarray]  # x and y of a run; of one length
-NOTHING = (np.array([]), np.array([]))
 
 
 @dataclass
 class Panel:
-    """What is drawn of each run: series(row, seed), and its axes."""
+    """A diagnostic that is drawn (without a name: success), minus another one, and its axes."""
 
     label: str
-    series: Callable[[Row, int], Series]
-    limits: tuple[float | None, float | None] = (None, None)
-    steps: str = STEPS
+    name: str = ""
+    minus: str = ""
+    bottom: float | None = None
+    top: float | None = None
+    x: str = STEPS
+
+
+SUCCESS = Panel("success, %", bottom=-3, top=103)
+FIGURES = {  # drawn of rows in which their last diagnostic is ever anything but 0
+    "calibration": [
+        Panel("Q minus return,\nwarm-up rollouts", "calib/q_minus_return", x=WARM_UP),
+        Panel("correlation of\nQ and return", "calib/correlation", x=WARM_UP),
+        Panel("Q minus return,\ntraining batches", "values/q_data", minus="values/mc_return"),
+    ],
+    "distillation": [
+        Panel("their spread in Q", "values/q_std", bottom=0),
+        Panel("spread of proposals,\naction box", "vgpd/candidate_std", bottom=0),
+        Panel("states that learn a\nproposal (zeta)", "vgpd/zeta", bottom=0, top=1),
+    ],
+    "operator": [
+        Panel("training success", "train/success_once", bottom=0, top=1),
+        Panel("episode length,\ncontrol steps", "train/episode_len", bottom=0),
+        Panel("steps of the operator", "intervention/rate", bottom=0, top=1),
+    ],
+}
+OVERVIEW = ("main", "force-ablation", "force-rgb", "pi0-state")  # files in these figures; of "operator" conrft-state
 
 
 class Data:
@@ -52,48 +69,34 @@ class Data:
 
     def __init__(self):
         """Raises: UserError."""
-        path = rows.RESULTS / "diagnostics.csv"
         self.runs = read_results()
-        self.diagnostics = stats.by_run(read_csv(path, ("row", "seed")))
+        self.diagnostics = stats.by_run(read_csv(rows.RESULTS / "diagnostics.csv", ("row", "seed")))
         known = json.dumps([list(self.runs.items()), list(self.diagnostics.items())])
         self.digest = hashlib.sha1(known.encode()).hexdigest()  # figures drawn from other numbers have another one
 
-    def seeds(self, row: Row) -> list[int]:
-        return sorted(seed for name, seed in self.runs if name == row.name)
+    def of(self, row: Row, panel: Panel) -> list[Series]:
+        """What is drawn of each seed."""
+        runs = [run for run in sorted(self.runs) if run[0] == row.name]
+        return [self.series(run, panel) if panel.name else self.success(run) for run in runs]
 
-    def curve(self, row: Row, seed: int) -> Series:
+    def success(self, run: tuple[str, int]) -> Series:
         """Online steps and success in percent; one point for a run without online steps."""
-        run = self.runs[row.name, seed]
-        steps, rates = stats.curve(run)
+        steps, rates = stats.curve(self.runs[run])
         if len(steps) < 2:
-            return np.zeros(1), np.array([100 * stats.result(run)["success_once"]])
+            return np.zeros(1), np.array([100 * stats.result(self.runs[run])["success_once"]])
         return steps, 100 * rates
 
-    def online(self, row: Row) -> bool:
-        """Whether it has a run that learned online."""
-        return any(len(self.curve(row, seed)[0]) > 1 for seed in self.seeds(row))
-
-    def diagnostic(self, name: str, row: Row, seed: int) -> Series:
-        """Control steps since hand-over, and values."""
-        lines = [line for line in self.diagnostics.get((row.name, seed), []) if line[name]]
-        start = stats.before_handover(self.runs[row.name, seed]) or 0.0
-        steps = np.array([float(line["global_step"]) for line in lines])
-        return steps - start, np.array([float(line[name]) for line in lines])
-
-    def change(self, name: str, row: Row, seed: int) -> Series:
-        """A diagnostic's first and last value, at 0 and 1; nothing for ablations of what follows."""
-        _, values = self.diagnostic(name, row, seed)
-        return (np.arange(2), values[[0, -1]]) if len(values) > 1 and not row.ablation else NOTHING
-
-    def overestimate(self, row: Row, seed: int) -> Series:
-        """Q minus return in the training batches, from hand-over on."""
-        steps, q = self.diagnostic("values/q_data", row, seed)
-        _, returned = self.diagnostic("values/mc_return", row, seed)
-        return steps[steps > 0], (q - returned)[steps > 0]
-
-    def has(self, name: str, row: Row) -> bool:
-        """Whether a diagnostic is ever anything but 0."""
-        return any(self.diagnostic(name, row, seed)[1].any() for seed in self.seeds(row))
+    def series(self, run: tuple[str, int], panel: Panel) -> Series:
+        """A diagnostic from hand-over on; in warm-up its first and last value, at 0 and 1. Empty if there is none."""
+        lines = [line for line in self.diagnostics.get(run, []) if line[panel.name]]
+        values = np.array([float(line[panel.name]) for line in lines])
+        if panel.minus:
+            values = values - [float(line[panel.minus]) for line in lines]
+        if panel.x == WARM_UP:
+            return np.arange(2 * (len(values) > 1)), values[[0, -1]] if len(values) > 1 else values[:0]
+        start = stats.before_handover(self.runs[run]) or 0.0
+        steps = np.array([float(line["global_step"]) for line in lines]) - start
+        return steps[steps > 0], values[steps > 0]
 
 
 def draw_mean(ax: plt.Axes, runs: list[Series], look: dict) -> None:
@@ -114,83 +117,83 @@ def draw_mean(ax: plt.Axes, runs: list[Series], look: dict) -> None:
         ax.fill_between(grid, values.min(0), values.max(0), **band)
 
 
-def draw(panels: list[Panel], used: list[Row], data: Data) -> plt.Figure:
+def draw(panels: list[Panel], drawn: list[Row], data: Data) -> plt.Figure:
     """A column per task, a row per panel."""
-    tasks: dict[str, list[Row]] = {}
-    for row in used:
-        seen = row.flag("--obs-mode", "camera")
-        tasks.setdefault(f"{row.env_id.removesuffix('-v1')}, {seen}", []).append(row)
-    labels = dict.fromkeys(row.label for row in used)
+    titles = [f"{row.env_id.removesuffix('-v1')}, {row.flag('--obs-mode', 'camera')}" for row in drawn]
+    tasks = list(dict.fromkeys(titles))
+    labels = dict.fromkeys(row.label for row in drawn)
     others = {label: {"color": f"C{i % 10}", "ls": "--"} for i, label in enumerate(labels)}
     looks = {label: LOOKS.get(label, others[label]) for label in labels}
     size = (max(2.5 * len(tasks), 3.2), 1.2 + 1.4 * len(panels))
-    figure, axes = plt.subplots(
-        len(panels), len(tasks), figsize=size, squeeze=False, sharey="row", layout="constrained"
-    )
-    for column, (title, mine) in zip(axes.T, tasks.items()):
-        column[0].set_title(title)
-        for ax, panel in zip(column, panels):
-            for row in mine:
-                draw_mean(ax, [panel.series(row, seed) for seed in data.seeds(row)], looks[row.label])
+    figure, axes = plt.subplots(len(panels), len(tasks), figsize=size, sharey="row", squeeze=False)
+    for row, title in zip(drawn, titles):
+        for ax, panel in zip(axes[:, tasks.index(title)], panels):
+            draw_mean(ax, data.of(row, panel), looks[row.label])
             ax.xaxis.set_major_locator(plt.MaxNLocator(4, integer=True))
-            ax.set_xlabel(panel.steps)
+            ax.set(title=title if panel is panels[0] else "", xlabel=panel.x)
     for ax, panel in zip(axes[:, 0], panels):
-        ax.set(ylabel=panel.label, ylim=panel.limits)
+        ax.set(ylabel=panel.label, ylim=(panel.bottom, panel.top))
     handles = [plt.Line2D([], [], **look, label=label) for label, look in looks.items()]
     each = 0.65 + 0.062 * max(map(len, looks))  # inches
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=max(1, int(size[0] / each)))
     return figure
 
 
-def figures(data: Data) -> dict[str, tuple[list[Row], Callable[..., plt.Figure]]]:
-    """The rows of each figure that has any, and what draws it."""
-    files = {file.name: [row for row in file.rows if data.seeds(row)] for file in rows.all_commands()}
-    success = [Panel("success, %", data.curve, (-3, 103))]
-    found = {name: (used, partial(draw, success)) for name, used in files.items() if any(map(data.online, used))}
+def figures(data: Data) -> dict[str, tuple[list[Panel], list[Row]]]:
+    """Panels and rows of each figure for which there are runs that learned online."""
+    files = {}
+    for name, commands in rows.all_commands().items():
+        files[name] = [row for row in dict.fromkeys(row for row, _ in commands) if data.of(row, SUCCESS)]
+    online = {row for used in files.values() for row in used if max(len(x) for x, _ in data.of(row, SUCCESS)) > 1}
+    found = {name: ([SUCCESS], used) for name, used in files.items() if online & set(used)}
     overview = dict.fromkeys(row for name in OVERVIEW for row in files.get(name, []))
-    calibration = [
-        Panel("Q minus return,\nwarm-up rollouts", partial(data.change, "calib/q_minus_return"), steps=WARM_UP),
-        Panel("correlation of\nQ and return", partial(data.change, "calib/correlation"), (None, 1.03), WARM_UP),
-        Panel("Q minus return,\ntraining batches", data.overestimate),
-    ]
-    learned = [row for row in overview if data.online(row) and data.has("values/q_data", row)]
-    found["calibration"] = (learned, partial(draw, calibration))
-    distillation = [
-        Panel("states that learn a\nproposal (zeta)", partial(data.diagnostic, "vgpd/zeta"), (0, 1)),
-        Panel("spread of proposals,\naction box", partial(data.diagnostic, "vgpd/candidate_std"), (0, None)),
-        Panel("their spread in Q", partial(data.diagnostic, "values/q_std"), (0, None)),
-    ]
-    found["distillation"] = ([row for row in overview if data.has("vgpd/zeta", row)], partial(draw, distillation))
-    operator = [
-        Panel("training success", partial(data.diagnostic, "train/success_once"), (0, 1)),
-        Panel("episode length,\ncontrol steps", partial(data.diagnostic, "train/episode_len"), (0, None)),
-        Panel("steps of the operator", partial(data.diagnostic, "intervention/rate"), (0, 1)),
-    ]
-    helped = [row for row in files.get("conrft-state", []) if data.has("intervention/rate", row)]
-    alone = {re.sub(r" --(intervention|takeover-\w+) \S+", "", row.command) for row in helped}  # but for the operator
-    compared = [row for row in files.get("conrft-state", []) if row.command in alone] + helped
-    found["operator"] = (compared, partial(draw, operator))
-    return {name: (used, plot) for name, (used, plot) in found.items() if used}
+    for name, panels in FIGURES.items():
+        wanted = files.get("conrft-state", []) if name == "operator" else overview
+        shown = [row for row in wanted if row in online and any(y.any() for _, y in data.of(row, panels[-1]))]
+        if name == "operator":  # beside the same without one
+            alone = {re.sub(r" --(intervention|takeover-\w+) \S+", "", row.command) for row in shown}
+            shown = [row for row in wanted if row.command in alone] + shown
+        if shown:
+            found[name] = (panels, shown)
+    return found
 
 
-def main(check: bool = False) -> int:
-    """Bring the figures in line with the results.
+def draw_meshes(path: Path) -> None:
+    """StackCube's cameras, the hand's below: the arm with all of its triangles, and on the right with a tenth of them."""
+    from force_octo import EVAL_SEED, Args, make_maniskill, validate
 
-    Args:
-        check: draw nothing; exit code 1 if a figure is missing or was drawn from other numbers.
+    seen = []
+    for full in (True, False):
+        args = Args(image_size=256, full_meshes=full)
+        validate(args)
+        env = make_maniskill(args)
+        obs, _ = env.reset(seed=EVAL_SEED)
+        env.close()
+        hand = obs["wrist"][0].repeat(2, 0).repeat(2, 1)  # it has half as many pixels a side
+        seen.append(np.concatenate([obs["primary"][0], hand]))
+    Image.fromarray(np.concatenate(seen, 1)).save(path)
+
+
+def main(check: bool = False, meshes: bool = False) -> int:
+    """Bring the figures in line with the results. --meshes: draw meshes.png alone.
+
+    --check: draw nothing; exit code 1 if a figure is missing or was drawn from other numbers.
     """
-    data = Data()
     folder = rows.DOCS / "figures"
     folder.mkdir(exist_ok=True)
+    if meshes:
+        draw_meshes(folder / "meshes.png")
+        return 0
+    data = Data()
     stale = []
-    for name, (drawn, plot) in figures(data).items():
+    for name, (panels, shown) in figures(data).items():
         path = folder / f"{name}.png"
         if check and path.exists() and Image.open(path).info.get("Description") == data.digest:
             continue
         stale.append(name)
         if not check:
             with matplotlib.rc_context(fname=rows.TEMPLATES / "figures.mplstyle"):
-                figure = plot(drawn, data)
+                figure = draw(panels, shown, data)
                 figure.savefig(path, bbox_inches="tight", metadata={"Software": None, "Description": data.digest})
             plt.close(figure)
     print(f"figures {'out of date' if check else 'drawn'}: {', '.join(stale) or 'none'}")

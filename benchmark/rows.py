@@ -39,8 +39,8 @@ BOOKKEEPING = tuple("seed runs run_name resume eval_only track device torch_thre
 ORIGIN = "--sft-checkpoint"  # names a run that has to be finished before
 
 LOOP = re.compile(r"for seed in (\d+(?: \d+)*); do\n(.+?)\ndone", re.DOTALL)
-COMMAND = re.compile(r"(python \S+\.py .*?) ?--seed \$seed --runs (\S+) --run-name ([\w-]+)-\$seed")
-PLAIN = re.compile(r"(?:[\w./:=,+ -]|\$seed\b)*")  # nothing that a shell would do something with
+WORD = r"(?:[\w./:=,+-]|\$seed\b)+"  # nothing that a shell would do something with
+COMMAND = re.compile(rf"(python [\w./-]+\.py(?: {WORD})*) --seed \$seed --runs ({WORD}) --run-name ([\w-]+)-\$seed")
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,13 @@ class Row:
     command: str  # "python SCRIPT FLAGS", with $runs and $seed where it names another run
     method: str
     ablation: str = ""
-    paper: tuple[str, ...] = ()  # this method's names in papers.csv
+    paper: list[str] = field(default_factory=list, compare=False)  # this method's names in papers.csv
     earlier: str = ""  # the command that gave the same flags before its script had tables of defaults per task
     bars: dict[str, float] = field(default_factory=dict, compare=False)  # what it must reach
 
     @property
     def label(self) -> str:
         return f"{self.method}, {self.ablation}" if self.ablation else self.method
-
-    @property
-    def script(self) -> str:
-        return self.command.split()[1]
 
     def words(self, seed: int | str, runs: Path | str) -> list[str]:
         """The command with a seed, and a folder of runs where it names another run."""
@@ -73,27 +69,17 @@ class Row:
         return words[words.index(name) + 1] if name in words else default
 
     @property
+    def script(self) -> str:
+        return self.flag("python")
+
+    @property
     def env_id(self) -> str:
         return self.flag("--env-id")
 
 
-@dataclass(frozen=True)
-class CommandFile:
-    """A table: a (row, seed) per command, in the order in which bash runs them."""
-
-    name: str
-    runs: tuple[tuple[Row, int], ...]
-
-    @property
-    def rows(self) -> list[Row]:
-        return list(dict.fromkeys(row for row, _ in self.runs))
-
-    def runs_of(self, row: Row) -> int:
-        """How many seeds a row has."""
-        return [other for other, _ in self.runs].count(row)
+Commands = list[tuple[Row, int]]  # the row and seed of each command, in the order in which bash runs them
 
 
-# ---- files ----
 def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
     """The lines of a CSV. Raises: UserError unless it is there, whole, and has `columns`."""
     try:
@@ -118,8 +104,8 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} can't be read as a run's JSON: {error}") from error
 
 
-def read_commands(path: Path) -> CommandFile:
-    """A command file. Raises: UserError if it isn't there, isn't one, or has a row that rows.csv doesn't know."""
+def read_commands(path: Path) -> Commands:
+    """A command file is one table. Raises: UserError if it isn't there, isn't one, or has a row that rows.csv doesn't know."""
     if not path.is_file():
         known = ", ".join(sorted(other.stem for other in COMMANDS.glob("*.sh")))
         raise UserError(f"no command file {path}; benchmark/commands has: {known}")
@@ -134,13 +120,13 @@ def read_commands(path: Path) -> CommandFile:
         runs += [(row, int(seed)) for seed in seeds.split() for row in rows]
     if len({(row.name, seed) for row, seed in runs}) < max(len(runs), 1):
         raise UserError(f"{path} holds no command, or a run twice")
-    return CommandFile(path.stem, tuple(runs))
+    return runs
 
 
 def read_row(line: str, path: Path, about: dict[str, dict[str, str]]) -> Row:
     """A command as a row. Raises: UserError."""
     found = COMMAND.fullmatch(line)
-    if not found or not PLAIN.fullmatch(line):
+    if not found:
         form = "python SCRIPT.py FLAGS --seed $seed --runs FOLDER --run-name ROW-$seed"
         raise UserError(f"{path}: a command is {form}, in plain words: {line}")
     command, runs, name = found.groups()
@@ -150,23 +136,15 @@ def read_row(line: str, path: Path, about: dict[str, dict[str, str]]) -> Row:
     if ORIGIN in command and not re.search(rf"{ORIGIN} \$runs/[\w-]+-\$seed( |$)", command):
         raise UserError(f"{path}: {ORIGIN} must be {runs}/ROW-$seed: {line}")
     known = about[name]
-    papers = tuple(filter(None, known["paper"].split(";")))
     bars = {bar: float(known[bar]) for bar in BARS if known[bar]}
-    return Row(name, command, known["method"], known["ablation"], papers, known["earlier"], bars)
+    return Row(name, command, known["method"], known["ablation"], known["paper"].split(";"), known["earlier"], bars)
 
 
-def all_commands() -> list[CommandFile]:
-    """Every file of benchmark/commands. Raises: UserError, also if two files give one row different commands."""
-    files = [read_commands(path) for path in sorted(COMMANDS.glob("*.sh"))]
-    seen: dict[str, Row] = {}
-    for file in files:
-        for row in file.rows:
-            if seen.setdefault(row.name, row) != row:
-                raise UserError(f"{file.name}.sh gives {row.name} another command than a file before it")
-    return files
+def all_commands() -> dict[str, Commands]:
+    """By the name of the file. Raises: UserError."""
+    return {path.stem: read_commands(path) for path in sorted(COMMANDS.glob("*.sh"))}
 
 
-# ---- flags ----
 @cache
 def load_script(path: Path) -> ModuleType:
     """The script as a module, for its Args, TABLES and validate."""

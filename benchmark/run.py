@@ -22,9 +22,7 @@ from benchmark.rows import ORIGIN, ROOT, Row, UserError, command_line, misfit, r
 from plumbing.storage import lock  # noqa: E402
 
 TAIL = 15  # lines of a failed run's log that are shown
-BOX = re.compile(
-    r"╭[^\n]*╮\n(.*?)(│ ─.*?)?╰[^\n]*╯", re.DOTALL
-)  # a message of tyro's up to its first rule, and the rest
+BOX = re.compile(r"╭[^\n]*╮\n(.*?)(│ ─.*?)?╰[^\n]*╯", re.DOTALL)  # tyro's message up to its first rule, and the rest
 RAISED = re.compile(r"(error:|[\w.]+(Error|Exception|Interrupt)\b)")
 
 
@@ -120,7 +118,7 @@ def stop(jobs: list[Job], patience: float = 20.0) -> None:
             time.sleep(0.05)
 
 
-def run_here(jobs: list[Job], workers: int, poll_seconds: float = 0.5) -> list[Job]:
+def run_here(jobs: list[Job], workers: int) -> list[Job]:
     """Run the jobs, `workers` at a time; returns the failed ones."""
     waiting = list(jobs)
     started: list[Job] = []
@@ -137,7 +135,7 @@ def run_here(jobs: list[Job], workers: int, poll_seconds: float = 0.5) -> list[J
                 started.append(job)
                 tqdm.write(f"{job.name}: {shlex.join(job.command())}")
                 job.start()
-            time.sleep(poll_seconds)
+            time.sleep(0.5)
     except KeyboardInterrupt:
         print("interrupted: stopping the runs; the same command goes on with them", file=sys.stderr)
         stop(started)
@@ -192,7 +190,7 @@ def main(
         pattern = re.compile(only)
     except re.error as error:
         raise UserError(f"--only {only} is no regular expression: {error}") from error
-    every = [Job(row, seed, runs) for row, seed in read_commands(commands).runs]
+    every = [Job(row, seed, runs) for row, seed in read_commands(commands)]
     jobs = [job for job in every if pattern.search(job.row.name) and (not seeds or job.seed in seeds)]
     if not jobs:
         names = ", ".join(dict.fromkeys(job.row.name for job in every))

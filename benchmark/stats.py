@@ -12,8 +12,7 @@ Lines = list[dict]
 Runs = dict[tuple[str, int], Lines]  # by row and seed
 Measured = tuple[float, float, float]  # a value, and the ends of its 95 % interval
 NUMBERS = (  # columns of runs.csv: None where nothing stands
-    "final", "global_step", "num_episodes", "success_once", "success_at_end", "episode_len", "seconds",
-    "demo_steps_to_success",
+    "final", "global_step", "num_episodes", "success_once", "success_at_end", "episode_len", "seconds", "demo_steps_to_success",
 )  # fmt: skip
 ONLINE = ("online", "done")  # stages of evaluations from hand-over on
 TARGET = 0.8  # success rate of "steps at 80 %"
@@ -38,7 +37,6 @@ def by_run(lines: Lines) -> Runs:
     return runs
 
 
-# ---- one run ----
 def curve(run: Lines) -> tuple[np.ndarray, np.ndarray]:
     """Online evaluations: control steps since hand-over, and success rates; empty without an online stage."""
     online = [line for line in run if line["stage"] in ONLINE]
@@ -97,7 +95,6 @@ def steps_at_target(run: Lines) -> tuple[float, bool] | None:
     return (confirmed[0], True) if len(confirmed) else (steps[-1], False)
 
 
-# ---- several runs ----
 def pooled(evaluations: Lines) -> Measured | None:
     """Mean success over evaluations (a run each), and Wilson's interval over all their episodes; None if there are none."""
     if not evaluations:

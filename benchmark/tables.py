@@ -7,9 +7,9 @@ one of COMPARISONS. Words, and which columns a table has, are in benchmark/templ
 import re
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +17,19 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import rows, stats  # noqa: E402
 from benchmark.collect import mixed, number, read_results  # noqa: E402
-from benchmark.rows import ORIGIN, ROOT, TEMPLATES, CommandFile, Row, UserError, command_line, read_csv  # noqa: E402
+from benchmark.rows import ORIGIN, ROOT, TEMPLATES, Commands, Row, UserError, command_line, read_csv  # noqa: E402
 
-PAPERS = ROOT / "benchmark" / "papers.csv"
+PAPERS = read_csv(ROOT / "benchmark" / "papers.csv", ("source", "method", "task", "metric", "value"))
 WORDS = tomllib.loads((TEMPLATES / "words.toml").read_text())
+CAPTIONS = WORDS["captions"]
 MADE = "<!-- made by benchmark/tables.py from benchmark/results/runs.csv: edits here are lost -->"
+MARKER = re.compile(r"<!-- (?:begin|end): ")
+BLOCK = re.compile(r"(<!-- begin: ([\w-]+) -->\n)(?:(?!<!-- begin: ).)*?(<!-- end: \2 -->)", re.DOTALL)
 FEW = 10  # successful episodes that a mean number of steps needs
 
 
-# ---- numbers ----
 def percent(rate: float) -> str:
     return f"{100 * rate:.1f}".removesuffix(".0")
-
-
-def signed(rate: float) -> str:
-    return f"+{percent(rate)}" if rate > 0 else percent(rate)
 
 
 def one_digit(value: float | None) -> str:
@@ -47,7 +45,8 @@ def gain(before: stats.Measured | None, after: stats.Measured | None) -> str:
     """The difference of two rates, in points, with its interval."""
     if not before or not after:
         return "–"
-    return "{} ({} to {})".format(*map(signed, stats.difference(before, after)))
+    points = [f"+{percent(x)}" if x > 0 else percent(x) for x in stats.difference(before, after)]
+    return "{} ({} to {})".format(*points)
 
 
 def mean(values: dict) -> float | None:
@@ -76,7 +75,6 @@ def steps_to_success(evaluations: dict[int, dict]) -> dict[int, float]:
     return enough
 
 
-# ---- a row of a table ----
 @dataclass
 class Entry:
     """A row and its runs by seed, of `wanted` seeds."""
@@ -126,16 +124,10 @@ class Entry:
     def paper(self, metric: str) -> str:
         """The papers' numbers for its method and task, each with its source."""
         found = []
-        for line in papers():
+        for line in PAPERS:
             if line["method"] in self.row.paper and (line["task"], line["metric"]) == (self.row.env_id, metric):
                 found.append(f"*{line['value']}* [{line['source']}]")
         return ", ".join(found) or "–"
-
-
-@cache
-def papers() -> list[dict[str, str]]:
-    """The lines of papers.csv. Raises: UserError."""
-    return read_csv(PAPERS, ("source", "method", "task", "metric", "value"))
 
 
 def median_cell(entry: Entry) -> str:
@@ -183,7 +175,6 @@ CELLS: dict[str, Callable[[Entry], str]] = {
 }
 
 
-# ---- tables and words ----
 def table(header: list[str], body: list[list[str]]) -> str:
     """Markdown, without the columns in which nothing stands; empty without rows."""
     if not body:
@@ -201,16 +192,12 @@ def entry_table(name: str, entries: list[Entry]) -> str:
     return table(list(columns), [[CELLS[cell](entry) for cell in columns.values()] for entry in entries])
 
 
-def caption(name: str, /, **parts) -> str:
-    return WORDS["captions"][name].format(**parts)
-
-
 def fill(template: str, entries: list[Entry] = (), **parts) -> str:
     """The template with its parts, and what is to be said of entries and sources; without paragraphs that are empty."""
     text = (TEMPLATES / f"{template}.md").read_text()
     named = " ".join([text, *map(str, parts.values())])
     sources = [f"[{tag}] {meaning}" for tag, meaning in WORDS["sources"].items() if f"[{tag}]" in named]
-    cited = caption("cited", sources="; ".join(sources)) if sources else ""
+    cited = CAPTIONS["cited"].format(sources="; ".join(sources)) if sources else ""
     parts |= {"cited": cited, "made_by": made_by(entries), "notes": notes(entries), "few": FEW}
     paragraphs = [re.sub(r"\n(?!\|)", " ", paragraph).format(**parts) for paragraph in text.split("\n\n")]
     return "\n\n".join(paragraph.strip() for paragraph in paragraphs if paragraph.strip())
@@ -223,7 +210,7 @@ def made_by(entries: list[Entry]) -> str:
         values = {number(value) for entry in entries for value in entry.final(column).values()}
         width = 12 if column == "git_commit" else None
         parts[column] = " | ".join(sorted(value[:width] for value in values))
-    return caption("made_by", **parts) if parts["git_commit"] else ""
+    return CAPTIONS["made_by"].format(**parts) if parts["git_commit"] else ""
 
 
 def notes(entries: list[Entry]) -> str:
@@ -235,60 +222,47 @@ def notes(entries: list[Entry]) -> str:
         if differing := mixed(list(entry.runs.values())):
             found.append(f"{name}: its runs differ in {differing}.")
         others = set(entry.final("command").values()) - {entry.row.command, entry.row.earlier}
-        found += [caption("another_command", row=name, command=command) for command in sorted(others)]
+        found += [CAPTIONS["another_command"].format(row=name, command=command) for command in sorted(others)]
     return "\n\n".join(f"Note: {note}" for note in found)
-
-
-# ---- what rows must reach ----
-def gap(entry: Entry) -> float | None:
-    """Between the intervals after SFT and at the end; below 0 if they overlap."""
-    before = entry.rate(entry.after_sft)
-    return before and entry.rate(stats.result)[1] - before[2]
 
 
 BARS: dict[str, Callable[[Entry], float | None]] = {
     "success": lambda entry: mean(entry.final("success_once")),
-    "sft": lambda entry: (entry.rate(entry.after_sft) or [None])[0],
-    "above_sft": gap,
-    "steps_ratio": lambda entry: entry.steps and entry.steps / entry.demo_steps,
-    "drop": lambda entry: max(entry.each(stats.largest_drop).values(), default=None),
+    "sft": lambda entry: entry.rate(entry.after_sft)[0],
+    "above_sft": lambda entry: (
+        entry.rate(stats.result)[1] - entry.rate(entry.after_sft)[2]
+    ),  # gap between the intervals
+    "steps_ratio": lambda entry: entry.steps / entry.demo_steps,
+    "drop": lambda entry: max(entry.each(stats.largest_drop).values()),
     "minutes": lambda entry: max(entry.final("seconds").values()) / 60,
 }
 AT_MOST = ("steps_ratio", "drop", "minutes")  # the others are at least
-
-
-def budget(entry: Entry) -> str:
-    """Online control steps of the measured runs, or else of the row's command; empty if it has none."""
-    recorded = re.search(r"\bonline_steps=(\d+)", " ".join(entry.final("settings").values()))
-    words = entry.row.words(1, "runs")[1:]
-    steps = int(recorded[1]) if recorded else rows.flags_of(*words).get("online_steps")
-    return f" within {steps:,} online env steps" if steps else ""
 
 
 def bar_row(entry: Entry, name: str, bound: float) -> list[str]:
     """Task, method, bar, what was measured, verdict."""
     words = WORDS["bars"][name]
     part = "stages 1 to 3" if ORIGIN in entry.row.command else "whole run"
-    text = words["bar"].format(rate=percent(bound), value=bound, within=budget(entry), part=part)
-    value = BARS[name](entry) if entry.runs else None
-    measured = "–"
-    met = False
-    if value is not None:
-        rates = {"before": interval(entry.rate(entry.after_sft)), "after": interval(entry.rate(stats.result))}
-        measured = words["measured"].format(rate=percent(value), value=value, **rates)
-        met = value <= bound + 1e-5 if name in AT_MOST else value >= bound - 1e-5
+    recorded = re.search(r"online[_-]steps[= ](\d+)", " ".join([*entry.final("settings").values(), entry.row.command]))
+    within = f" within {int(recorded[1]):,} online env steps" if recorded else ""
+    text = words["bar"].format(rate=percent(bound), value=bound, within=within, part=part)
+    if not entry.runs:
+        return [entry.row.env_id, entry.row.label, text, "–", "not run"]
+    value = BARS[name](entry)
+    rates = {"before": interval(entry.rate(entry.after_sft)), "after": interval(entry.rate(stats.result))}
+    measured = words["measured"].format(rate=percent(value), value=value, **rates)
+    met = value <= bound + 1e-5 if name in AT_MOST else value >= bound - 1e-5
     return [entry.row.env_id, entry.row.label, text, measured, entry.complete("met" if met else "**not met**")]
 
 
-# ---- the blocks ----
 Book = dict[str, list[Entry]]  # the rows of each command file
 
 
-def entries_of(file: CommandFile, runs: stats.Runs) -> list[Entry]:
+def entries_of(commands: Commands, runs: stats.Runs) -> list[Entry]:
     found = []
-    for row in file.rows:
+    for row, wanted in Counter(row for row, _ in commands).items():
         own = {seed: run for (name, seed), run in sorted(runs.items()) if name == row.name}
-        found.append(Entry(row, own, file.runs_of(row)))
+        found.append(Entry(row, own, wanted))
     return found
 
 
@@ -303,10 +277,9 @@ def aggregate(entries: list[Entry]) -> str:
     body = []
     for label, found in scores.items():
         if len(found) == len(tasks) > 1:
-            measured = stats.bootstrap_iqm(found)
-            single = f"{percent(measured[0])} (one seed)"
-            text = single if len(found[0]) == 1 else interval(measured)
-            body.append([label, text, str(sum(map(len, found)))])
+            seeds = len(found[0])
+            text = interval(stats.bootstrap_iqm(found)) if seeds > 1 else f"{percent(np.mean(found))} (one seed)"
+            body.append([label, text, str(seeds * len(tasks))])
     made = table(["Method", "Success, % (95 % interval)", "Runs"], body)
     return made and fill("aggregate", tasks=", ".join(tasks), table=made)
 
@@ -324,18 +297,12 @@ def success_block(book: Book) -> str:
     body: dict[str, dict[str, str]] = {}  # method -> task -> cell
     for entry in entries:
         body.setdefault(entry.row.label, {})[entry.row.env_id] = CELLS["success"](entry)
-    rates: dict[str, list[float]] = {}
-    for line in papers():
+    for line in PAPERS:
         if line["source"] == "FORCE T1":
-            method = f"*{line['method']}* [FORCE T1]"
-            body.setdefault(method, {})[line["task"]] = f"*{line['value']}*"
-            rates.setdefault(method, []).append(float(line["value"]))
+            body.setdefault(f"*{line['method']}* [FORCE T1]", {})[line["task"]] = f"*{line['value']}*"
     tasks = dict.fromkeys(task for row in body.values() for task in row)
-    means = {method: f"*{np.mean(found) + 1e-9:.1f}*" for method, found in rates.items()}  # halves up, as in the paper
-    cells = []
-    for method, row in body.items():
-        cells.append([method, *(row.get(task, "–") for task in tasks), means.get(method, "–")])
-    made = table(["Success, %", *tasks, "Mean of theirs"], cells)
+    cells = [[method, *(row.get(task, "–") for task in tasks)] for method, row in body.items()]
+    made = table(["Success, %", *tasks], cells)
     return fill("results-success", entries, table=made, aggregate=aggregate(entries))
 
 
@@ -348,28 +315,18 @@ def steps_block(book: Book) -> str:
         same = [other for other in entries if other.row.env_id == entry.row.env_id]
         curves = [steps for other in same for steps, _ in other.each(stats.curve).values()]
         entry.horizon = min((steps[-1] for steps in curves if len(steps) > 1), default=0.0)
-    return fill("results-steps", entries, table=entry_table("steps", entries), reduction=reduction(entries))
-
-
-def reduction(entries: list[Entry]) -> str:
-    """What warm-up saves: mean steps at 80 % with and without it, and steps spent on it; empty if that isn't known."""
     known = {(entry.row.label, entry.row.env_id): entry for entry in entries if entry.times}
     tasks = [task for label, task in sorted(known) if label == "FORCE" and ("FORCE, no warm-up", task) in known]
     warm = [known["FORCE", task] for task in tasks]
     after = sum(entry.restricted() for entry in warm)
     before = sum(known["FORCE, no warm-up", task].restricted() for task in tasks)
     spent = sum(mean(entry.each(stats.before_handover)) for entry in warm)
-    if not before:
-        return ""
-    change = percent(after / before - 1)
-    return caption("reduction", tasks=", ".join(tasks), change=change, before=before, after=after, spent=spent)
-
-
-def execution_block(book: Book) -> str:
-    """FORCE's Table 2 and ConRFT's Table I: success and steps to success."""
-    helped = [entry for entry in book["conrft-state"] if entry.row.label == "ConRFT, planner as operator"]
-    entries = [*book["main"], *helped]
-    return fill("results-execution", entries, table=entry_table("execution", entries))
+    reduction = ""
+    if before:  # what warm-up saves
+        change = percent(after / before - 1)
+        shown = {"change": change, "before": before, "after": after, "spent": spent}
+        reduction = CAPTIONS["reduction"].format(tasks=", ".join(tasks), **shown)
+    return fill("results-steps", entries, table=entry_table("steps", entries), reduction=reduction)
 
 
 def corft_block(book: Book) -> str:
@@ -381,42 +338,31 @@ def corft_block(book: Book) -> str:
 COMPARISONS = {
     "results-success": success_block,
     "results-steps": steps_block,
-    "results-execution": execution_block,
     "results-corft": corft_block,
 }
 
 
-# ---- pages ----
-def replace_block(text: str, name: str, content: str) -> str:
-    """`text` with `content` between the markers of `name`. Raises: UserError unless both are there once, in order."""
-    begin = f"<!-- begin: {name} -->"
-    end = f"<!-- end: {name} -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise UserError(f"the markers of {name} must be there once each, {begin} before {end}")
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+def updated(page: Path, book: Book) -> str:
+    """The page's text with all its blocks made anew. Raises: UserError if markers are missing or unknown."""
 
-
-def updated(book: Book, page: Path) -> str:
-    """The page's text with all its blocks made anew. Raises: UserError."""
-    text = page.read_text()
-    for name in dict.fromkeys(re.findall(r"<!-- (?:begin|end): ([\w-]+) -->", text)):
+    def block(found: re.Match) -> str:
+        name = found[2]
         if name not in book | COMPARISONS:
             raise UserError(f"{page.name}: there is nothing called {name}")
         content = COMPARISONS[name](book) if name in COMPARISONS else file_block(name, book[name])
-        text = replace_block(text, name, f"{MADE}\n\n{content}")
+        return f"{found[1]}{MADE}\n\n{content}\n{found[3]}"
+
+    text, count = BLOCK.subn(block, page.read_text())
+    if len(MARKER.findall(text)) != 2 * count:
+        raise UserError(f"{page.name}: each <!-- begin: NAME --> needs an <!-- end: NAME --> after it")
     return text
 
 
 def main(check: bool = False) -> int:
-    """Bring the documentation in line with the results.
-
-    Args:
-        check: change nothing; exit code 1 if a page is out of date.
-    """
+    """Bring the documentation in line with the results. --check: change nothing; exit code 1 if a page is out of date."""
     runs = read_results()
-    book = {file.name: entries_of(file, runs) for file in rows.all_commands()}
-    made = {page: updated(book, page) for page in sorted(rows.DOCS.glob("*.md"))}
+    book = {name: entries_of(commands, runs) for name, commands in rows.all_commands().items()}
+    made = {page: updated(page, book) for page in sorted(rows.DOCS.glob("*.md"))}
     stale = {page: text for page, text in made.items() if text != page.read_text()}
     if not check:
         for page, text in stale.items():

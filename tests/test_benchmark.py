@@ -123,19 +123,20 @@ def test_a_command_file_is_what_bash_runs(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("script", ["bc.py", "conrft.py", "co_rft_chunked.py", "force_octo.py", "force_pi0.py"])
 def test_every_command_parses(script):
-    for row in {row for file in rows.all_commands() for row in file.rows if row.script == script}:
+    commands = rows.all_commands().values()
+    for row in {row for table in commands for row, _ in table if row.script == script}:
         args = rows.flags_of(script, *row.words(1, "runs")[2:])
         assert (args["env_id"], args["obs_mode"]) == (row.env_id, row.flag("--obs-mode", "rgb"))
         assert args["eval_episodes"] == 100  # every number in a table rests on that many
 
 
 def test_the_files_agree_on_rows_and_say_what_they_measure():
-    found = {row for file in rows.all_commands() for row in file.rows}
+    found = {row for commands in rows.all_commands().values() for row, _ in commands}
     assert len({row.name for row in found}) == len({row.command for row in found}) == len(found)
     assert {line["row"] for line in rows.read_csv(rows.ROWS)} == {row.name for row in found}
     assert len({(row.label, row.env_id, row.flag("--obs-mode")) for row in found}) == len(found)  # none look alike
-    assert {name for row in found for name in row.paper} <= {line["method"] for line in tables.papers()}
-    assert {line["source"] for line in tables.papers()} <= set(tables.WORDS["sources"])
+    assert {name for row in found for name in row.paper if name} <= {line["method"] for line in tables.PAPERS}
+    assert {line["source"] for line in tables.PAPERS} <= set(tables.WORDS["sources"])
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_runner_skips_resumes_starts_and_reports_failures(suite, tmp_path, capsy
 
 
 def test_a_failure_is_told_by_its_line_not_by_the_frame_around_it(suite, tmp_path):
-    ((row, seed),) = rows.read_commands(suite("new")).runs
+    ((row, seed),) = rows.read_commands(suite("new"))
     job = run.Job(row, seed, tmp_path)
     top, rule, bottom = "╭─ Invalid choice ────╮", "│ ─────────────────── │", "╰─────────────────────╯"
     box = [
@@ -226,7 +227,7 @@ def test_a_failure_is_told_by_its_line_not_by_the_frame_around_it(suite, tmp_pat
 
 def test_a_run_fits_its_row_with_all_that_the_script_fills_in():
     """Also when the run that it started from isn't there any more."""
-    (row,) = [row for row in rows.read_commands(FILES["main"]).rows if row.name == "force-pick-state"]
+    row = next(row for row, _ in rows.read_commands(FILES["main"]) if row.name == "force-pick-state")
     args = rows.flags_of(*row.words(3, "runs")[1:]) | {"seed": 3, "runs": "runs"}
     assert args["sft_updates"] == 0 and args["sft_checkpoint"] == "runs/bc-pick-state-50-3"
     config = {"script": row.script, "args": args}
@@ -407,9 +408,9 @@ def test_collect_writes_a_line_per_evaluation(two_seeds):
     assert collected(two_seeds) == 0
     lines = read(two_seeds)
     assert list(lines[0]) == collect.COLUMNS["runs"]
-    shown = [(x["seed"], x["stage"], x["global_step"], x["success_once"], x["update_step"], x["final"]) for x in lines]
-    assert shown[:4] == [("1", "sft", "0", "0.5", "100", ""), ("1", "offline", "0", "0.52", "101", ""),
-                         ("1", "online", "1500", "0.7", "102", ""), ("1", "online", "4000", "0.82", "103", "")]  # fmt: skip
+    shown = [(x["seed"], x["stage"], x["global_step"], x["success_once"], x["final"]) for x in lines]
+    assert shown[:4] == [("1", "sft", "0", "0.5", ""), ("1", "offline", "0", "0.52", ""),
+                         ("1", "online", "1500", "0.7", ""), ("1", "online", "4000", "0.82", "")]  # fmt: skip
     assert [x["final"] for x in lines if x["seed"] == "1"] == [""] * 6 + ["1"] and len(lines) == 7 + 5
     first = lines[6]
     assert (first["success_at_end"], first["episode_len"], first["seconds"]) == ("0.475", "24", "600")
@@ -639,7 +640,8 @@ def test_table_matches_hand_computed_numbers(two_seeds):
     shown = [cell.strip() for cell in row.strip("|").split("|")]
     assert shown[2:4] == ["97 (93.6–98.6), 2 of 3 seeds", "1: 95, 2: 99"]
     assert shown[4:7] == ["48.5", "50 (43.1–56.9)", "1: 70, 2: 80"]
-    assert shown[7:12] == ["1: 15, 2: 0", "24.0", "60.0", "1: 7500, 2: 0 (at hand-over)", "1: 10, 2: 10"]
+    assert shown[7:12] == ["1: 15, 2: 0", "60.0", "40.0", "24.0", "60 %"]
+    assert shown[12:14] == ["1: 7500, 2: 0 (at hand-over)", "1: 10, 2: 10"]
     assert "| not run |" in next(line for line in page.splitlines() if "method other" in line)
     verdicts = [line.split(" | ")[-1] for line in page.splitlines() if "met, 2 of" in line or "met**, 2 of" in line]
     assert verdicts == ["met, 2 of 3 seeds |"] * 4 + ["**not met**, 2 of 3 seeds |"] * 2
@@ -704,7 +706,7 @@ def test_all_figures_can_be_drawn_from_few_numbers(two_seeds, monkeypatch):
     for seed in (1, 2):
         with (two_seeds / "runs" / f"force-{seed}" / "metrics.csv").open("a", newline="") as file:
             names = ("values/q_data", "values/mc_return", "values/q_std", "vgpd/candidate_std")
-            lines = [(1500 + 10 * i, 300 + i, name, 0.1 * i + 0.1) for i in range(5) for name in names]
+            lines = [(1501 + 10 * i, 300 + i, name, 0.1 * i + len(name)) for i in range(5) for name in names]
             lines += [(1500, u, f"calib/{name}", 0.1) for u in (250, 290) for name in ("q_minus_return", "correlation")]
             csv.writer(file).writerows(lines)
     assert collected(two_seeds) == 0 and plots.main() == 0
@@ -715,27 +717,29 @@ def test_all_figures_can_be_drawn_from_few_numbers(two_seeds, monkeypatch):
 def test_the_operators_figure_needs_an_operator(tmp_path, monkeypatch):
     """Runs with an operator beside those without on the same task; none without interventions."""
     names = ["conrft-pick-state", "conrft-pick-state-oracle"]
-    finished = [{"row": name, "seed": 1, "stage": "online", "global_step": 100.0} for name in names]
-    finished = [line | {"success_once": 0.5, "final": 1.0} for line in finished]
+    finished = [
+        {"row": name, "seed": 1, "stage": "online", "global_step": step, "success_once": 0.5, "final": 1.0}
+        for name in names
+        for step in (100.0, 200.0)
+    ]
     monkeypatch.setattr(plots, "read_results", lambda: stats.by_run(finished))
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     for rate in (0.0, 0.5):
-        lines = [
-            "row,seed,update_step,global_step,train/success_once,train/episode_len,values/q_data,vgpd/zeta,intervention/rate"
-        ]
+        columns = "train/success_once,train/episode_len,values/q_data,values/mc_return,vgpd/zeta,intervention/rate"
+        lines = [f"row,seed,update_step,global_step,{columns}"]
         for name in names:
             share = rate if name.endswith("oracle") else 0.0
-            lines += [f"{name},1,{i},{100 + 10 * i},0.{i},{30 + i},,,{share}" for i in range(5)]
+            lines += [f"{name},1,{i},{100 + 10 * i},0.{i},{30 + i},,,,{share}" for i in range(5)]
         (tmp_path / "diagnostics.csv").write_text("\n".join(lines) + "\n")
         found = plots.figures(plots.Data())
         assert ("operator" in found) == (rate > 0)
-    used, draw = found["operator"]
+    panels, used = found["operator"]
     assert [row.name for row in used] == names
-    figure = draw(used, plots.Data())
+    figure = plots.draw(panels, used, plots.Data())
     success, length, share = figure.axes
     assert success.get_title() == "PickCube, state" and len(success.lines) == 2
     assert [line.get_ydata()[-1] for line in share.lines] == [0.0, 0.5]
-    assert length.lines[1].get_xdata()[[0, -1]].tolist() == [0.0, 40.0] and length.lines[1].get_ydata()[-1] == 34.0
+    assert length.lines[1].get_xdata()[[0, -1]].tolist() == [10.0, 40.0] and length.lines[1].get_ydata()[-1] == 34.0
     plots.plt.close(figure)
 
 
@@ -749,12 +753,19 @@ def test_documentation_is_up_to_date_and_complete():
         assert f"figures/{picture.name})" in text + (rows.ROOT / "README.md").read_text(), picture.name
 
 
-def test_broken_markers_are_refused():
-    begin, end = "<!-- begin: a -->", "<!-- end: a -->"
-    for text in (begin, f"{end}\n{begin}", begin + begin + end):
-        with pytest.raises(UserError, match="markers of a"):
-            tables.replace_block(text, "a", "content")
-    assert tables.replace_block(f"x\n{begin}\n{end}\ny", "a", r"back\1slash") == f"x\n{begin}\nback\\1slash\n{end}\ny"
+def test_broken_markers_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(tables.COMPARISONS, "a", lambda book: r"back\1slash")
+    page = tmp_path / "page.md"
+    begin, end = "<!-- begin: a -->\n", "<!-- end: a -->\n"
+    for text in (begin, f"{end}{begin}", begin + begin + end, begin + end.replace("a", "b")):
+        page.write_text(text)
+        with pytest.raises(UserError, match="page.md: each <!-- begin: NAME --> needs"):
+            tables.updated(page, {})
+    page.write_text(f"x\n{begin}old\n{end}y")
+    assert tables.updated(page, {}) == f"x\n{begin}{tables.MADE}\n\nback\\1slash\n{end}y"
+    page.write_text(f"{begin}{end}".replace("a -->", "what -->"))
+    with pytest.raises(UserError, match="there is nothing called what"):
+        tables.updated(page, {})
 
 
 # ---- speed ----
