@@ -112,10 +112,7 @@ def read_run(row: Row, folder: Path) -> stats.Lines:
 
 
 def read_diagnostics(row: Row, seed: int, folder: Path) -> stats.Lines:
-    """A run's diagnostics as lines of diagnostics.csv: at most KEEP values of each, evenly spaced, ends included.
-
-    Raises: UserError if metrics.csv is torn.
-    """
+    """Lines of diagnostics.csv: at most KEEP values of each, evenly spaced, ends included. Raises: UserError."""
     path = folder / "metrics.csv"
     series: dict[str, list[dict[str, str]]] = {}
     for line in read_csv(path, METRICS) if path.exists() else ():

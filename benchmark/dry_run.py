@@ -1,7 +1,6 @@
-"""Parameters, memory and work of a run of force_pi0.py, from shapes alone: nothing is loaded, nothing computed.
+"""Parameters, memory and work of a run of force_pi0.py with these flags, from shapes alone: nothing is loaded.
 
-It takes the flags of force_pi0.py; released weights need not be there. It counts the longest prompt. The GPU's memory is
-that of stage 0: weights, gradients, Adam, averaged weights, and what the backward pass keeps.
+It counts the longest prompt. The GPU's memory is that of stage 0, with all that the backward pass keeps.
 """
 
 import json

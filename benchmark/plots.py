@@ -26,7 +26,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 LOOKS = {}
 for line in read_csv(rows.TEMPLATES / "looks.csv", ("label", "colour", "dashes")):
     LOOKS[line["label"]] = {"color": line["colour"], "ls": line["dashes"]}
-STEPS = "control steps since hand-over"
 WARM_UP = "before (0) and after (1) warm-up"
 Series = tuple[np.ndarray, np.ndarray]  # x and y of a run; of one length
 
@@ -40,7 +39,7 @@ class Panel:
     minus: str = ""
     bottom: float | None = None
     top: float | None = None
-    x: str = STEPS
+    x: str = "control steps since hand-over"
 
 
 SUCCESS = Panel("success, %", bottom=-3, top=103)
@@ -175,7 +174,7 @@ def draw_meshes(path: Path) -> None:
 
 
 def main(check: bool = False, meshes: bool = False) -> int:
-    """Bring the figures in line with the results. --meshes: draw meshes.png alone.
+    """Bring the figures in line with the results, or with --meshes the cameras' views of the arm.
 
     --check: draw nothing; exit code 1 if a figure is missing or was drawn from other numbers.
     """

@@ -31,9 +31,7 @@ RESULTS = ROOT / "benchmark" / "results"
 DOCS = ROOT / "docs"
 TEMPLATES = ROOT / "benchmark" / "templates"
 
-# What a row must reach: success at the end; after SFT; the gap between the intervals of the two; steps to success over the
-# demonstrations'; largest fall below hand-over; minutes of the whole run.
-BARS = ("success", "sft", "above_sft", "steps_ratio", "drop", "minutes")
+BARS = ("success", "sft", "above_sft", "steps_ratio", "drop", "minutes")  # columns of rows.csv: see README.md
 # Flags that say which run it is and where things lie, not how it learns.
 BOOKKEEPING = tuple("seed runs run_name resume eval_only track device torch_threads video_episodes demo_dir".split())
 ORIGIN = "--sft-checkpoint"  # names a run that has to be finished before

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark.rows import ORIGIN, ROOT, Row, UserError, command_line, misfit, read_commands, read_json  # noqa: E402
 from plumbing.storage import lock  # noqa: E402
 
-TAIL = 15  # lines of a failed run's log that are shown
 BOX = re.compile(r"╭[^\n]*╮\n(.*?)(│ ─.*?)?╰[^\n]*╯", re.DOTALL)  # tyro's message up to its first rule, and the rest
 RAISED = re.compile(r"(error:|[\w.]+(Error|Exception|Interrupt)\b)")
 
@@ -99,7 +98,7 @@ class Job:
         text = self.log.read_bytes()[-20_000:].decode(errors="replace") if self.log.exists() else ""
         text = BOX.sub(lambda box: "error: " + " ".join(box[1].replace("│", " ").split()), text)
         lines = [line.rstrip("\r").split("\r")[-1].rstrip() for line in text.split("\n")]
-        return [line for line in lines if line.strip()][-TAIL:]
+        return [line for line in lines if line.strip()][-15:]
 
     def reason(self) -> str:
         """The line of the log that says what went wrong."""
@@ -154,10 +153,7 @@ def submit(jobs: list[Job], commands: Path, options: tuple[str, ...]) -> None:
         call = ["sbatch", "--parsable", "--requeue", f"--job-name={job.name}", *(f"--{option}" for option in options)]
         if job.needs in numbers:
             call.append(f"--dependency=afterok:{numbers[job.needs]}")
-        try:
-            done = subprocess.run([*call, f"--wrap={shlex.join(words)}"], cwd=ROOT, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise UserError("--slurm needs the program sbatch: start it where jobs are submitted") from error
+        done = subprocess.run([*call, f"--wrap={shlex.join(words)}"], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{job.name}: sbatch refuses it: {done.stderr}")
         numbers[job.folder] = done.stdout.strip().split(";")[0]

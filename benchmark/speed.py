@@ -101,10 +101,8 @@ def actor_updates() -> Variants:
 
 def embeddings() -> Variants:
     update = Setting(force_octo.Args(**CAMERA)).update_both
-    return {
-        "embedded once, kept in the buffer": partial(update, encode=False),
-        "images encoded in each update": partial(update, encode=True),
-    }
+    once = partial(update, encode=False)
+    return {"embedded once, kept in the buffer": once, "images encoded in each update": partial(update, encode=True)}
 
 
 def proposals() -> Variants:

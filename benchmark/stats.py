@@ -84,8 +84,7 @@ def largest_drop(run: Lines) -> float | None:
 def steps_at_target(run: Lines) -> tuple[float, bool] | None:
     """Control steps since hand-over at the first evaluation of at least 80 % that the next one confirms, and True.
 
-    (steps, False) if no evaluation did, or only the last one, which nothing confirms: the run was followed for so many
-    steps and is censored there. None without online steps. A run that is there at hand-over has 0.
+    (steps, False) if there is none: the run was followed for so many steps. None without online steps.
     """
     steps, rates = curve(run)
     if len(steps) < 2:

@@ -23,7 +23,6 @@ PAPERS = read_csv(ROOT / "benchmark" / "papers.csv", ("source", "method", "task"
 WORDS = tomllib.loads((TEMPLATES / "words.toml").read_text())
 CAPTIONS = WORDS["captions"]
 MADE = "<!-- made by benchmark/tables.py from benchmark/results/runs.csv: edits here are lost -->"
-MARKER = re.compile(r"<!-- (?:begin|end): ")
 BLOCK = re.compile(r"(<!-- begin: ([\w-]+) -->\n)(?:(?!<!-- begin: ).)*?(<!-- end: \2 -->)", re.DOTALL)
 FEW = 10  # successful episodes that a mean number of steps needs
 
@@ -229,9 +228,7 @@ def notes(entries: list[Entry]) -> str:
 BARS: dict[str, Callable[[Entry], float | None]] = {
     "success": lambda entry: mean(entry.final("success_once")),
     "sft": lambda entry: entry.rate(entry.after_sft)[0],
-    "above_sft": lambda entry: (
-        entry.rate(stats.result)[1] - entry.rate(entry.after_sft)[2]
-    ),  # gap between the intervals
+    "above_sft": lambda entry: entry.rate(stats.result)[1] - entry.rate(entry.after_sft)[2],
     "steps_ratio": lambda entry: entry.steps / entry.demo_steps,
     "drop": lambda entry: max(entry.each(stats.largest_drop).values()),
     "minutes": lambda entry: max(entry.final("seconds").values()) / 60,
@@ -353,7 +350,7 @@ def updated(page: Path, book: Book) -> str:
         return f"{found[1]}{MADE}\n\n{content}\n{found[3]}"
 
     text, count = BLOCK.subn(block, page.read_text())
-    if len(MARKER.findall(text)) != 2 * count:
+    if len(re.findall("<!-- (?:begin|end): ", text)) != 2 * count:
         raise UserError(f"{page.name}: each <!-- begin: NAME --> needs an <!-- end: NAME --> after it")
     return text
 

@@ -315,7 +315,7 @@ def test_a_queue_gets_a_job_per_run(suite, tmp_path, monkeypatch, capsys):
     path = suite("late --sft-checkpoint elsewhere/first-$seed", "first", "done")
     (tmp_path / "done-1").mkdir()
     (tmp_path / "done-1" / "summary.json").write_text("untouched")
-    with pytest.raises(UserError, match="sbatch"):
+    with pytest.raises(FileNotFoundError, match="sbatch"):
         run.main(path, runs=tmp_path, slurm=("partition=cpu",))
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin" / "sbatch"
@@ -681,7 +681,8 @@ def test_interquartile_means_compare_complete_methods_only():
 def test_a_bar_names_the_budget_that_was_measured_not_todays_default():
     row, finished = row_and_run("force-x", 0.5)
     finished[1] |= {"settings": "gamma=0.9 online_steps=5000 q_weight=0.1"}
-    assert tables.budget(tables.Entry(row, {1: finished}, 1)) == " within 5,000 online env steps"
+    judged = tables.bar_row(tables.Entry(row, {1: finished}, 1), "success", 0.6)
+    assert judged[2:] == ["success at least 60 % within 5,000 online env steps", "50 %", "**not met**"]
 
 
 def test_check_sees_a_stale_page_and_a_stale_figure(two_seeds):
