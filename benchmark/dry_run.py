@@ -29,10 +29,9 @@ def main(args: Args) -> None:
 
 def dry_run(args: Args) -> dict:
     """What a run with these flags takes. Raises: UserError."""
-    args.checkpoint = None if args.backbone.endswith("compact") else "not needed"
-    args.resume = "."  # a run that is resumed needs no weights from elsewhere
-    validate(args)
     args.checkpoint = None
+    check_flags(args, LIMITS)
+    check_sizes(args)
     with torch.device("meta"):
         return estimate(args)
 

@@ -149,7 +149,7 @@ CELLS: dict[str, Callable[[Entry], str]] = {
     "method": lambda entry: entry.row.label,
     "success": lambda entry: entry.complete(interval(entry.rate(stats.result))),
     "successes": lambda entry: per_seed(entry.final("success_once")),
-    "at_limit": lambda entry: percent(mean(entry.final("success_at_end"))) if entry.runs else "–",
+    "at_limit": lambda entry: percent(mean(entry.final("success_at_end"))) if entry.final("success_at_end") else "–",
     "after_sft": lambda entry: interval(entry.rate(entry.after_sft)),
     "handover": lambda entry: per_seed(entry.each(stats.handover)),
     "drop": lambda entry: per_seed(entry.each(stats.largest_drop)),
@@ -164,7 +164,7 @@ CELLS: dict[str, Callable[[Entry], str]] = {
     "demo_steps": lambda entry: one_digit(entry.demo_steps),
     "sft_steps": lambda entry: one_digit(mean(steps_to_success(entry.each(entry.after_sft)))),
     "steps": lambda entry: one_digit(entry.steps),
-    "shorter": lambda entry: f"{percent(1 - entry.steps / entry.demo_steps)} %" if entry.steps else "–",
+    "shorter": lambda entry: percent(1 - entry.steps / entry.demo_steps) if entry.steps and entry.demo_steps else "–",
     "start": lambda entry: "one place" if "--spawn" in entry.row.command else "random",
     "gain": lambda entry: gain(entry.rate(entry.after_sft), entry.rate(stats.result)),
     "sft_elsewhere": lambda entry: interval(entry.rate(stats.first_elsewhere)),
@@ -227,10 +227,10 @@ def notes(entries: list[Entry]) -> str:
 
 BARS: dict[str, Callable[[Entry], float | None]] = {
     "success": lambda entry: mean(entry.final("success_once")),
-    "sft": lambda entry: entry.rate(entry.after_sft)[0],
-    "above_sft": lambda entry: entry.rate(stats.result)[1] - entry.rate(entry.after_sft)[2],
-    "steps_ratio": lambda entry: entry.steps / entry.demo_steps,
-    "drop": lambda entry: max(entry.each(stats.largest_drop).values()),
+    "sft": lambda entry: mean({seed: line["success_once"] for seed, line in entry.each(entry.after_sft).items()}),
+    "above_sft": lambda entry: entry.rate(stats.result)[1] - (entry.rate(entry.after_sft) or [np.inf] * 3)[2],
+    "steps_ratio": lambda entry: entry.steps and entry.demo_steps and entry.steps / entry.demo_steps,
+    "drop": lambda entry: max(entry.each(stats.largest_drop).values(), default=None),
     "minutes": lambda entry: max(entry.final("seconds").values()) / 60,
 }
 AT_MOST = ("steps_ratio", "drop", "minutes")  # the others are at least
@@ -243,9 +243,9 @@ def bar_row(entry: Entry, name: str, bound: float) -> list[str]:
     recorded = re.search(r"online[_-]steps[= ](\d+)", " ".join([*entry.final("settings").values(), entry.row.command]))
     within = f" within {int(recorded[1]):,} online env steps" if recorded else ""
     text = words["bar"].format(rate=percent(bound), value=bound, within=within, part=part)
-    if not entry.runs:
-        return [entry.row.env_id, entry.row.label, text, "–", "not run"]
-    value = BARS[name](entry)
+    value = BARS[name](entry) if entry.runs else None
+    if value is None:
+        return [entry.row.env_id, entry.row.label, text, "–", entry.complete("**not met**")]
     rates = {"before": interval(entry.rate(entry.after_sft)), "after": interval(entry.rate(stats.result))}
     measured = words["measured"].format(rate=percent(value), value=value, **rates)
     met = value <= bound + 1e-5 if name in AT_MOST else value >= bound - 1e-5
