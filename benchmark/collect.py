@@ -1,47 +1,24 @@
 """Turns finished run folders into benchmark/results/runs.csv (a line per evaluation) and diagnostics.csv.
 
-    python benchmark/collect.py                                          # whatever is finished, of all command files
-    python benchmark/collect.py benchmark/commands/force-state.sh --runs runs/benchmark
-
-Every number comes from a run's own files; what they don't tell stays empty. A run replaces its own lines, all others
-stay: those of other files, and of other machines. Runs of one row that differ in code, settings or versions, come from
-uncommitted code, or don't fit the row's command are refused; `--allow-mixed` takes them, and the tables say so.
+Every number comes from a run's own files; what they don't tell stays empty. A run replaces its own lines, all others stay.
 """
-
-from __future__ import annotations
 
 import csv
 import dataclasses
 import hashlib
-import json
 import os
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import stats  # noqa: E402
-from benchmark.rows import (  # noqa: E402  # noqa: E402
-    BOOKKEEPING,
-    ROOT,
-    Row,
-    UserError,
-    all_commands,
-    command_line,
-    load_script,
-    misfit,
-    read_commands,
-    read_csv,
-    read_json,
-)
+from benchmark import rows, stats  # noqa: E402
+from benchmark.rows import ROOT, Row, UserError, read_csv, read_json  # noqa: E402
 
-RESULTS = ROOT / "benchmark" / "results"
 EVALUATION = ("num_episodes", "success_once", "success_at_end", "episode_len")  # of a run's "eval/..."
 COLUMNS = {"runs": [], "diagnostics": []}  # of the two files; columns.csv says what they mean
-for line in read_csv(RESULTS / "columns.csv", ("file", "column", "meaning")):
+for line in read_csv(rows.RESULTS / "columns.csv", ("file", "column", "meaning")):
     COLUMNS[line["file"]].append(line["column"])
 METRICS = ("global_step", "update_step", "name", "value")  # columns of a run's metrics.csv
 FILES = ("demo_path", "checkpoint", "sft_checkpoint", "critic_weights", "record_demos")  # flags that name one
@@ -56,7 +33,6 @@ def number(value) -> str:
     return str(int(value)) if float(value).is_integer() else f"{value:.6g}"
 
 
-# ---- where a run comes from ----
 @cache
 def code_of(commit: str, script: str) -> str:
     """Hash of the script and of what it imports from here at `commit`: commits that differ elsewhere have the same."""
@@ -69,42 +45,27 @@ def code_of(commit: str, script: str) -> str:
     return hashlib.sha1("".join(found).encode()).hexdigest()[:12]
 
 
-def without_places(args: dict) -> dict:
-    """Flags that say how a run learns; of files only their names, and of runs of the same seed only the row."""
-    kept = {name: value for name, value in args.items() if name not in BOOKKEEPING}
-    for name in FILES:
-        if kept.get(name) and "://" not in kept[name]:
-            kept[name] = Path(kept[name]).name.removesuffix(f"-{args['seed']}")
-    return kept
-
-
 def settings_of(args: dict, script: str) -> str:
-    """Flags that differ from the script's defaults, as "name=value ...", without bookkeeping and machine paths."""
-    defaults = dataclasses.asdict(load_script(ROOT / script).Args()) | {"env_id": None, "obs_mode": None}
-    named = {"env_id": None, "obs_mode": None}  # columns of their own
-    kept = sorted((without_places(args) | named).items())
-    return " ".join(f"{name}={value}" for name, value in kept if value != defaults.get(name))
+    """Flags that differ from the script's defaults, as "name=value ..."; of files only their names, without the seed."""
+    defaults = dataclasses.asdict(rows.load_script(ROOT / script).Args())
+    kept = []
+    for name, value in sorted(args.items()):
+        if name in FILES and value and "://" not in value:
+            value = Path(value).name.removesuffix(f"-{args['seed']}")
+        if name not in ("env_id", "obs_mode", *rows.BOOKKEEPING) and value != defaults.get(name):
+            kept.append(f"{name}={value}")
+    return " ".join(kept)
 
 
-def notes_on(row: Row, config: dict, summary: dict, run: stats.Lines) -> str:
+def notes_on(row: Row, config: dict, summary: dict) -> str:
     """What is wrong with a run; empty if nothing is."""
-    notes = []
-    typed = stats.typed(run)
-    last = stats.result(typed)
-    claims = {
-        "success_once": last["success_once"],
-        "success_at_end": last["success_at_end"],
-        "steps_to_success": last["episode_len"],
-        "handover_success_once": stats.handover(typed),
-    }
-    claims = {name: value for name, value in claims.items() if value is not None}
-    wrong = [name for name, value in claims.items() if number(summary.get(name, value)) != number(value)]
-    if wrong:
-        notes.append(f"summary.json disagrees with its evaluations: {', '.join(wrong)}")
-    if difference := misfit(row, config):
-        notes.append(f"not the row's command: {difference}")
     start = config["git_commit"]
     end = summary["git_commit"]
+    notes = []
+    if summary["success_once"] != summary["evaluations"][-1]["eval/success_once"]:
+        notes.append("summary.json disagrees with its evaluations")
+    if difference := rows.misfit(row, config):
+        notes.append(f"not the row's command: {difference}")
     if start.endswith("-dirty"):
         notes.append("uncommitted code")
     if code_of(start, row.script) != code_of(end, row.script):
@@ -112,31 +73,19 @@ def notes_on(row: Row, config: dict, summary: dict, run: stats.Lines) -> str:
     return "; ".join(notes)
 
 
-# ---- what a run has measured ----
-def read_metrics(folder: Path) -> list[dict[str, str]]:
-    """The lines of metrics.csv; none if there is no file. Raises: UserError."""
-    path = folder / "metrics.csv"
-    return read_csv(path, METRICS) if path.exists() else []
-
-
-def evaluations_of(args: dict, script: str, summary: dict, folder: Path) -> stats.Lines:
+def evaluations_of(config: dict, summary: dict) -> stats.Lines:
     """A run's evaluations, one line each and a second one for --eval-elsewhere: stage, spawn, final, place, rates."""
-    evaluations = summary["evaluations"]
-    stages = [evaluation["stage"] for evaluation in evaluations]
-    if script == "bc.py":
-        stages = ["bc"] * len(stages)
+    stages = [evaluation["stage"] for evaluation in summary["evaluations"]]
     if summary.get("online_env_steps") and "online" in stages[1:]:  # hand-over is what was measured just before
         stages[stages.index("online") - 1] = "online"
-    logged = [line["update_step"] for line in read_metrics(folder) if line["name"] == "eval/success_once"]
-    updates = logged if len(logged) == len(evaluations) else [None] * len(evaluations)
     lines = []
-    for i, evaluation in enumerate(evaluations):
-        for ending, spawn in (("", args.get("spawn")), ("_ood", "ood")):
+    for evaluation, stage in zip(summary["evaluations"], stages):
+        place = {"stage": "bc" if config["script"] == "bc.py" else stage, "global_step": evaluation["global_step"]}
+        for ending, spawn in (("", config["args"].get("spawn")), ("_ood", "ood")):
             rates = {name: evaluation.get(f"eval/{name}{ending}") for name in EVALUATION}
             if rates["success_once"] is not None:
-                place = {"global_step": evaluation["global_step"], "update_step": updates[i]}
-                final = i == len(evaluations) - 1 and not ending or None
-                lines.append(rates | place | {"stage": stages[i], "spawn": spawn, "final": final})
+                lines.append(place | rates | {"spawn": spawn})
+    next(line for line in reversed(lines) if line["spawn"] != "ood")["final"] = 1
     return lines
 
 
@@ -151,47 +100,42 @@ def read_run(row: Row, folder: Path) -> stats.Lines:
             "row": row.name, "method": row.method, "ablation": row.ablation, "command": row.command,
             "backbone": args.get("backbone"), "obs_mode": args["obs_mode"], "env_id": args["env_id"], "seed": args["seed"],
             "seconds": summary.get("seconds"), "demo_steps_to_success": summary.get("demo_steps_to_success"),
-            "git_commit": config["git_commit"], "code": code_of(config["git_commit"], row.script),
-            "config_hash": hashlib.sha1(json.dumps(without_places(args), sort_keys=True).encode()).hexdigest()[:12],
-            "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-            "device": config["gpu"] if args["device"] == "cuda" else "cpu",
             "demonstrations": Path(summary["demonstrations"]).name, "settings": settings_of(args, row.script),
+            "git_commit": config["git_commit"], "code": code_of(config["git_commit"], row.script),
+            "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+            "device": config["gpu"] if args["device"] == "cuda" else "cpu", "notes": notes_on(row, config, summary),
         }  # fmt: skip
-        lines = [common | line for line in evaluations_of(args, config["script"], summary, folder)]
-        lines = [{name: number(line.get(name)) for name in COLUMNS["runs"]} for line in lines]
-        notes = notes_on(row, config, summary, lines)
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        evaluations = evaluations_of(config, summary)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
         raise UserError(f"{folder}: config.json or summary.json is torn or another program's ({error!r})") from error
-    return [line | {"notes": notes} for line in lines]
+    return [{name: number((common | line).get(name)) for name in COLUMNS["runs"]} for line in evaluations]
 
 
 def read_diagnostics(row: Row, seed: int, folder: Path) -> stats.Lines:
-    """A run's diagnostics as lines of diagnostics.csv: at most KEEP values of each, evenly spaced, ends included."""
+    """Lines of diagnostics.csv: at most KEEP values of each, evenly spaced, ends included. Raises: UserError."""
+    path = folder / "metrics.csv"
     series: dict[str, list[dict[str, str]]] = {}
-    for line in read_metrics(folder):
+    for line in read_csv(path, METRICS) if path.exists() else ():
         if line["name"] in COLUMNS["diagnostics"]:
             series.setdefault(line["name"], []).append(line)
     merged: dict[tuple[int, int], dict[str, str]] = {}
     for name, lines in series.items():
-        last = len(lines) - 1
-        kept = {round(k * last / (KEEP - 1)) for k in range(KEEP)}
+        kept = {round(k * (len(lines) - 1) / (KEEP - 1)) for k in range(KEEP)}
         for line in [lines[i] for i in sorted(kept)]:
-            place = int(line["update_step"]), int(line["global_step"])
-            merged.setdefault(place, {})[name] = line["value"]
-    made = []
-    for (update, step), values in sorted(merged.items()):
-        made.append({"row": row.name, "seed": str(seed), "global_step": str(step), "update_step": str(update)} | values)
-    return made
+            place = {"row": row.name, "seed": str(seed)} | {step: line[step] for step in ("global_step", "update_step")}
+            found = merged.setdefault((int(line["update_step"]), int(line["global_step"])), place)
+            found[name] = line["value"]
+    return [line for _, line in sorted(merged.items())]
 
 
-# ---- the two files ----
-def read_results(results: Path) -> stats.Lines:
-    """runs.csv with numbers. Raises: UserError if there is nothing in it."""
-    path = results / "runs.csv"
+def read_results() -> stats.Runs:
+    """runs.csv with numbers, by row and seed. Raises: UserError if there is nothing in it."""
+    path = rows.RESULTS / "runs.csv"
     lines = stats.typed(read_csv(path, COLUMNS["runs"]), str(path))
-    if not lines:
-        raise UserError(f"{path} holds no runs: collect them first (benchmark/collect.py)")
-    return lines
+    runs = stats.by_run(lines)
+    if not runs or not all(any(line["final"] for line in run) for run in runs.values()):
+        raise UserError(f"{path} holds no runs, or one without its end: collect them first (benchmark/collect.py)")
+    return runs
 
 
 def mixed(runs: list[stats.Lines]) -> str:
@@ -200,72 +144,52 @@ def mixed(runs: list[stats.Lines]) -> str:
     return "; ".join(f"{name}: {' | '.join(found)}" for name, found in values.items() if len(found) > 1)
 
 
-def merged(path: Path, found: dict[tuple[str, int], stats.Lines]) -> dict[tuple[str, int], stats.Lines]:
-    """All runs of a CSV, with those found in the place of the same ones. Raises: UserError."""
-    return stats.by_run(read_csv(path, ("row", "seed")) if path.exists() else []) | found
-
-
-def write_csv(path: Path, columns: list[str], runs: dict[tuple[str, int], stats.Lines]) -> None:
+def write_csv(path: Path, columns: list[str], runs: stats.Runs) -> None:
     """Ordered by row and seed. Atomic: the file is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
-        for run in sorted(runs):
-            writer.writerows(runs[run])
+        writer.writerows(line for run in sorted(runs) for line in runs[run])
     os.replace(temporary, path)
 
 
-def problems_of(found: dict, everything: dict) -> list[str]:
-    """What keeps runs that were found, and the others of their rows, from standing in one table."""
-    problems = []
-    for name in dict.fromkeys(row for row, _ in found):
-        group = {f"{row}-{seed}": lines for (row, seed), lines in everything.items() if row == name}
-        problems += [f"{run}: {lines[0]['notes']}" for run, lines in group.items() if lines[0]["notes"]]
-        if differing := mixed(list(group.values())):
-            problems.append(f"{name}: its runs differ in {differing}")
-    return problems
+def main(runs: Path = Path("runs/benchmark"), allow_mixed: bool = False) -> int:
+    """Collect the finished runs of all command files from the folder --runs.
 
-
-def main(
-    commands: tyro.conf.Positional[tuple[Path, ...]] = (),
-    runs: Path = Path("runs/benchmark"),
-    results: Path = RESULTS,
-    allow_mixed: bool = False,
-) -> int:
-    """Collect finished runs; exit code 1 if some don't belong in one table.
-
-    Args:
-        commands: command files; default: all of benchmark/commands.
-        runs: folder of the run folders, from the repository's root.
-        results: where the CSVs go.
-        allow_mixed: take them all the same; the tables say so.
+    Exit code 1 if some don't belong in one table; --allow-mixed takes them all the same, and the tables say so.
     """
-    files = [read_commands(path) for path in commands] or all_commands()
-    found = {}
-    diagnostics = {}
-    for row, seed in dict.fromkeys(run for file in files for run in file.runs):
+    found = {"runs": {}, "diagnostics": {}}
+    for row, seed in dict.fromkeys(run for commands in rows.all_commands().values() for run in commands):
         folder = ROOT / runs / f"{row.name}-{seed}"
         if (folder / "summary.json").exists():
-            found[row.name, seed] = read_run(row, folder)
-            diagnostics[row.name, seed] = read_diagnostics(row, seed, folder)
+            found["runs"][row.name, seed] = read_run(row, folder)
+            found["diagnostics"][row.name, seed] = read_diagnostics(row, seed, folder)
         elif folder.is_dir():
             print(f"{folder.name}: not finished, left out", file=sys.stderr)
-    if not found:
+    if not found["runs"]:
         raise UserError(f"no finished run in {runs}")
-    everything = merged(results / "runs.csv", found)
-    problems = problems_of(found, everything)
+    everything = {}
+    for name, columns in COLUMNS.items():
+        path = rows.RESULTS / f"{name}.csv"
+        everything[name] = stats.by_run(read_csv(path, columns) if path.exists() else []) | found[name]
+    problems = []
+    for row in dict.fromkeys(row for row, _ in found["runs"]):
+        group = {f"{row}-{seed}": lines for (name, seed), lines in everything["runs"].items() if name == row}
+        problems += [f"{run}: {lines[0]['notes']}" for run, lines in group.items() if lines[0]["notes"]]
+        if differing := mixed(list(group.values())):
+            problems.append(f"{row}: its runs differ in {differing}")
     for problem in problems:
         print(f"{'note' if allow_mixed else 'error'}: {problem}", file=sys.stderr)
     if problems and not allow_mixed:
         print("nothing written; --allow-mixed takes these runs, and the tables say so", file=sys.stderr)
         return 1
-    write_csv(results / "diagnostics.csv", COLUMNS["diagnostics"], merged(results / "diagnostics.csv", diagnostics))
-    write_csv(results / "runs.csv", COLUMNS["runs"], everything)
-    print(f"{len(found)} runs found; runs.csv now holds {len(everything)}")
+    for name, columns in COLUMNS.items():
+        write_csv(rows.RESULTS / f"{name}.csv", columns, everything[name])
+    print(f"{len(found['runs'])} runs found; runs.csv now holds {len(everything['runs'])}")
     return 0
 
 
 if __name__ == "__main__":
-    command_line(main)
+    rows.command_line(main)

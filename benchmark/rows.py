@@ -1,18 +1,9 @@
-"""What is measured: a file of plain commands per table, in benchmark/commands, and what is said about its rows.
+"""What is measured: a file of plain commands per table, in benchmark/commands, and rows.csv, which describes its rows.
 
-A command file is a shell script: a loop over seeds, with lines
+A command file is a loop over seeds, with lines
     python SCRIPT.py FLAGS --seed $seed --runs FOLDER --run-name ROW-$seed
-It is read, never executed. A row is what its seeds share: script and flags. `--sft-checkpoint FOLDER/ROW-$seed` names a
-run that has to be finished before. Files that name the same row share its runs.
-
-rows.csv      method and ablation of each row, as tables name them, and the method's names in papers.csv
-earlier.csv   commands that gave a row the same flags before its scripts had tables of defaults per task
-bars.csv      what a row must reach: success, sft (after stage 0), drop (largest fall below hand-over), steps_ratio
-              (steps to success over the demonstrations'), minutes (whole run), above_sft (1: final interval above
-              that after SFT)
+It is read, never executed. A row is what its seeds share: script and flags. Files that name the same row share its runs.
 """
-
-from __future__ import annotations
 
 import csv
 import dataclasses
@@ -22,9 +13,10 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import tyro
 
@@ -35,16 +27,18 @@ from plumbing.flags import parse_flags, run_script  # noqa: E402
 
 COMMANDS = ROOT / "benchmark" / "commands"
 ROWS = ROOT / "benchmark" / "rows.csv"
-EARLIER = ROOT / "benchmark" / "earlier.csv"
-BARS = ROOT / "benchmark" / "bars.csv"
+RESULTS = ROOT / "benchmark" / "results"
+DOCS = ROOT / "docs"
+TEMPLATES = ROOT / "benchmark" / "templates"
 
+BARS = ("success", "sft", "above_sft", "steps_ratio", "drop", "minutes")  # columns of rows.csv: see README.md
 # Flags that say which run it is and where things lie, not how it learns.
 BOOKKEEPING = tuple("seed runs run_name resume eval_only track device torch_threads video_episodes demo_dir".split())
 ORIGIN = "--sft-checkpoint"  # names a run that has to be finished before
 
-LOOP = re.compile(r"for seed in (\d+(?: \d+)*); do")
-COMMAND = re.compile(r"(python \S+\.py .*?) ?--seed \$seed --runs (\S+) --run-name ([\w-]+)-\$seed")
-PLAIN = re.compile(r"(?:[\w./:=,+ -]|\$seed\b)*")  # nothing that a shell would do something with
+LOOP = re.compile(r"for seed in (\d+(?: \d+)*); do\n(.+?)\ndone", re.DOTALL)
+WORD = r"(?:[\w./:=,+-]|\$seed\b)+"  # nothing that a shell would do something with
+COMMAND = re.compile(rf"(python [\w./-]+\.py(?: {WORD})*) --seed \$seed --runs ({WORD}) --run-name ([\w-]+)-\$seed")
 
 
 @dataclass(frozen=True)
@@ -55,23 +49,17 @@ class Row:
     command: str  # "python SCRIPT FLAGS", with $runs and $seed where it names another run
     method: str
     ablation: str = ""
-    paper: tuple[str, ...] = ()  # this method's names in papers.csv
+    paper: list[str] = field(default_factory=list, compare=False)  # this method's names in papers.csv
+    earlier: str = ""  # the command that gave the same flags before its script had tables of defaults per task
+    bars: dict[str, float] = field(default_factory=dict, compare=False)  # what it must reach
 
     @property
     def label(self) -> str:
         return f"{self.method}, {self.ablation}" if self.ablation else self.method
 
-    @property
-    def script(self) -> str:
-        return self.command.split()[1]
-
-    def words(self, seed: int, runs: Path | str) -> list[str]:
+    def words(self, seed: int | str, runs: Path | str) -> list[str]:
         """The command with a seed, and a folder of runs where it names another run."""
         return self.command.replace("$runs/", f"{runs}/").replace("$seed", str(seed)).split()
-
-    def alone(self) -> list[str]:
-        """Its flags, but for the run that it starts from."""
-        return re.sub(rf"{ORIGIN} \S+", "", self.command).split()[2:]
 
     def flag(self, name: str, default: str = "") -> str:
         """What the command itself says; `flags_of` knows all flags."""
@@ -79,35 +67,17 @@ class Row:
         return words[words.index(name) + 1] if name in words else default
 
     @property
+    def script(self) -> str:
+        return self.flag("python")
+
+    @property
     def env_id(self) -> str:
         return self.flag("--env-id")
 
-    @property
-    def obs_mode(self) -> str:
-        return self.flag("--obs-mode", "rgb")
 
-    @property
-    def task(self) -> tuple[str, str]:
-        return self.env_id, self.obs_mode
+Commands = list[tuple[Row, int]]  # the row and seed of each command, in the order in which bash runs them
 
 
-@dataclass(frozen=True)
-class CommandFile:
-    """A table: its title (the file's first comment), and a (row, seed) per command, in the order in which bash runs them."""
-
-    name: str
-    title: str
-    runs: tuple[tuple[Row, int], ...]
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        return tuple(dict.fromkeys(row for row, _ in self.runs))
-
-    def seeds(self, row: Row) -> list[int]:
-        return [seed for other, seed in self.runs if other == row]
-
-
-# ---- files ----
 def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
     """The lines of a CSV. Raises: UserError unless it is there, whole, and has `columns`."""
     try:
@@ -116,100 +86,65 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> list[dict[str, str]]:
         lines = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} can't be read as a CSV: {error}") from error
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    missing = set(columns) - set(reader.fieldnames or ())
     if missing:
-        raise UserError(f"{path} is torn or another file: it has no column {missing[0]}")
-    for number, line in enumerate(lines, 2):
-        if None in line or None in line.values():
-            raise UserError(f"{path} is torn: its line {number} hasn't {len(reader.fieldnames)} columns")
-    if text and not text.endswith("\n"):
-        raise UserError(f"{path} is torn: it ends within a line")
+        raise UserError(f"{path} is torn or another file: it has no column {min(missing)}")
+    if any(None in line or None in line.values() for line in lines) or not f"\n{text}".endswith("\n"):
+        raise UserError(f"{path} is torn: its lines haven't all {len(reader.fieldnames)} columns")
     return lines
 
 
 def read_json(path: Path) -> dict:
     """Raises: UserError."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} isn't a run's: it holds no names")
-    return found
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} can't be read as a run's JSON: {error}") from error
 
 
-def read_commands(path: Path) -> CommandFile:
-    """A command file. Raises: UserError if it isn't there, isn't one, or has a row that rows.csv doesn't know."""
+def read_commands(path: Path) -> Commands:
+    """A command file is one table. Raises: UserError if it isn't there, isn't one, or has a row that rows.csv doesn't know."""
     if not path.is_file():
-        known = ", ".join(p.stem for p in sorted(COMMANDS.glob("*.sh")))
+        known = ", ".join(sorted(other.stem for other in COMMANDS.glob("*.sh")))
         raise UserError(f"no command file {path}; benchmark/commands has: {known}")
-    about = {line["row"]: line for line in read_csv(ROWS, ("row", "method", "ablation", "paper"))}
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
-    title = next((line[1:].strip() for line in lines if line.startswith("#")), path.stem)
-    seeds: list[int] = []
-    rows: list[Row] = []
-    runs: list[tuple[Row, int]] = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        if line.startswith("#") or not line:
-            continue
-        if loop := LOOP.fullmatch(line):
-            seeds = [int(seed) for seed in loop[1].split()]
-        elif line == "done":
-            runs += [(row, seed) for seed in seeds for row in rows]
-            seeds = []
-            rows = []
-        elif seeds:
-            rows.append(read_row(line, where, about))
-        else:
-            raise UserError(f"{where}: only `for seed in 1 2; do`, commands and `done`, please: {line}")
-    if rows or not runs:
-        raise UserError(f"{path} holds no command, or a loop without its `done`")
-    commands = {(row.name, row.command) for row, _ in runs}
-    if len({name for name, _ in commands}) < len(commands) or len(set(runs)) < len(runs):
-        raise UserError(f"{path}: a run or a row is there twice, or differs")
-    return CommandFile(path.stem, title, tuple(runs))
+    code = "\n".join(line for line in lines if line and not line.startswith("#"))
+    if stray := LOOP.sub("", code).strip():
+        raise UserError(f"{path}: only `for seed in 1 2; do`, commands and `done`, please: {stray.splitlines()[0]}")
+    about = {line["row"]: line for line in read_csv(ROWS, ("row", "method", "ablation", "paper", "earlier", *BARS))}
+    runs = []
+    for seeds, body in LOOP.findall(code):
+        rows = [read_row(line, path, about) for line in body.splitlines()]
+        runs += [(row, int(seed)) for seed in seeds.split() for row in rows]
+    if len({(row.name, seed) for row, seed in runs}) < max(len(runs), 1):
+        raise UserError(f"{path} holds no command, or a run twice")
+    return runs
 
 
-def read_row(line: str, where: str, about: dict[str, dict[str, str]]) -> Row:
+def read_row(line: str, path: Path, about: dict[str, dict[str, str]]) -> Row:
     """A command as a row. Raises: UserError."""
     found = COMMAND.fullmatch(line)
-    if not found or not PLAIN.fullmatch(line):
+    if not found:
         form = "python SCRIPT.py FLAGS --seed $seed --runs FOLDER --run-name ROW-$seed"
-        raise UserError(f"{where}: a command is {form}, in plain words: {line}")
+        raise UserError(f"{path}: a command is {form}, in plain words: {line}")
     command, runs, name = found.groups()
     if name not in about:
-        raise UserError(f"{where}: rows.csv has no row {name}")
+        raise UserError(f"{path}: rows.csv has no row {name}")
     command = command.replace(f"{ORIGIN} {runs}/", f"{ORIGIN} $runs/")
     if ORIGIN in command and not re.search(rf"{ORIGIN} \$runs/[\w-]+-\$seed( |$)", command):
-        raise UserError(f"{where}: {ORIGIN} must be {runs}/ROW-$seed")
-    papers = tuple(filter(None, about[name]["paper"].split(";")))
-    return Row(name, command, about[name]["method"], about[name]["ablation"], papers)
+        raise UserError(f"{path}: {ORIGIN} must be {runs}/ROW-$seed: {line}")
+    known = about[name]
+    bars = {bar: float(known[bar]) for bar in BARS if known[bar]}
+    return Row(name, command, known["method"], known["ablation"], known["paper"].split(";"), known["earlier"], bars)
 
 
-def all_commands() -> list[CommandFile]:
-    """Every file of benchmark/commands. Raises: UserError, also if two files give one row different commands."""
-    files = [read_commands(path) for path in sorted(COMMANDS.glob("*.sh"))]
-    seen: dict[str, Row] = {}
-    for file in files:
-        for row in file.rows:
-            if seen.setdefault(row.name, row) != row:
-                raise UserError(f"{file.name}.sh gives {row.name} another command than a file before it")
-    return files
+def all_commands() -> dict[str, Commands]:
+    """By the name of the file. Raises: UserError."""
+    return {path.stem: read_commands(path) for path in sorted(COMMANDS.glob("*.sh"))}
 
 
 @cache
-def bars() -> dict[str, dict[str, float]]:
-    """What each row must reach, by the row's name. Raises: UserError."""
-    found: dict[str, dict[str, float]] = {}
-    for line in read_csv(BARS, ("row", "bar", "value")):
-        found.setdefault(line["row"], {})[line["bar"]] = float(line["value"])
-    return found
-
-
-# ---- flags ----
-@cache
-def load_script(path: Path):
+def load_script(path: Path) -> ModuleType:
     """The script as a module, for its Args, TABLES and validate."""
     sys.path.insert(0, str(path.parent))
     return importlib.import_module(path.stem)
@@ -217,24 +152,24 @@ def load_script(path: Path):
 
 @cache
 def flags_of(script: str, *words: str) -> dict:
-    """All flags of a command, as its config.json will hold them. Raises: UserError."""
+    """All flags of a command, as its config.json will hold them. Raises: UserError.
+
+    They are those of a run that is resumed: the run that it started from need not be there any more.
+    """
     module = load_script(ROOT / script)
-    args = parse_flags(module.Args, "", getattr(module, "TABLES", {}), list(words))
+    args = parse_flags(module.Args, "", getattr(module, "TABLES", {}), [*words, "--resume", "."])
     module.validate(args)
     return dataclasses.asdict(args)
 
 
 def misfit(row: Row, config: dict) -> str:
-    """How a run (its config.json) differs from the row's command; empty if it doesn't.
-
-    Flags that the run doesn't know are newer than it.
-    """
+    """How a run (its config.json) differs from the row's command; empty if it doesn't."""
     if config["script"] != Path(row.script).name:
         return f"script {config['script']}"
-    _, script, *words = row.words(config["args"]["seed"], config["args"]["runs"])
-    wanted = flags_of(script, *words)
+    given = config["args"]
+    wanted = flags_of(*row.words(given["seed"], given["runs"])[1:])
     unlike = []
-    for name, value in config["args"].items():
+    for name, value in given.items():  # a flag that the run doesn't know is newer than it
         expected = wanted.get(name, "no such flag")
         if name not in BOOKKEEPING and value != expected:
             unlike.append(f"{name}={value} instead of {expected}")

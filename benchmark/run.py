@@ -1,17 +1,9 @@
 """Runs a command file, several runs at a time: here, or in a slurm queue.
 
-    python benchmark/run.py benchmark/commands/force-state.sh --workers 2        # what isn't finished yet
-    python benchmark/run.py benchmark/commands/main.sh --only push --seeds 1 --dry-run
-    python benchmark/run.py benchmark/commands/main.sh --slurm partition=cpu time=10:00:00    # a job per run
-
 A run with a summary.json is skipped, one with a checkpoint is resumed, anything else is started, but not before the run
-that its --sft-checkpoint names is finished. Each run writes its log beside its folder. Start from a clean checkout that
-stays as it is: every run records the commit it saw.
+that its --sft-checkpoint names is finished. Each run writes its log beside its folder.
 """
 
-from __future__ import annotations
-
-import fcntl
 import os
 import re
 import shlex
@@ -19,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -27,22 +19,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark.rows import ORIGIN, ROOT, Row, UserError, command_line, misfit, read_commands, read_json  # noqa: E402
+from plumbing.storage import lock  # noqa: E402
 
-TAIL = 15  # lines of a failed run's log that are shown
-BOX = re.compile(r"╭[^\n]*╮\n(.*?)(?:│ ─|╰)", re.DOTALL)  # a message of tyro's, up to its first rule
+BOX = re.compile(r"╭[^\n]*╮\n(.*?)(│ ─.*?)?╰[^\n]*╯", re.DOTALL)  # tyro's message up to its first rule, and the rest
 RAISED = re.compile(r"(error:|[\w.]+(Error|Exception|Interrupt)\b)")
-
-
-def locked(path: Path):
-    """The file, open and locked for as long as it, or a process that inherits it, lives; None if another has the lock."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
 
 
 @dataclass
@@ -53,143 +33,111 @@ class Job:
     seed: int
     runs: Path
     process: subprocess.Popen | None = None
-    demos: object = None  # lock on the task's demonstrations
-    started: float = field(default_factory=time.time)
     error: str = ""
 
-    @property
-    def name(self) -> str:
-        return f"{self.row.name}-{self.seed}"
+    def __post_init__(self):
+        self.name = f"{self.row.name}-{self.seed}"
+        self.folder = ROOT / self.runs / self.name
+        self.log = ROOT / self.runs / f"{self.name}.log"
+        self.words = self.row.words(self.seed, self.runs)
+        # The folder of the run that this one starts from.
+        self.needs = ROOT / self.words[self.words.index(ORIGIN) + 1] if ORIGIN in self.words else None
 
-    @property
-    def folder(self) -> Path:
-        return ROOT / self.runs / self.name
-
-    @property
-    def log(self) -> Path:
-        return ROOT / self.runs / f"{self.name}.log"
-
-    @property
-    def done(self) -> bool:
-        return (self.folder / "summary.json").exists()
-
-    @property
-    def needs(self) -> Path | None:
-        """The folder of the run that this one starts from."""
-        words = self.row.words(self.seed, self.runs)
-        return ROOT / words[words.index(ORIGIN) + 1] if ORIGIN in words else None
+    def has(self, file: str) -> bool:
+        return (self.folder / file).exists()
 
     def command(self) -> list[str]:
         """What continues this run, or starts it."""
-        words = self.row.words(self.seed, self.runs)
-        if (self.folder / "checkpoints" / "latest").exists():
-            return [*words[:2], "--resume", str(self.runs / self.name)]
-        return [*words, "--seed", str(self.seed), "--runs", str(self.runs), "--run-name", self.name]
+        if self.has("checkpoints/latest"):
+            return [*self.words[:2], "--resume", str(self.runs / self.name)]
+        return [*self.words, "--seed", str(self.seed), "--runs", str(self.runs), "--run-name", self.name]
 
-    def obstacle(self, command: list[str]) -> str:
-        """Why the run can't start or go on; empty if it can. A run without a checkpoint is put aside."""
-        config = self.folder / "config.json"
-        if "--resume" in command:
-            difference = misfit(self.row, read_json(config))
-            return difference and f"started with other flags ({difference}); move {self.folder} away to start afresh"
-        if self.needs and not (self.needs / "summary.json").exists():
-            return f"starts from {self.needs}, which isn't finished: run that first"
-        if config.exists():  # killed before its first checkpoint; scripts don't write over a run
-            self.folder.rename(self.folder.with_name(f"{self.name}.unfinished-{time.time_ns()}"))
-        return ""
-
-    def ready(self) -> bool:
-        """No other run makes this task's demonstrations: all but one would make them twice."""
-        self.demos = locked(ROOT / self.runs / f".demos-{self.row.env_id}.lock")
-        return self.demos is not None
+    def check(self) -> None:
+        """Raises: UserError if something is in the way of this run."""
+        if self.folder.exists():
+            lock(self.folder).close()  # nobody else runs it
+        if self.has("checkpoints/latest"):
+            difference = misfit(self.row, read_json(self.folder / "config.json"))
+            if difference:
+                raise UserError(f"started with other flags ({difference}); move {self.folder} away to start afresh")
+        elif self.needs and not (self.needs / "summary.json").exists():
+            raise UserError(f"starts from {self.needs}, which isn't finished: run that first")
 
     def start(self) -> None:
         """Start the subprocess, in a process group of its own; sets `error` instead if something is in the way."""
-        command = self.command()
-        self.started = time.time()
-        log = locked(self.log)  # the child inherits it
-        self.error = self.obstacle(command) if log else "is already being run by another process"
-        if self.error:
+        try:
+            self.check()
+        except UserError as error:
+            self.error = str(error)
             return
-        print(f"$ {shlex.join(command)}", file=log, flush=True)
-        self.process = subprocess.Popen(
-            [sys.executable, *command[1:]], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        log.close()
+        command = self.command()
+        if "--resume" not in command and self.folder.exists():  # killed before its first checkpoint
+            self.folder.rename(self.folder.with_name(f"{self.name}.unfinished-{time.time_ns()}"))
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a") as log:
+            print(f"$ {shlex.join(command)}", file=log, flush=True)
+            self.process = subprocess.Popen(
+                [sys.executable, *command[1:]], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
 
-    def finished(self) -> bool:
-        """True once the subprocess has ended; fills in `error`, and lets others at the demonstrations."""
-        code = self.process.poll() if self.process else 0
-        if code is not None or (self.folder / "config.json").exists():  # written once there are demonstrations
-            self.demos.close()
-        if code:
-            self.error = f"exit code {code}: {self.reason()}"
-        elif code == 0 and not self.error and not self.done:
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def end(self) -> None:
+        """Once it isn't running: fill in `error`, and say how it ended; a failure with the end of its log."""
+        if self.process and self.process.returncode:
+            self.error = f"exit code {self.process.returncode}: {self.reason()}"
+        elif not self.error and not self.has("summary.json"):
             self.error = "ended without a summary.json"
-        return code is not None
+        lines = [f"{self.name}: FAILED: {self.error}", str(self.log), *self.last_lines()]
+        tqdm.write("\n".join(lines) if self.error else f"{self.name}: done")
 
     def last_lines(self) -> list[str]:
-        """The end of the log, a progress bar in its last state."""
+        """The end of the log: a progress bar in its last state, a message without the frame around it."""
         text = self.log.read_bytes()[-20_000:].decode(errors="replace") if self.log.exists() else ""
+        text = BOX.sub(lambda box: "error: " + " ".join(box[1].replace("│", " ").split()), text)
         lines = [line.rstrip("\r").split("\r")[-1].rstrip() for line in text.split("\n")]
-        return [line for line in lines if line.strip()][-TAIL:]
+        return [line for line in lines if line.strip()][-15:]
 
     def reason(self) -> str:
-        """The line of the log that says what went wrong, without the frame around it."""
-        lines = self.last_lines()
-        if boxes := BOX.findall("\n".join(lines)):
-            return " ".join(boxes[-1].replace("│", " ").split())
-        raised = [line for line in lines if RAISED.match(line)]
-        return (raised or lines or ["its log is empty"])[-1]
+        """The line of the log that says what went wrong."""
+        lines = self.last_lines() or ["its log is empty"]
+        return next((line for line in reversed(lines) if RAISED.match(line)), lines[-1])
 
 
-def stop(jobs: list[Job], patience: float = 10.0) -> None:
-    """End the jobs' process groups: SIGTERM, then SIGKILL after `patience` seconds. Checkpoints are atomic."""
+def stop(jobs: list[Job], patience: float = 20.0) -> None:
+    """End the jobs' process groups: SIGTERM, then SIGKILL after `patience` seconds. Runs write a checkpoint within 15."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        running = [job.process for job in jobs if job.process and job.process.poll() is None]
-        for process in running:
-            os.killpg(process.pid, number)
+        for job in jobs:
+            if job.running():
+                os.killpg(job.process.pid, number)
         deadline = time.time() + patience
-        while any(process.poll() is None for process in running) and time.time() < deadline:
+        while any(job.running() for job in jobs) and time.time() < deadline:
             time.sleep(0.05)
 
 
-def report(job: Job, bar: tqdm) -> None:
-    """Say how a run ended, at once; a failure with the end of its log."""
-    minutes = (time.time() - job.started) / 60
-    bar.clear()
-    if job.error:
-        print(f"{job.name}: FAILED after {minutes:.1f} min: {job.error}", job.log, *job.last_lines(), sep="\n", flush=True)
-    else:
-        print(f"{job.name}: done after {minutes:.1f} min", flush=True)
-    bar.update(1)
-
-
-def run_here(jobs: list[Job], workers: int, poll_seconds: float = 0.5) -> list[Job]:
+def run_here(jobs: list[Job], workers: int) -> list[Job]:
     """Run the jobs, `workers` at a time; returns the failed ones."""
     waiting = list(jobs)
-    running: list[Job] = []
-    shape = "benchmark: {n_fmt} of {total_fmt} runs |{bar:20}| {elapsed} so far, about {remaining} left"
-    bar = tqdm(total=len(jobs), bar_format=shape, mininterval=0.1 if sys.stderr.isatty() else 60)
+    started: list[Job] = []
+    bar = tqdm(total=len(jobs), desc="benchmark", unit="run", mininterval=0.1 if sys.stderr.isatty() else 60)
     try:
-        while waiting or running:
-            for job in [job for job in running if job.finished()]:
-                running.remove(job)
-                report(job, bar)
-            for job in list(waiting):
-                early = job.needs in {other.folder for other in (*waiting, *running)}
-                if len(running) < workers and not early and job.ready():
-                    waiting.remove(job)
-                    running.append(job)
-                    bar.clear()
-                    print(f"{job.name}: {shlex.join(job.command())}", flush=True)
-                    job.start()
-            bar.update(0)
-            time.sleep(poll_seconds)
+        while waiting or started:
+            for job in [job for job in started if not job.running()]:
+                started.remove(job)
+                job.end()
+                bar.update(1)
+            unfinished = {job.folder for job in [*waiting, *started]}
+            for job in [job for job in waiting if job.needs not in unfinished][: workers - len(started)]:
+                waiting.remove(job)
+                started.append(job)
+                tqdm.write(f"{job.name}: {shlex.join(job.command())}")
+                job.start()
+            time.sleep(0.5)
     except KeyboardInterrupt:
         print("interrupted: stopping the runs; the same command goes on with them", file=sys.stderr)
-        stop(running)
+        stop(started)
         raise
     finally:
         bar.close()
@@ -205,27 +153,11 @@ def submit(jobs: list[Job], commands: Path, options: tuple[str, ...]) -> None:
         call = ["sbatch", "--parsable", "--requeue", f"--job-name={job.name}", *(f"--{option}" for option in options)]
         if job.needs in numbers:
             call.append(f"--dependency=afterok:{numbers[job.needs]}")
-        try:
-            done = subprocess.run([*call, f"--wrap={shlex.join(words)}"], cwd=ROOT, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise UserError("--slurm needs the program sbatch: start it where jobs are submitted") from error
+        done = subprocess.run([*call, f"--wrap={shlex.join(words)}"], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{job.name}: sbatch refuses it: {done.stderr}")
         numbers[job.folder] = done.stdout.strip().split(";")[0]
         print(f"{job.name}: queued as {numbers[job.folder]}")
-
-
-def chosen(commands: Path, only: str, seeds: tuple[int, ...], runs: Path) -> list[Job]:
-    """The jobs of a command file that --only and --seeds leave. Raises: UserError if there are none."""
-    jobs = [Job(row, seed, runs) for row, seed in read_commands(commands).runs]
-    try:
-        kept = [job for job in jobs if re.search(only, job.row.name) and job.seed in (seeds or {job.seed})]
-    except re.error as error:
-        raise UserError(f"--only {only} is no regular expression: {error}") from error
-    if not kept:
-        names = ", ".join(dict.fromkeys(job.row.name for job in jobs))
-        raise UserError(f"--only and --seeds must leave a run of: {names}")
-    return kept
 
 
 def main(
@@ -250,22 +182,25 @@ def main(
     """
     if workers < 1 or not all("=" in option for option in slurm):
         raise UserError("--workers must be at least 1, and --slurm NAME=VALUE ...")
-    jobs = chosen(commands, only, seeds, runs)
-    todo = [job for job in jobs if not job.done]
-    for job in jobs:
-        if job.done:
-            print(f"{job.name}: finished earlier", file=sys.stderr)
+    try:
+        pattern = re.compile(only)
+    except re.error as error:
+        raise UserError(f"--only {only} is no regular expression: {error}") from error
+    every = [Job(row, seed, runs) for row, seed in read_commands(commands)]
+    jobs = [job for job in every if pattern.search(job.row.name) and (not seeds or job.seed in seeds)]
+    if not jobs:
+        names = ", ".join(dict.fromkeys(job.row.name for job in every))
+        raise UserError(f"--only and --seeds must leave a run of: {names}")
+    todo = [job for job in jobs if not job.has("summary.json")]
+    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs were finished earlier", file=sys.stderr)
     if dry_run:
-        print("".join(f"{shlex.join(job.command())}\n" for job in todo), end="")
+        for job in todo:
+            print(shlex.join(job.command()))
         return 0
     if slurm:
         submit(todo, commands, slurm)
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        failed = run_here(todo, workers)
-    except KeyboardInterrupt:
-        return 130
+    failed = run_here(todo, workers)
     for job in failed:
         print(f"FAILED {job.name}: {job.error}\n  log: {job.log}", file=sys.stderr)
     print(f"{len(jobs) - len(failed)} of {len(jobs)} runs finished")

@@ -1,21 +1,15 @@
 """Measures what some decisions are worth, as ratios within one process, and writes docs/performance.md.
 
-    python benchmark/speed.py             # a few minutes, on an otherwise idle machine
-    python benchmark/speed.py --quick     # seconds, prints only: does it still run?
-
 The variants of a comparison take turns, so that what else the machine does meets all of them; a ratio is the median over
 rounds, beside its quartiles. Times are CPU time of this process, with one torch thread.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,191 +19,124 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import force_octo  # noqa: E402
 import force_pi0  # noqa: E402
-from benchmark.cells import fill, table  # noqa: E402
+from benchmark.dry_run import toy_observations  # noqa: E402
 from benchmark.rows import ROOT, command_line  # noqa: E402
+from benchmark.tables import fill, table  # noqa: E402
 from plumbing.demos import Demos  # noqa: E402
 from plumbing.run import provenance  # noqa: E402
 
-PAGE = ROOT / "docs" / "performance.md"
+CAMERA = {"device": "cpu", "obs_mode": "rgb", "cameras": "primary"}
 
 
-@dataclass
-class Comparison:
-    """A question, and what is compared: name -> one unit of work. The others are divided by the first."""
-
-    question: str
-    unit: str
-    variants: dict[str, Callable[[], None]]
+Variants = dict[str, Callable[[], None]]  # name -> one unit of work
 
 
-def measure(comparison: Comparison, rounds: int, seconds: float) -> dict[str, np.ndarray]:
-    """Seconds per unit of each variant in each round. Shapes: name -> [rounds]."""
-
-    def once(work: Callable[[], None]) -> float:
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-
-    repeats = {}
-    for name, work in comparison.variants.items():  # the first call is warm-up; short work is repeated
-        once(work)
-        repeats[name] = max(1, round(seconds / max(once(work), 1e-6)))
-    found = {name: [] for name in comparison.variants}
-    for _ in tqdm(range(rounds), comparison.question, mininterval=2):
-        for name, work in comparison.variants.items():
-            found[name].append(np.mean([once(work) for _ in range(repeats[name])]))
-    return {name: np.array(values) for name, values in found.items()}
+def measure(question: str, unit: str, variants: Variants, rounds: int) -> list[list[str]]:
+    """Rows of the table, after a round to warm up; each variant is divided by the first."""
+    seconds = np.zeros((rounds + 1, len(variants)))
+    for i in tqdm(range(rounds + 1), question, mininterval=2):
+        for k, work in enumerate(variants.values()):
+            start = time.process_time()
+            work()
+            seconds[i, k] = time.process_time() - start
+    each = 1000 * np.median(seconds[1:], 0)
+    quartiles = np.quantile(seconds[1:] / seconds[1:, :1], (0.5, 0.25, 0.75), 0)
+    rows = []
+    for name, own, found in zip(variants, each, quartiles.T):
+        rows.append([question, name, f"{own:.3g} per {unit}", "{:.2f} ({:.2f}–{:.2f})".format(*found)])
+    return rows
 
 
-# ---- made-up data of real sizes ----
-def demonstrations(camera: bool, episodes: int = 8, steps: int = 50) -> Demos:
-    """Random demonstrations with the sizes of StackCube's (proprio: 42 numbers; with a camera 25, and 64 px)."""
-    random = np.random.default_rng(0)
+def demonstrations(args: force_octo.Args | force_pi0.Args, episodes: int = 8, steps: int = 50) -> Demos:
+    """Random demonstrations with the sizes of StackCube's."""
     rows = episodes * (steps + 1)
-    obs = {"proprio": random.normal(size=(rows, 25 if camera else 42)).astype(np.float32)}
-    if camera:
-        obs["primary"] = random.integers(0, 256, (rows, 64, 64, 3), dtype=np.uint8)
     lengths = np.full(episodes, steps)
-    action = random.uniform(-0.3, 0.3, (rows, 4)).astype(np.float32)
-    return Demos(obs, action, lengths, lengths, "random", success=np.ones(rows, dtype=bool))
-
-
-def arguments(script, obs_mode: str, **flags):
-    args = script.Args(device="cpu", obs_mode=obs_mode, cameras="primary", **flags)
-    script.validate(args)
-    return args
+    action = np.random.default_rng(0).uniform(-0.3, 0.3, (rows, 4)).astype(np.float32)
+    return Demos(toy_observations(args, rows), action, lengths, lengths, "random", success=np.ones(rows, dtype=bool))
 
 
 class Setting:
     """An agent of force_octo.py with its optimizers, and a batch of half expert, half policy data."""
 
-    def __init__(self, camera: bool = False, **flags):
-        self.args = arguments(force_octo, "rgb" if camera else "state", **flags)
-        self.demos = demonstrations(camera)
+    def __init__(self, args: force_octo.Args):
+        force_octo.validate(args)
+        self.args = args
+        self.demos = demonstrations(args)
         self.noise = torch.Generator().manual_seed(0)
-        torch.manual_seed(0)
-        agent = self.agent = force_octo.Agent(self.args, self.demos)
-        self.buffer = force_octo.ReplayBuffer(agent, self.args, {}, expert=True)
-        force_octo.add_demonstrations(self.buffer, self.demos, agent, self.args)
-        force_octo.embed(self.buffer, self.seen, len(self.demos.action), agent)
-        self.rows = self.buffer.draw(self.args.batch_size, self.noise)
-        self.batch = self.gather()
-        self.actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=1e-6)
-        self.critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=1e-6)
+        self.agent = force_octo.Agent(args, self.demos)
+        self.buffer = force_octo.ReplayBuffer(self.agent, args, {}, expert=True)
+        force_octo.add_demonstrations(self.buffer, self.demos, self.agent, args)
+        self.seen = lambda rows: self.demos.at(rows, self.agent.window)
+        force_octo.embed(self.buffer, self.seen, len(self.demos.action), self.agent)
+        self.rows = self.buffer.draw(args.batch_size, self.noise)
+        self.batch = self.buffer.gather(self.rows)
+        self.batch.expert = torch.arange(args.batch_size) < args.batch_size // 2
+        self.actor_optimizer = torch.optim.Adam(self.agent.actor.parameters(), lr=1e-6)
+        self.critic_optimizer = torch.optim.Adam(self.agent.critic.parameters(), lr=1e-6)
 
-    def seen(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.demos.at(rows, self.agent.window)
-
-    def gather(self) -> force_octo.Batch:
-        batch = self.buffer.gather(self.rows)
-        batch.expert = torch.arange(len(self.rows)) < len(self.rows) // 2
-        return batch
-
-    def vgpd(self) -> None:
-        """Stage 3's actor update."""
+    def update_actor(self) -> None:
+        """Stage 3's: VGPD."""
         args = self.args
-        batch = self.batch
-        target, _ = force_octo.self_distilled(self.agent, batch, args, self.noise)
+        target, _ = force_octo.self_distilled(self.agent, self.batch, args, self.noise)
         force_octo.update_actor(
-            self.agent, self.actor_optimizer, batch, batch.feature, target, args, self.noise,
+            self.agent, self.actor_optimizer, self.batch, self.batch.feature, target, args, self.noise,
             bc_weight=args.distill_weight, q_weight=args.q_weight, ema=args.actor_ema,
         )  # fmt: skip
 
-    def calql(self) -> None:
-        """Stage 1's critic update."""
-        args = self.args
-        force_octo.update_critic(self.agent, self.critic_optimizer, self.batch, args, args.cql_alpha, self.noise)
-
-
-# ---- the comparisons ----
-def compare_vgpd() -> Comparison:
-    variants = {"K = 1": Setting(K=1).vgpd, "K = 20": Setting(K=20).vgpd}
-    return Comparison("VGPD update of the actor, batch 128", "update", variants)
-
-
-def compare_embedding() -> Comparison:
-    setting = Setting(camera=True)
-
-    def stored() -> None:
-        setting.batch = setting.gather()
-        setting.calql()
-        setting.vgpd()
-
-    def encoded() -> None:  # the rows of the buffer are those of the demonstrations
-        setting.batch = setting.gather()
-        agent = setting.agent
-        with torch.no_grad():
-            setting.batch.feature = agent.feature(setting.seen(setting.rows))
-            following = setting.buffer.steps["next"][setting.rows]
-            setting.batch.next_feature = agent.feature(setting.seen(following))
-        setting.calql()
-        setting.vgpd()
-
-    variants = {"embedded once, kept in the buffer": stored, "images encoded in each update": encoded}
-    return Comparison("critic and actor update from a 64 px camera, batch 128", "update pair", variants)
-
-
-def compare_pi0() -> Comparison:
-    args = arguments(force_pi0, "rgb", head="flow", env_id="PickCube-v1")
-    demos = demonstrations(camera=True)
-    noise = torch.Generator().manual_seed(0)
-    agent = force_pi0.Agent(args, demos)
-    obs = demos.at(torch.tensor([7]), 1)
-
-    def choose(K: int, passes: int = 1) -> Callable[[], None]:
-        few = dataclasses.replace(args, K=K)
-
-        def work() -> None:
+    def update_both(self, encode: bool) -> None:
+        """Stage 1's update of the critic and stage 3's of the actor, from stored embeddings or from images."""
+        batch = self.buffer.gather(self.rows)
+        if encode:  # the rows of the buffer are those of the demonstrations
             with torch.no_grad():
-                for _ in range(passes):
-                    agent.candidates(agent.feature(obs), few, noise)
-
-        return work
-
-    variants = {"K = 1": choose(1), "K = 20, prefix shared": choose(20), "K = 20, prefix repeated": choose(1, 20)}
-    return Comparison("proposals of pi0-compact's flow head for one state", "decision", variants)
+                batch.feature = self.agent.feature(self.seen(self.rows))
+                batch.next_feature = self.agent.feature(self.seen(self.buffer.steps["next"][self.rows]))
+        force_octo.update_critic(self.agent, self.critic_optimizer, batch, self.args, self.args.cql_alpha, self.noise)
+        self.update_actor()
 
 
-# ---- the page ----
-def table_rows(comparison: Comparison, seconds: dict[str, np.ndarray]) -> list[list[str]]:
-    rows = []
-    base = next(iter(seconds.values()))
-    for name, values in seconds.items():
-        low, middle, high = np.quantile(values / base, (0.25, 0.5, 0.75))
-        ratio = "1" if values is base else f"{middle:.2f} ({low:.2f}–{high:.2f})"
-        each = f"{1000 * np.median(values):.3g} per {comparison.unit}"
-        rows.append([comparison.question, name, each, ratio])
-    return rows
+def actor_updates() -> Variants:
+    settings = {K: Setting(force_octo.Args(device="cpu", obs_mode="state", K=K)) for K in (1, 20)}
+    return {f"K = {K}": setting.update_actor for K, setting in settings.items()}
 
 
-def main(quick: bool = False, rounds: int = 15, out: Path | None = None) -> int:
-    """Measure everything and write the page.
+def embeddings() -> Variants:
+    update = Setting(force_octo.Args(**CAMERA)).update_both
+    once = partial(update, encode=False)
+    return {"embedded once, kept in the buffer": once, "images encoded in each update": partial(update, encode=True)}
 
-    Args:
-        quick: a single short round of each; prints the page, and writes it only with --out.
-        rounds: rounds of each comparison.
-        out: where the page goes; default: docs/performance.md.
-    """
+
+def proposals() -> Variants:
+    one, twenty = (force_pi0.Args(**CAMERA, head="flow", env_id="PickCube-v1", K=K) for K in (1, 20))
+    force_pi0.validate(one)
+    demos = demonstrations(one)
+    agent = force_pi0.Agent(one, demos)
+    obs = demos.at(torch.tensor([7]), 1)
+    noise = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def choose(args: force_pi0.Args, passes: int = 1) -> None:
+        for _ in range(passes):
+            agent.candidates(agent.feature(obs), args, noise)
+
+    return {
+        "K = 1": partial(choose, one),
+        "K = 20, prefix shared": partial(choose, twenty),
+        "K = 20, prefix repeated": partial(choose, one, passes=20),
+    }
+
+
+def main(rounds: int = 45, out: Path = ROOT / "docs" / "performance.md") -> int:
+    """Measure everything, in so many rounds of each comparison, and write the page --out."""
     torch.set_num_threads(1)
-    rounds = 1 if quick else rounds
-    body = []
-    for make in (compare_vgpd, compare_embedding, compare_pi0):
-        comparison = make()
-        body += table_rows(comparison, measure(comparison, rounds, 0.0 if quick else 0.3))
+    body = measure("VGPD update of the actor, batch 128", "update", actor_updates(), rounds)
+    body += measure("critic and actor update from a 64 px camera, batch 128", "update pair", embeddings(), rounds)
+    body += measure("proposals of pi0-compact's flow head for one state", "decision", proposals(), rounds)
     made = provenance()
-    page = fill(
-        "performance",
-        rounds=rounds,
-        table=table(["Work", "Variant", "Milliseconds", "Ratio (quartiles)"], body),
-        commit=made["git_commit"],
-        python=made["python"],
-        versions=", ".join(f"{name} {version}" for name, version in made["packages"].items()),
-        cpu=platform.processor() or platform.machine(),
-        cores=os.cpu_count(),
-    )
-    print(page)
-    if out or not quick:
-        (out or PAGE).write_text(page + "\n")
+    made["packages"] = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
+    cpu = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    shown = table(["Work", "Variant", "Milliseconds", "Ratio (quartiles)"], body)
+    page = fill("performance", rounds=rounds, table=shown, cpu=cpu, **made)
+    out.write_text(f"{page}\n")
     return 0
 
 

@@ -3,17 +3,16 @@
 A run is its lines (one per evaluation, in order). Rates are fractions, steps are control steps summed over environments.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.stats import CensoredData, binomtest, ecdf, trim_mean
 
 from plumbing.errors import UserError
 
 Lines = list[dict]
+Runs = dict[tuple[str, int], Lines]  # by row and seed
+Measured = tuple[float, float, float]  # a value, and the ends of its 95 % interval
 NUMBERS = (  # columns of runs.csv: None where nothing stands
-    "final", "global_step", "num_episodes", "success_once", "success_at_end", "episode_len", "seconds",
-    "demo_steps_to_success",
+    "final", "global_step", "num_episodes", "success_once", "success_at_end", "episode_len", "seconds", "demo_steps_to_success",
 )  # fmt: skip
 ONLINE = ("online", "done")  # stages of evaluations from hand-over on
 TARGET = 0.8  # success rate of "steps at 80 %"
@@ -24,27 +23,26 @@ def typed(lines: Lines, source: str = "") -> Lines:
     made = []
     for number, line in enumerate(lines, 2):
         try:
-            numbers = {name: float(line[name]) if line[name] else None for name in NUMBERS if name in line}
+            numbers = {name: float(line[name]) if line[name] else None for name in NUMBERS}
             made.append(line | numbers | {"seed": int(line["seed"])})
         except ValueError as error:
             raise UserError(f"{source}, line {number}, is torn or another file's: {error}") from error
     return made
 
 
-def by_run(lines: Lines) -> dict[tuple[str, int], Lines]:
-    """The lines of each (row, seed)."""
-    runs: dict[tuple[str, int], Lines] = {}
+def by_run(lines: Lines) -> Runs:
+    runs: Runs = {}
     for line in lines:
         runs.setdefault((line["row"], int(line["seed"])), []).append(line)
     return runs
 
 
-# ---- one run ----
 def curve(run: Lines) -> tuple[np.ndarray, np.ndarray]:
     """Online evaluations: control steps since hand-over, and success rates; empty without an online stage."""
     online = [line for line in run if line["stage"] in ONLINE]
     steps = np.array([line["global_step"] for line in online])
-    return steps - steps[:1].sum(), np.array([line["success_once"] for line in online])
+    rates = np.array([line["success_once"] for line in online])
+    return steps - steps[:1].sum(), rates
 
 
 def result(run: Lines) -> dict:
@@ -57,10 +55,13 @@ def after_sft(run: Lines) -> dict | None:
     return next((line for line in run if line["stage"].startswith("sft")), None)
 
 
-def elsewhere(run: Lines) -> Lines:
-    """Evaluations of the cloned and of the last policy where objects start outside the task's rectangle (CO-RFT)."""
-    outside = [line for line in run if line.get("spawn") == "ood" and not line["final"]]
-    return [line for line in outside if line["select"] in ("", "last")]
+def first_elsewhere(run: Lines) -> dict | None:
+    """The evaluation of the cloned policy where objects start outside the task's rectangle (CO-RFT)."""
+    return next((line for line in run if line["spawn"] == "ood"), None)
+
+
+def last_elsewhere(run: Lines) -> dict | None:
+    return next((line for line in reversed(run) if line["spawn"] == "ood" and line["select"] in ("", "last")), None)
 
 
 def handover(run: Lines) -> float | None:
@@ -83,38 +84,29 @@ def largest_drop(run: Lines) -> float | None:
 def steps_at_target(run: Lines) -> tuple[float, bool] | None:
     """Control steps since hand-over at the first evaluation of at least 80 % that the next one confirms, and True.
 
-    (steps, False) if no evaluation did, or only the last one, which nothing confirms: the run was followed for so many
-    steps and is censored there. None without online steps. A run that is there at hand-over has 0.
+    (steps, False) if there is none: the run was followed for so many steps. None without online steps.
     """
     steps, rates = curve(run)
     if len(steps) < 2:
         return None
     good = rates >= TARGET - 1e-9
-    confirmed = np.flatnonzero(good[:-1] & good[1:])
-    if not len(confirmed):
-        return steps[-1], False
-    return steps[confirmed[0]], True
+    confirmed = steps[:-1][good[:-1] & good[1:]]
+    return (confirmed[0], True) if len(confirmed) else (steps[-1], False)
 
 
-# ---- several runs ----
-def wilson(successes: int, episodes: int) -> tuple[float, float]:
-    """Wilson's 95 % interval."""
-    interval = binomtest(successes, episodes).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def pooled(evaluations: Lines) -> tuple[float, float, float] | None:
+def pooled(evaluations: Lines) -> Measured | None:
     """Mean success over evaluations (a run each), and Wilson's interval over all their episodes; None if there are none."""
     if not evaluations:
         return None
     rates = np.array([line["success_once"] for line in evaluations])
     counts = np.array([line["num_episodes"] for line in evaluations])
-    successes = int(np.rint(rates * counts).sum())
-    return float(rates.mean()), *wilson(successes, int(counts.sum()))
+    successes = np.rint(rates * counts).sum()
+    interval = binomtest(int(successes), int(counts.sum())).proportion_ci(method="wilson")
+    return float(rates.mean()), float(interval.low), float(interval.high)
 
 
-def difference(before: tuple[float, float, float], after: tuple[float, float, float]) -> tuple[float, float, float]:
-    """after - before of two rates with Wilson intervals (`pooled`), and Newcombe's 95 % interval of the difference.
+def difference(before: Measured, after: Measured) -> Measured:
+    """after - before of two rates with Wilson intervals, and Newcombe's 95 % interval of the difference.
 
     Source: Newcombe, Statistics in Medicine 17, 1998, method 10; the two samples are taken as independent.
     """
@@ -125,7 +117,7 @@ def difference(before: tuple[float, float, float], after: tuple[float, float, fl
     return q - p, q - p - down, q - p + up
 
 
-def bootstrap_iqm(scores: list[list[float]], samples: int = 20_000, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap_iqm(scores: list[list[float]], samples: int = 20_000, seed: int = 0) -> Measured:
     """Interquartile mean over the runs of several tasks, with a 95 % stratified bootstrap interval.
 
     scores: one list of per-seed scores for each task; runs are drawn with replacement within their task.
@@ -135,7 +127,7 @@ def bootstrap_iqm(scores: list[list[float]], samples: int = 20_000, seed: int = 
     drawn = []
     for task in scores:
         picks = generator.integers(len(task), size=(samples, len(task)))
-        drawn.append(np.asarray(task)[picks])
+        drawn.append(np.array(task)[picks])
     means = trim_mean(np.concatenate(drawn, 1), 0.25, axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(trim_mean(np.concatenate(scores), 0.25)), float(low), float(high)
@@ -146,25 +138,22 @@ def survival(times: list[tuple[float, bool]]) -> tuple[np.ndarray, np.ndarray]:
 
     times: (steps, True if reached there, False if censored there) for each run.
     """
-    reached = [steps for steps, there in times if there]
-    censored = [steps for steps, there in times if not there]
-    if not reached:
+    if not any(there for _, there in times):
         return np.array([]), np.array([])
-    found = ecdf(CensoredData(uncensored=reached, right=censored)).sf
+    steps, there = np.array(times).T
+    found = ecdf(CensoredData(uncensored=steps[there > 0], right=steps[there == 0])).sf
     return found.quantiles, found.probabilities
 
 
 def median_time(times: list[tuple[float, bool]]) -> float | None:
     """Median of the Kaplan-Meier curve; None if more than half of the runs are not there where the curve ends."""
     at, share = survival(times)
-    there = at[share <= 0.5 + 1e-12]
-    return float(there[0]) if len(there) else None
+    return next((float(steps) for steps in at[share <= 0.5 + 1e-12]), None)
 
 
 def restricted_mean(times: list[tuple[float, bool]], horizon: float) -> float:
     """Area under the Kaplan-Meier curve up to `horizon`: mean steps to the target, counted up to there."""
     at, share = survival(times)
     early = at < horizon
-    edges = np.concatenate([[0.0], at[early], [horizon]])
-    heights = np.concatenate([[1.0], share[early]])
-    return float(np.sum(np.diff(edges) * heights))
+    widths = np.diff([0.0, *at[early], horizon])
+    return float(widths @ [1.0, *share[early]])
