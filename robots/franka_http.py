@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from collections import deque
@@ -74,6 +75,7 @@ class FrankaEnv:
         self.keys = None
         self.late: list[float] = []  # seconds by which commands of this episode came late
         self.server = Server(config)
+        atexit.register(self.close)  # threads that read a camera must have ended by then
         try:
             self.server.halt.check()
             for name in self.sides:
@@ -101,7 +103,6 @@ class FrankaEnv:
             self.sleep_until(self.gripper_time + self.config.gripper_pause)
             self.move_gripper(1)
         self.go_home(home_pose(self.config.home, np.random.default_rng(seed[0])))
-        self.server.rest()
         if self.config.home.ask:
             self.wait_until_ready()
         self.marked = False
@@ -138,7 +139,7 @@ class FrankaEnv:
             self.due = now
         else:
             self.thinking.append(now - self.returned)
-        if now > self.due + 0.1 * self.period:
+        if now > self.due + 0.2 * self.period:
             self.late.append(now - self.due)
             self.due = now
         self.sleep_until(self.due)
@@ -152,6 +153,7 @@ class FrankaEnv:
         return [self.cameras["primary"].read(256)]
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         OPEN.pop(str(self.config.path), None)
         self.tell_late()
         for camera in self.cameras.values():
@@ -224,6 +226,6 @@ class FrankaEnv:
     def tell_late(self) -> None:
         """Says so if steps of the last episode took longer than their time."""
         if self.late:
-            what = f"{len(self.late)} commands of the last episode came late, one by {max(self.late):.2f} s"
-            print(f"warning: {what} (a smaller policy, --chunk-len or --control-freq)", file=sys.stderr)
+            what = f"commands of the last episode that came late: {len(self.late)}, by up to {max(self.late):.2f} s"
+            print(f"warning: {what} (a smaller policy or --control-freq, a larger --chunk-len)", file=sys.stderr)
         self.late = []

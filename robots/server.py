@@ -13,7 +13,7 @@ POST. What is used of them here:
 from __future__ import annotations
 
 import fcntl
-import json
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class EmergencyStop:
             return
         self.reason = reason
         when = time.strftime("%Y-%m-%d %H:%M:%S")
-        self.path.write_text(json.dumps({"reason": reason, "time": when}) + "\n")
+        self.path.write_text(f"{reason} ({when})\n")
 
     def check(self) -> None:
         """Raises: Gone while it holds."""
@@ -99,8 +99,9 @@ class Server:
         self.lock = alone(config.path)
         self.trouble = ""  # what was wrong with the last request
         self.commanded = 0.0  # when the last command went out
-        self.still_since = None  # when commands to move began that nothing came of
-        self.still_at = None
+        self.posed = -math.inf  # when it was last told a pose
+        self.still_since = 0.0  # when commands to move began that nothing came of
+        self.still_at = None  # and where the hand was
         self.closing = threading.Event()
         try:
             self.state = self.ask_state(self.session, seconds=2.0)
@@ -149,7 +150,9 @@ class Server:
         pose = self.state.pose
         now = time.monotonic()
         asked = apart(target, pose)
-        if self.still_at is None or not asked or apart(pose, self.still_at):
+        first = now - self.posed > SETTLED  # after a rest
+        self.posed = now
+        if first or not asked or apart(pose, self.still_at):
             self.still_since = now
             self.still_at = pose
         if self.watch.stuck and now - self.still_since > self.watch.stuck:
@@ -213,10 +216,6 @@ class Server:
 
     def silence(self) -> str:
         return f"no valid answer of the server for {self.watch.silence:g} s ({self.trouble})"
-
-    def rest(self) -> None:
-        """Between episodes and after the last: nothing is expected to move."""
-        self.still_at = None
 
     def close(self) -> None:
         """The arm holds the last pose that it was given, at most a step from where it is."""
