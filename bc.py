@@ -52,6 +52,7 @@ from plumbing import (
     film,
     lighten,
     load_demos,
+    or_robot,
     parse_flags,
     prepare_process,
     run_script,
@@ -144,6 +145,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
     return ObsWrapper(env)
 
 
+@or_robot
 def make_env(args: Args, num_envs: int, render: bool = False):
     """num_envs environments without auto-reset, the same for every backend. Seeds decide the initial states.
 

@@ -71,6 +71,7 @@ from plumbing import (
     load_demos,
     load_sft_weights,
     moving,
+    or_robot,
     parse_flags,
     prepare_process,
     run_script,
@@ -229,6 +230,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
     return ObsWrapper(env)
 
 
+@or_robot
 def make_env(args: Args, num_envs: int, render: bool = False):
     """num_envs environments without auto-reset, the same for every backend. Seeds decide the initial states.
 

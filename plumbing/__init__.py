@@ -14,6 +14,7 @@ from plumbing.evaluation import EVAL_SEED, TRAIN_SEED, film, success_metrics
 from plumbing.flags import RunArgs, UserError, check_flags, fill, parse_flags, run_script
 from plumbing.idle import moving
 from plumbing.meshes import lighten
+from plumbing.robot import or_robot
 from plumbing.run import Run, threads
 from plumbing.table import Table, cut, joined, stacked, windows
 from plumbing.tasks import TASKS, Task, camera_configs, simulator_errors
@@ -22,6 +23,6 @@ from plumbing.wrappers import SPAWN, ObsWrapper, Spawn, prepare_process
 __all__ = [
     "EVAL_SEED", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Run", "RunArgs", "Spawn",
     "Table", "Task", "UserError", "camera_configs", "check_flags", "check_sft", "cut", "fill", "film",
-    "joined", "lighten", "load_demos", "load_sft_weights", "moving", "parse_flags", "prepare_process", "run_script",
-    "simulator_errors", "stacked", "stored_args", "success_metrics", "threads", "windows",
+    "joined", "lighten", "load_demos", "load_sft_weights", "moving", "or_robot", "parse_flags", "prepare_process",
+    "run_script", "simulator_errors", "stacked", "stored_args", "success_metrics", "threads", "windows",
 ]  # fmt: skip

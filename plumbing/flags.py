@@ -20,6 +20,7 @@ import tyro
 from plumbing import stop
 from plumbing.errors import UserError
 from plumbing.help import as_flag, flags_help, wrapped
+from plumbing.robot import prepare_robot
 from plumbing.tasks import TASKS, Task, registered
 
 THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
@@ -31,6 +32,8 @@ class RunArgs:
 
     # --- experiment ---
     env_id: str = "StackCube-v1"  # ManiSkill task
+    robot: Literal["maniskill", "franka-http"] = "maniskill"  # the simulator, or a real arm (docs/franka.md)
+    robot_config: str | None = None  # file that describes a real robot's workplace (TOML)
     seed: int = 1  # seed of networks, batches, exploration and training episodes
     runs: str = "runs"  # folder for runs
     run_name: str | None = None  # name of the run's folder; default: task, script, observation mode, seed and time
@@ -73,7 +76,11 @@ def check_flags(args, limits: dict) -> None:
 
     `limits` holds {what a number must be: (test, flags)} beside COMMON_LIMITS; other numbers must be at least 0.
     """
-    task = registered(args.env_id)
+    limit = 0
+    if args.robot == "maniskill":
+        limit = registered(args.env_id).max_episode_steps or 0
+    else:
+        prepare_robot(args)
     rules = {}
     for table in (COMMON_LIMITS, limits):
         for meaning, (test, names) in table.items():
@@ -86,7 +93,7 @@ def check_flags(args, limits: dict) -> None:
         if isinstance(value, int | float) and not (abs(value) <= most and test(value)):
             raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
     if args.max_episode_steps is None:
-        seconds = TASKS.get(args.env_id, Task()).seconds or (task.max_episode_steps or 0) / 10
+        seconds = TASKS.get(args.env_id, Task()).seconds or limit / 10
         if not seconds:
             raise UserError(f"{args.env_id} is registered without a time limit: give --max-episode-steps")
         args.max_episode_steps = round(seconds * args.control_freq)

@@ -6,7 +6,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "benchmark/README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmark/README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 PROSE = dict(force=1600, conrft=1700, co_rft=1600, force_pi0=1000, bc=500)  # words outside generated blocks
 
 

@@ -17,7 +17,7 @@ from plumbing import RunArgs
 COMMANDS = ("evaluate", "export", "serve")  # programs for all scripts' runs
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
 TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
-PACKAGES = {name: sorted(ROOT.glob(f"{name}/*.py")) for name in ("backbones", "operators", "plumbing")}
+PACKAGES = {name: sorted(ROOT.glob(f"{name}/*.py")) for name in ("backbones", "operators", "plumbing", "robots")}
 
 
 def walk(tree: ast.AST, kind) -> list:
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "command": ("backbones", "plumbing"),
     "backbones": ("backbones", "plumbing.flags", "plumbing.hub"),
     "operators": ("operators", "plumbing.flags"),
+    "robots": ("robots", "operators.devices", "plumbing.flags", "plumbing.demos", "plumbing.stop", "plumbing.tasks"),
     "plumbing": ("plumbing",),
 }
 
@@ -80,6 +81,9 @@ def test_a_forbidden_import_is_found():
     assert forbidden("backbones", "from plumbing.run import Run") == {"plumbing.run", "plumbing.run.Run"}
     assert forbidden("backbones", "from plumbing import Run") == {"plumbing.Run"}
     assert forbidden("operators", "import backbones.octo") == {"backbones.octo"}
+    assert forbidden("robots", "from operators.planner import Oracle") == {"operators.planner", "operators.planner.Oracle"}
+    assert forbidden("operators", "import robots.server") == {"robots.server"}
+    assert forbidden("plumbing", "from robots import franka_http") == {"robots", "robots.franka_http"}
     assert forbidden("plumbing", "import conrft") == {"conrft"}
     assert forbidden("plumbing", "from backbones import octo") == {"backbones", "backbones.octo"}
 
