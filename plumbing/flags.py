@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import io
 import os
 import re
 import select
@@ -46,7 +47,6 @@ class RunArgs:
     demo_dir: str = "demos"  # cache for demonstrations
     num_demos: int = 300  # demonstrations to make or to use
     drop_idle: float = 0.03  # leave out steps in which nothing moves: the arm less than this (actions reach 1); 0: none
-    skip_idle: float = 0.0  # leave out their first steps in which the arm moves less (actions reach 1); 0: none
 
     # --- evaluation and logging ---
     eval_episodes: int = 100  # episodes of an evaluation
@@ -57,7 +57,6 @@ class RunArgs:
 
 COMMON_LIMITS = {
     "at least 1": (lambda x: x >= 1, "num_envs num_demos eval_episodes log_freq checkpoint_freq"),
-    "at least 0 and below 1": (lambda x: 0 <= x < 1, "skip_idle"),
     "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
 }
 
@@ -119,12 +118,25 @@ def parse_flags(cls, doc: str, tables: dict[str, dict], argv: list[str] | None =
     argv = sys.argv[1:] if argv is None else argv
     words = [word for word in argv if word not in ("-h", "--help")]
     names = given_names(cls, words)
-    given = tyro.cli(cls, args=words)
+    given = parsed(cls, words)
     args = fill(cls, tables, **{name: getattr(given, name) for name in names})
     if len(words) < len(argv):
         print(f"usage: {Path(sys.argv[0]).name} [flags]\n\n{wrapped(doc)}\n{flags_help(args)}")
         sys.exit()
     return args
+
+
+def parsed(cls, words: list[str]):
+    """The command line as tyro reads it. Bad values end the program with one line, in the place of tyro's box."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            return tyro.cli(cls, args=words)
+    except SystemExit:
+        parts = re.split(r"\n\s*-{9,}\s*\n", box.getvalue())  # title, message, help
+        message = parts[1] if len(parts) > 1 else parts[0]
+        print(f"error: {' '.join(message.split())} See --help", file=sys.stderr)
+        sys.exit(2)
 
 
 def given_names(cls, words: list[str]) -> set[str]:
