@@ -79,6 +79,8 @@ def check_flags(args, limits: dict) -> None:
             rules.update((name, (meaning, test)) for name in names.split())
     for name, value in vars(args).items():
         most = MOST.get(name, 1e9)
+        if value == "":
+            raise UserError(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
         if isinstance(value, int | float) and value > most:  # infinite ones too
             raise UserError(f"--{name.replace('_', '-')} must be at most {most:.0f}, got {value}")
         meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))

@@ -1,6 +1,6 @@
 """Nothing lost, nothing silently wrong: checkpoints, signals, processes that die, foreign files. See docs/reliability.md.
 
-benchmark/faults.py does the same to whole runs; here are the parts, and a sample of its cases.
+tests/faults.py does the same to whole runs; here are the parts, and a sample of its cases.
 """
 
 import dataclasses
@@ -15,6 +15,8 @@ import threading
 import time
 from pathlib import Path
 
+import fault_inputs
+import faults
 import pytest
 import torch
 from conftest import FIXTURES, ROOT
@@ -23,7 +25,6 @@ from torch import nn
 
 from backbones.pi0_weights import load_pi0
 from backbones.t5 import t5_token_ids
-from benchmark import faults
 from plumbing import RunArgs, UserError, check_flags, hub, run_script, stop
 from plumbing.beside import Evaluator
 from plumbing.run import Run
@@ -133,10 +134,10 @@ def newest(folder: Path) -> Path:
 DAMAGE = {
     "half the weights": lambda p: os.truncate(p / "weights.safetensors", 900),
     "no weights": lambda p: (p / "weights.safetensors").unlink(),
-    "a bit of the weights": lambda p: faults.flip("weights.safetensors", 5, p),
-    "a bit of the state": lambda p: faults.flip("training.pt", 3, p),
+    "a bit of the weights": lambda p: fault_inputs.flip("weights.safetensors", 5, p),
+    "a bit of the state": lambda p: fault_inputs.flip("training.pt", 3, p),
     "an empty state": lambda p: os.truncate(p / "training.pt", 0),
-    "a state that is a list": lambda p: faults.state_changed(lambda state: [1], p),
+    "a state that is a list": lambda p: fault_inputs.state_changed(lambda state: [1], p),
     "sums that are text": lambda p: (p / "sums.json").write_text("hello"),
     "rows cut short": lambda p: os.truncate(p.parent / "rows/expert-0-n.bin", 149 * 8),
 }
@@ -328,7 +329,7 @@ CHANGES = {
     "stage": lambda state: state.update(stage="dreaming"),
     "updates": lambda state: state.update(updates="many"),
     "generators": lambda state: state.pop("rng") and None,
-    "optimizer": faults.wider,
+    "optimizer": fault_inputs.wider,
     "seconds": lambda state: state.update(seconds={}),
     "rows": lambda state: state["buffers"]["expert_steps"].update(columns={}),
 }
@@ -339,7 +340,7 @@ def test_a_state_of_another_make_is_one_line(run, name):
     toy = run(run_name="toy")
     step(toy)
     toy.lock.close()
-    faults.state_changed(CHANGES[name], toy.folder / "checkpoints/update-1")
+    fault_inputs.state_changed(CHANGES[name], toy.folder / "checkpoints/update-1")
     with pytest.raises(UserError, match="of another version or make"):
         run(resume=str(toy.folder))
 
@@ -576,7 +577,7 @@ def test_downloads_are_pinned_and_checked(tmp_path, monkeypatch):
         hub.from_hub(name, None, ["*"])
 
 
-# --- benchmark/faults.py ---
+# --- tests/faults.py ---
 def test_the_table_counts_what_was_tried(tmp_path):
     path = tmp_path / "faults.csv"
     for kind, name, seen in (("a", "1", ""), ("a", "2", "wrong\nline"), ("b", "1", "")):
@@ -593,13 +594,7 @@ def test_the_table_counts_what_was_tried(tmp_path):
     assert document.read_text() == f"before\n<!-- faults -->\n{text}\n<!-- /faults -->\nafter\n"
 
 
-def test_there_are_as_many_cases_as_asked_for():
-    listed = [(kind, name) for kind, name, _ in faults.cases(kills=100, cuts=20)]
+def test_there_are_as_many_cases_as_asked_for(tmp_path):
+    listed = [(kind, name) for kind, name, _ in faults.cases(tmp_path, kills=100, cuts=20)]
     assert len(listed) == len(set(listed)) >= 250 and sum("killed twice" in kind for kind, _ in listed) == 50
     assert len([kind for kind, _ in listed if kind == "power cut"]) in (0, 20)
-
-
-def test_a_difference_between_runs_is_found():
-    one = {"a": torch.ones(2), "b": [1, {"c": float("nan")}]}
-    assert faults.unequal("", one, {"a": torch.ones(2), "b": [1, {"c": float("nan")}]}) == []
-    assert faults.unequal("", one, {"a": torch.zeros(2), "b": [1, {"c": 2.0}]}) == ["/a", "/b/1/c"]
