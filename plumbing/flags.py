@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import errno
 import io
+import math
 import os
 import re
 import select
@@ -93,6 +94,9 @@ def check_flags(args, limits: dict) -> None:
         args.max_episode_steps = round(seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
+    share = getattr(args, "holdout", 0.0)
+    if math.ceil(share * args.num_demos) >= args.num_demos:
+        raise UserError(f"--holdout {share} leaves none of --num-demos {args.num_demos} to train on")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():

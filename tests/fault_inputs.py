@@ -214,7 +214,7 @@ def run_folder_cases(work: Path) -> Iterator[Case]:
         yield Case(kind, f"metrics.csv cut to {share}", name, ["--resume", "{here}/run"], says, make)
     changes = {
         "no metrics.csv": (lambda run: (run / "metrics.csv").unlink(), "metrics.csv is shorter than"),
-        "metrics.csv is a folder": (lambda run: as_folder(run / "metrics.csv"), "Is a directory"),
+        "metrics.csv is a folder": (lambda run: as_folder(run / "metrics.csv"), "Is a directory|metrics.csv is shorter"),
         "config.json is a folder": (lambda run: as_folder(run / "config.json"), "is no run folder"),
         "no config.json": (lambda run: (run / "config.json").unlink(), "is no run folder"),
         "lock is a folder": (lambda run: as_folder(run / "lock"), "Is a directory"),
@@ -400,7 +400,7 @@ def checkpoint_cases(work: Path) -> Iterator[Case]:
             make = partial(all_checkpoints, name=name, damage=damage)
             yield Case(kind, f"{what} {flag}", name, [flag, "{here}/run"], "no readable checkpoint", make)
     kind = "training.pt of another make"
-    with_buffers = itertools.cycle([name for name in SCRIPTS if name != "bc"])
+    with_buffers = itertools.cycle(["conrft", "force_octo", "force_pi0"])
     changes = [(what, change, turn) for what, change in STATES.items()]
     changes += [(what, partial(buffers_changed, change), with_buffers) for what, change in BUFFERS.items()]
     for what, change, names in changes:
@@ -773,14 +773,18 @@ PI0 = {
     "lerobot of early 2025": (tensors(lambda w: w | {"paligemma_with_expert.paligemma.vision_tower.x": torch.zeros(3)}),
                               "lerobot of early 2025"),
     "other shape": (tensors(lambda w: w | {IN: torch.zeros(24, 6)}), r"has shape \(24, 6\)"),
-    "NaN": (tensors(lambda w: w | {IN: torch.full_like(w[IN], torch.nan)}), "isn't finite"),
-    "infinite": (tensors(lambda w: w | {IN: torch.full_like(w[IN], torch.inf)}), "isn't finite"),
-    "whole numbers": (tensors(lambda w: w | {IN: w[IN].int()}), "int32|doesn't fit|of type"),
     "statistics are text": (lambda folder: statistics(folder, "hello"), "holds no normalisation statistics"),
     "statistics are a list": (lambda folder: statistics(folder, "[1]"), "holds no normalisation statistics"),
     "statistics are empty": (lambda folder: statistics(folder, "{}"), "holds no normalisation statistics"),
     "tokenizer is text": (lambda folder: (folder / "paligemma_tokenizer.model").write_text("hello"), "no SentencePiece"),
     "tokenizer is empty": (lambda folder: (folder / "paligemma_tokenizer.model").write_bytes(b""), "no SentencePiece"),
+}  # fmt: skip
+
+
+PI0_NUMBERS = {
+    "NaN": (tensors(lambda w: w | {IN: torch.full_like(w[IN], torch.nan)}), "isn't finite"),
+    "infinite": (tensors(lambda w: w | {IN: torch.full_like(w[IN], torch.inf)}), "isn't finite"),
+    "whole numbers": (tensors(lambda w: w | {IN: w[IN].int()}), "int32|doesn't fit|of type"),
 }  # fmt: skip
 
 
@@ -795,6 +799,10 @@ def pi0_cases(work: Path) -> Iterator[Case]:
     words += ["--checkpoint", "{here}/pi0"]
     for what, (change, says) in PI0.items():
         yield Case("pi0 weights", what, "force_pi0", words, says, partial(pi0_changed, change=change), tiny_pi0)
+    words = ["--check-weights", "{here}/pi0"]
+    for what, (change, says) in PI0_NUMBERS.items():
+        make = partial(pi0_changed, change=change)
+        yield Case("pi0 weights", what, "backbones.pi0_weights", words, says, make, tiny_pi0)
 
 
 # === The system ======================================================================================================

@@ -598,3 +598,20 @@ def test_there_are_as_many_cases_as_asked_for(tmp_path):
     listed = [(kind, name) for kind, name, _ in faults.cases(tmp_path, kills=100, cuts=20)]
     assert len(listed) == len(set(listed)) >= 250 and sum("killed twice" in kind for kind, _ in listed) == 50
     assert len([kind for kind, _ in listed if kind == "power cut"]) in (0, 20)
+
+
+def test_a_sample_of_the_cases(place, tmp_path):
+    """By the program itself, in a process that has no simulator: what it starts is forked from it."""
+    work = tmp_path / "work"
+    shutil.copytree(place / "demos", work / "demos")
+    program = [sys.executable, "tests/faults.py", "--each", "1", "--only", SAMPLE, "--kills", "10", "--cuts", "0"]
+    places = ["--work", work, "--results", tmp_path / "faults.csv"]
+    subprocess.run([*program, *places], cwd=ROOT, check=True, timeout=900, capture_output=True)
+    results = faults.read_results(tmp_path / "faults.csv")
+    assert len(results) == 16 and not any(results.values()), results
+
+
+SAMPLE = (
+    "^(flags|run folders|no checkpoint|training.pt|weights of|.h5|Octo|pi0|files|operators|tasks|numbers|damaged newest)"
+    "|^two processes: bc: two --resume|^signals: SIGTERM bc 0.8|^killed twice: bc"
+)
