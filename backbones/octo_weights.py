@@ -212,7 +212,10 @@ def _load_released(folder: Path, config: OctoConfig | None) -> LoadedOcto:
         config = next((c for c in PRESETS.values() if c.text != "hash" and c.token_dim == dim), None)
         if config is None:
             raise UserError(f"{file} has token width {dim}, neither octo-small nor octo-base; pass its config")
-        config = dataclasses.replace(config, window=described.get("window_size", config.window))
+        window = described.get("window_size", config.window)
+        if type(window) is not int or not 0 < window < 1000:
+            raise UserError(f"{folder / 'config.json'} says window_size = {window!r}: fetch the file again")
+        config = dataclasses.replace(config, window=window)
     else:
         kept = {name for name, _ in config.image_sizes}
     model = Octo(config)

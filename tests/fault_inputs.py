@@ -214,7 +214,10 @@ def run_folder_cases(work: Path) -> Iterator[Case]:
         yield Case(kind, f"metrics.csv cut to {share}", name, ["--resume", "{here}/run"], says, make)
     changes = {
         "no metrics.csv": (lambda run: (run / "metrics.csv").unlink(), "metrics.csv is shorter than"),
-        "metrics.csv is a folder": (lambda run: as_folder(run / "metrics.csv"), "Is a directory|metrics.csv is shorter"),
+        "metrics.csv is a folder": (
+            lambda run: as_folder(run / "metrics.csv"),
+            "Is a directory|metrics.csv is shorter",
+        ),
         "config.json is a folder": (lambda run: as_folder(run / "config.json"), "is no run folder"),
         "no config.json": (lambda run: (run / "config.json").unlink(), "is no run folder"),
         "lock is a folder": (lambda run: as_folder(run / "lock"), "Is a directory"),
@@ -717,8 +720,8 @@ OCTO = {
     "size is null": (head_size(hidden_dim=None), "says hidden = None"),
     "size is absurd": (head_size(num_blocks=1e9), "says num_blocks = 1000000000.0"),
     "size is a fraction": (head_size(action_dim=2.5), "says action_dim = 2.5"),
-    "window is text": (json_changed("config.json", lambda c: c.update(window_size="two")), "window"),
-    "window below zero": (json_changed("config.json", lambda c: c.update(window_size=-1)), "window"),
+    "window is text": (json_changed("config.json", lambda c: c.update(window_size="two")), "says window_size = .two"),
+    "window below zero": (json_changed("config.json", lambda c: c.update(window_size=-1)), "says window_size = -1"),
     "tokenizer is empty": (lambda folder: (folder / "spiece.model").write_bytes(b""), "no SentencePiece model"),
     "tokenizer is text": (lambda folder: (folder / "spiece.model").write_text("hello"), "no SentencePiece model"),
     "ours cut": (lambda folder: ((folder / "octo.safetensors").write_bytes(b"x" * 9),

@@ -47,6 +47,7 @@ from lives import (  # noqa: E402
     group,
     having,
     last_update,
+    logged,
     new_name,
     preload,
     resume,
@@ -118,38 +119,43 @@ def die_within_checkpoint(step: int) -> None:
         setattr(owner, name, deadly(getattr(owner, name)))
 
 
-def killed(work: Path, name: str, mode: str, seed: int) -> None:
-    """SIGKILL twice, once at a random time and once within a checkpoint; then all values are as if nothing had been."""
+def killed(work: Path, name: str, mode: str, seed: int) -> str:
+    """SIGKILL, four times, at random times and within checkpoints; then all values are as if nothing had been."""
     chance = random.Random(seed)
     run = f"killed-{name}-{seed}"
     folder = work / "runs" / run
     shutil.rmtree(folder, ignore_errors=True)
     last = last_update(whole(work, name, mode))
-    within = [partial(die_within_checkpoint, chance.randrange(8, 120)), None]
-    chance.shuffle(within)
-    for before in within:
-        if Checkpoints(folder).names():
-            life = resume(work, name, folder, before)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            life = begin(work, name, run, mode, before=before)
-        if before:
-            life.wait(240)
-        else:
-            until(life, folder, chance.randrange(last))
-            time.sleep(chance.uniform(0, 0.2))
+    kills = collections.Counter()
+    for within in chance.sample([True, True, False, False], 4):
+        before = partial(die_within_checkpoint, chance.randrange(4, 40)) if within else None
+        done = logged(folder)
+        life = go(work, name, folder, mode, before)
+        if not within:
+            until(life, folder, chance.randint(done + 1, done + 1 + (last - done) // 2))
+            time.sleep(chance.uniform(0, 0.1))
             life.kill()
+        code = life.wait(300)
         life.left()
-        if (folder / "config.json").exists() and not Checkpoints(folder).names():
-            resume(work, name, folder).one_line(2, "no readable checkpoint")
-    if not Checkpoints(folder).names():
-        shutil.rmtree(folder, ignore_errors=True)
-        life = begin(work, name, run, mode)
-        assert life.wait(300) == 0, life.errors()[-400:]
-        same(work, name, folder, mode)
-    else:
-        goes_on(work, name, folder, mode)
+        if code == 0:  # it was faster
+            break
+        assert code == 137, life.errors()[-400:]
+        kills[within] += 1
+    life = go(work, name, folder, mode)
+    assert life.wait(300) == 0, life.errors()[-400:]
+    same(work, name, folder, mode)
     shutil.rmtree(folder)
+    return f"{kills.total()} kills, {kills[True]} of them within a checkpoint"
+
+
+def go(work: Path, name: str, folder: Path, mode: str, before: Callable[[], None] | None = None) -> Life:
+    """Resume a run; one that died before its first checkpoint says so, and begins anew."""
+    if Checkpoints(folder).names():
+        return resume(work, name, folder, before)
+    if (folder / "config.json").exists():
+        resume(work, name, folder).one_line(2, "no readable checkpoint")
+    shutil.rmtree(folder, ignore_errors=True)
+    return begin(work, name, folder.name, mode, before=before)
 
 
 @contextlib.contextmanager
@@ -403,11 +409,10 @@ def cases(work: Path, kills: int, cuts: int) -> Iterator[tuple[str, str, Callabl
     for name in SCRIPTS:
         yield kind, f"{name}: broken pipe", partial(broken_pipe, name=name, share=0.4)
         yield kind, f"{name}: summary without a success", partial(summary_without_success, name=name)
-    for seed in range(kills // 2):
+    for seed in range(kills // 4):
         name = SCRIPTS[seed % len(SCRIPTS)]
         mode = list(MODES)[seed // len(SCRIPTS) % len(MODES)]
-        mode = "state" if seed // len(SCRIPTS) > 4 else mode
-        yield "killed twice", f"{name} {mode} {seed}", partial(killed, name=name, mode=mode, seed=seed)
+        yield "killed four times", f"{name} {mode} {seed}", partial(killed, name=name, mode=mode, seed=seed)
     for seed in range(cuts if root else 0):
         name = SCRIPTS[seed % len(SCRIPTS)]
         yield "power cut", f"{name} {seed}", partial(power_cut, name=name, seed=seed)
@@ -497,21 +502,32 @@ def read_results(path: Path) -> dict[tuple[str, str], str]:
         return {(row["kind"], row["case"]): row["seen"] for row in csv.DictReader(file)}
 
 
-def note(path: Path, kind: str, name: str, seen: str) -> None:
+def note(path: Path, kind: str, name: str, seen: str, did: str = "") -> None:
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
-            writer.writerow(["kind", "case", "right", "seen"])
-        writer.writerow([kind, name, int(not seen), " ".join(seen.split())[:300]])
+            writer.writerow(["kind", "case", "right", "seen", "did"])
+        writer.writerow([kind, name, int(not seen), " ".join(seen.split())[:300], did])
 
 
-def tables(results: dict[tuple[str, str], str], measured: list[dict]) -> str:
+def kills_in(path: Path) -> str:
+    """How many there were, and how many of them within a checkpoint."""
+    with path.open(newline="") as file:
+        counts = [re.findall(r"\d+", row["did"]) for row in csv.DictReader(file) if "kills" in row["did"]]
+    total = sum(int(kills) for kills, _ in counts)
+    within = sum(int(within) for _, within in counts)
+    return f"{total} kills, {within} of them within a checkpoint"
+
+
+def tables(results: dict[tuple[str, str], str], measured: list[dict], kills: str = "") -> str:
     """What stands between the markers of docs/reliability.md."""
     tried = collections.Counter(kind for kind, _ in results)
     right = collections.Counter(kind for (kind, _), seen in results.items() if not seen)
     lines = ["| What goes wrong | tried | right |", "|---|---|---|"]
-    lines += [f"| {kind} | {count} | {right[kind]} |" for kind, count in tried.items()]
+    for kind, count in tried.items():
+        title = f"{kind}: {kills}" if "killed" in kind and kills else kind
+        lines.append(f"| {title} | {count} | {right[kind]} |")
     lines += [f"| in all | {sum(tried.values())} | {sum(right.values())} |"]
     if measured:
         names = list(measured[0])
@@ -526,13 +542,12 @@ def write_document(path: Path, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
-def tried(attempt: Callable[[Path], None], work: Path) -> str:
-    """ "" if the case went right, else what was seen."""
+def tried(attempt: Callable[[Path], str | None], work: Path) -> tuple[str, str]:
+    """What was seen, if the case didn't go right, and what was done, where that is left to chance."""
     try:
-        attempt(work)
+        return "", attempt(work) or ""
     except Exception as error:  # whatever it is, the case didn't go as it should
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return f"{type(error).__name__}: {error}", ""
 
 
 def prepare(work: Path) -> None:
@@ -545,7 +560,7 @@ def prepare(work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="kills, two a run")
+    parser.add_argument("--kills", type=int, default=120, help="kills, four to a run")
     parser.add_argument("--cuts", type=int, default=20, help="power cuts")
     parser.add_argument("--only", default="", help="cases whose kind and name match")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "faults", help="folder for runs")
@@ -565,10 +580,10 @@ def main() -> None:
         if seen_of[kind] > chosen.each:
             continue
         begun = time.monotonic()
-        seen = tried(attempt, chosen.work)
-        note(chosen.results, kind, name, seen)
+        seen, did = tried(attempt, chosen.work)
+        note(chosen.results, kind, name, seen, did)
         seconds = time.monotonic() - begun
-        print(f"{'WRONG' if seen else 'right'} {seconds:5.1f} s  {kind}: {name} {seen[:700]}", flush=True)
+        print(f"{'WRONG' if seen else 'right'} {seconds:5.1f} s  {kind}: {name} {seen[:700]}{did}", flush=True)
     measured = []
     if chosen.costs:
         measured = costs(chosen.work)
@@ -580,7 +595,7 @@ def main() -> None:
         with COSTS.open(newline="") as file:
             measured = list(csv.DictReader(file))
     if chosen.results == RESULTS:
-        write_document(DOCUMENT, tables(read_results(RESULTS), measured))
+        write_document(DOCUMENT, tables(read_results(RESULTS), measured, kills_in(RESULTS)))
 
 
 if __name__ == "__main__":

@@ -290,11 +290,15 @@ def last_update(folder: Path) -> int:
 
 def until(life: Life, folder: Path, updates: int) -> None:
     """Wait until so many updates are logged, or the program's end."""
-    while not life.over():
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            if int((folder / "metrics.csv").read_text().splitlines()[-1].split(",")[1]) >= updates:
-                return
+    while not life.over() and logged(folder) < updates:
         time.sleep(0.005)
+
+
+def logged(folder: Path) -> int:
+    """Updates by metrics.csv."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return int((folder / "metrics.csv").read_text().splitlines()[-1].split(",")[1])
+    return 0
 
 
 def new_name(kind: str) -> str:

@@ -596,7 +596,7 @@ def test_the_table_counts_what_was_tried(tmp_path):
 
 def test_there_are_as_many_cases_as_asked_for(tmp_path):
     listed = [(kind, name) for kind, name, _ in faults.cases(tmp_path, kills=100, cuts=20)]
-    assert len(listed) == len(set(listed)) >= 250 and sum("killed twice" in kind for kind, _ in listed) == 50
+    assert len(listed) == len(set(listed)) >= 250 and sum("killed" in kind for kind, _ in listed) == 25
     assert len([kind for kind, _ in listed if kind == "power cut"]) in (0, 20)
 
 
@@ -613,5 +613,5 @@ def test_a_sample_of_the_cases(place, tmp_path):
 
 SAMPLE = (
     "^(flags|run folders|no checkpoint|training.pt|weights of|.h5|Octo|pi0|files|operators|tasks|numbers|damaged newest)"
-    "|^two processes: bc: two --resume|^signals: SIGTERM bc 0.8|^killed twice: bc"
+    "|^two processes: bc: two --resume|^signals: SIGTERM bc 0.8|^killed four times: bc"
 )
