@@ -324,10 +324,10 @@ def three_default_names(work: Path, name: str) -> None:
     shutil.rmtree(runs)
 
 
-def three_without_demonstrations(work: Path) -> None:
+def three_without_demonstrations(work: Path, name: str) -> None:
     """One makes them, the others wait for it and say so."""
     here = Path(tempfile.mkdtemp(dir=work / "cases"))
-    words = [str(ROOT / "bc.py"), *script_flags(work, "bc"), "--demo-dir", str(here / "demos")]
+    words = [str(ROOT / f"{name}.py"), *script_flags(work, name), "--demo-dir", str(here / "demos")]
     lives = [start(work / "logs", "make_demos", words) for _ in range(3)]
     assert [life.wait(400) for life in lives] == [0, 0, 0], [life.errors()[-300:] for life in lives]
     waited = sum("another process makes demonstrations" in life.errors() for life in lives)
@@ -357,13 +357,13 @@ def read_only(work: Path, name: str, what: str) -> None:
         life.one_line(2, "Read-only file system")
 
 
-def broken_pipe(work: Path, name: str, share: float) -> None:
+def broken_pipe(work: Path, name: str) -> None:
     """`python SCRIPT | head`: whoever read has gone."""
     run = new_name("pipe")
     ours, theirs = os.pipe()
     life = begin(work, name, run, out=theirs)
     os.close(theirs)
-    until(life, work / "runs" / run, int(share * last_update(whole(work, name))))
+    until(life, work / "runs" / run, int(0.4 * last_update(whole(work, name))))
     os.close(ours)
     code = life.wait(240)
     assert code == 2 and not life.left(), code
@@ -379,85 +379,68 @@ def summary_without_success(work: Path, name: str) -> None:
 
 
 # === The list ========================================================================================================
-def cases(work: Path, kills: int, cuts: int) -> Iterator[tuple[str, str, Callable[[Path], None]]]:
+def cases(work: Path, kills: int, cuts: int) -> Iterator[tuple[str, str, Callable[[Path], str | None]]]:
     """(kind, name, what to do) of each."""
-    root = os.geteuid() == 0
     for case in input_cases(work):
         yield case.kind, case.name, partial(refused, case=case)
     turn = itertools.cycle(SCRIPTS)
     for what, damage in DAMAGES.items():
         name = "force_octo" if what == "rows cut" else next(turn)
-        yield "damaged newest checkpoint", f"{name} {what}", partial(falls_back, name=name, damage=damage)
-    yield from divergence_cases()
-    kind = "two processes"
-    for name in SCRIPTS:
-        yield kind, f"{name}: two --resume", partial(two_resumes, name=name)
-        yield kind, f"{name}: two of one --run-name", partial(two_of_one_name, name=name)
-    yield kind, "three default names in one second", partial(three_default_names, name="bc")
-    yield kind, "three without demonstrations", three_without_demonstrations
-    yield from signal_cases()
-    for name in having("online_steps"):
-        for which in (0, 1, 2):
-            yield "a worker dies", f"{name} {which}", partial(worker_died, name=name, which=which)
-    kind = "disks and pipes"
-    for kilobytes in (8, 100, 300, 600, 1200) if root else ():
-        name = next(turn)
-        yield kind, f"{name}: full after {kilobytes} kB", partial(full_disk, name=name, kilobytes=kilobytes)
-    for what in ("runs", "demo_dir", "resume") if root else ():
-        name = next(turn)
-        yield kind, f"{name}: read-only {what}", partial(read_only, name=name, what=what)
-    for name in SCRIPTS:
-        yield kind, f"{name}: broken pipe", partial(broken_pipe, name=name, share=0.4)
-        yield kind, f"{name}: summary without a success", partial(summary_without_success, name=name)
+        yield from each("damaged newest checkpoint", what, falls_back, [name], damage=damage)
+    for flag in RATES:
+        yield from each("divergence", f"{flag} 1e8", diverged, having(flag), **{flag: 1e8})
+    for name, origin in (("force_octo", "bc"), ("conrft", "bc"), ("force_pi0", "force_pi0")):
+        change = partial(nan_weights, origin=origin)
+        yield from each("divergence", "NaN in --sft-checkpoint", diverged, [name], change=change)
+    yield from each("two processes", "two --resume", two_resumes)
+    yield from each("two processes", "two of one --run-name", two_of_one_name)
+    yield from each("two processes", "three default names in one second", three_default_names, ["bc"])
+    yield from each("two processes", "three without demonstrations", three_without_demonstrations, ["bc"])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        yield from signal_cases(signal.Signals(number).name, number)
+    for which in (0, 1, 2):
+        yield from each("a worker dies", f"number {which}", worker_died, having("online_steps"), which=which)
+    yield from each("files and pipes", "broken pipe", broken_pipe)
+    yield from each("files and pipes", "summary without a success", summary_without_success)
     for seed in range(kills // 4):
         name = SCRIPTS[seed % len(SCRIPTS)]
         mode = list(MODES)[seed // len(SCRIPTS) % len(MODES)]
         yield "killed four times", f"{name} {mode} {seed}", partial(killed, name=name, mode=mode, seed=seed)
-    for seed in range(cuts if root else 0):
-        name = SCRIPTS[seed % len(SCRIPTS)]
-        yield "power cut", f"{name} {seed}", partial(power_cut, name=name, seed=seed)
+    if os.geteuid() == 0:
+        yield from disk_cases(cuts)
 
 
-def divergence_cases() -> Iterator[tuple]:
-    kind = "divergence"
-    rates = (
-        "lr",
-        "sft_lr",
-        "reinforce_lr",
-        "critic_lr",
-        "actor_lr",
-        "online_lr",
-        "q_weight",
-        "bc_weight",
-        "offline_q_weight",
-    )
-    for flag in rates:
-        for name in having(flag):
-            yield kind, f"{name} {flag} 1e8", partial(diverged, name=name, **{flag: 1e8})
-    for name in having("sft_checkpoint"):
-        origin = "force_pi0" if name == "force_pi0" else "bc"
-        if name != "co_rft_chunked":  # starts from another head
-            yield (
-                kind,
-                f"{name}: NaN in --sft-checkpoint",
-                partial(diverged, name=name, change=partial(nan_weights, origin=origin)),
-            )
+def each(kind: str, title: str, attempt: Callable, names=SCRIPTS, **flags) -> Iterator[tuple]:
+    """The case for each of the scripts."""
+    for name in names:
+        yield kind, f"{name}: {title}", partial(attempt, name=name, **flags)
 
 
-def signal_cases() -> Iterator[tuple]:
+RATES = "lr sft_lr reinforce_lr critic_lr actor_lr online_lr q_weight bc_weight offline_q_weight".split()
+
+
+def signal_cases(word: str, number: int) -> Iterator[tuple]:
     kind = "signals"
-    for number in (signal.SIGTERM, signal.SIGINT):
-        word = signal.Signals(number).name
-        for name in SCRIPTS:
-            for share in (0.1, 0.8):
-                yield kind, f"{word} {name} {share}", partial(signalled, name=name, number=number, share=share)
-            yield kind, f"{word} {name} early", partial(signalled_early, name=name, number=number)
-        yield kind, f"{word} force_octo twice", partial(signalled_twice, name="force_octo", number=number)
-        two = partial(signalled, name="conrft", number=number, share=0.5, mode="two environments")
-        yield kind, f"{word} conrft with two environments", two
-        for seconds in (0.3, 1.0, 3.0):
-            early = partial(interrupted_imports, name="bc", number=number, seconds=seconds)
-            yield kind, f"{word} {seconds} s after the start", early
+    for share in (0.1, 0.8):
+        yield from each(kind, f"{word} after {share}", signalled, number=number, share=share)
+    yield from each(kind, f"{word} early", signalled_early, number=number)
+    yield from each(kind, f"{word} three times", signalled_twice, ["force_octo"], number=number)
+    two = dict(number=number, share=0.5, mode="two environments")
+    yield from each(kind, f"{word} with two environments", signalled, ["conrft"], **two)
+    for seconds in (0.3, 1.0, 3.0):
+        what = f"{word} {seconds} s after the start"
+        yield from each(kind, what, interrupted_imports, ["bc"], number=number, seconds=seconds)
+
+
+def disk_cases(cuts: int) -> Iterator[tuple]:
+    """These mount file systems of their own."""
+    turn = itertools.cycle(SCRIPTS)
+    for kilobytes in (8, 100, 300, 600, 1200):
+        yield from each("disks", f"full after {kilobytes} kB", full_disk, [next(turn)], kilobytes=kilobytes)
+    for what in ("runs", "demo_dir", "resume"):
+        yield from each("disks", f"read-only {what}", read_only, [next(turn)], what=what)
+    for seed in range(cuts):
+        yield from each("power cut", str(seed), power_cut, [next(turn)], seed=seed)
 
 
 # === What a checkpoint costs =========================================================================================

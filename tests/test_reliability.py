@@ -613,5 +613,5 @@ def test_a_sample_of_the_cases(place, tmp_path):
 
 SAMPLE = (
     "^(flags|run folders|no checkpoint|training.pt|weights of|.h5|Octo|pi0|files|operators|tasks|numbers|damaged newest)"
-    "|^two processes: bc: two --resume|^signals: SIGTERM bc 0.8|^killed four times: bc"
+    "|^two processes: bc: two --resume|^signals: bc: SIGTERM after 0.8|^killed four times: bc"
 )
