@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 import tyro
+from tqdm import tqdm
 
 from plumbing import stop
 from plumbing.errors import UserError
@@ -177,6 +178,8 @@ def run_script(main, args) -> None:
             finish("error: nobody reads what this prints any more (broken pipe); go on with --resume", 2)
         finish(f"error: a worker process died (out of memory? numpy 2?); start again or --resume ({error!r})", 2)
     except (MemoryError, RuntimeError) as error:
+        if "either `inf`, `nan`" in str(error):  # torch can't draw from such probabilities
+            finish("error: a probability is no longer finite: try a lower learning rate or Q weight", 2)
         if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|overflow", str(error)):
             raise
         finish(f"error: out of memory; smaller sizes or batches need less ({str(error)[:200]})", 2)
@@ -198,6 +201,8 @@ def unheard() -> bool:
 
 def finish(line: str, code: int) -> None:
     with contextlib.suppress(OSError):
+        for bar in list(getattr(tqdm, "_instances", ())):  # the line isn't one more word of a progress bar
+            bar.close()
         print(" ".join(line.split()), file=sys.stderr)
     if unheard():  # what is left to print would be one more error, at the very end
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -271,7 +271,7 @@ def diverged(work: Path, name: str, change: Callable | None = None, **flags) -> 
     if change:
         flags |= change(work)
     life = begin(work, name, run, checkpoint_freq=1, **flags)
-    life.one_line(2, r"isn't finite|no longer finite \(stage \w+, update \d+\): try |no readable checkpoint")
+    life.one_line(2, r"isn't finite|is no longer finite( \(stage [\w-]+, update \d+\))?: try ")
     folder = work / "runs" / run
     for checkpoint in Checkpoints(folder).names():
         weights = load_file(folder / "checkpoints" / checkpoint / "weights.safetensors")
@@ -416,7 +416,7 @@ def each(kind: str, title: str, attempt: Callable, names=SCRIPTS, **flags) -> It
         yield kind, f"{name}: {title}", partial(attempt, name=name, **flags)
 
 
-RATES = "lr sft_lr reinforce_lr critic_lr actor_lr online_lr q_weight bc_weight offline_q_weight".split()
+RATES = "lr sft_lr reinforce_lr critic_lr actor_lr online_lr".split()
 
 
 def signal_cases(word: str, number: int) -> Iterator[tuple]:

@@ -376,6 +376,7 @@ ENDS = {
     "worker": (EOFError(), 2, "a worker process died"),
     "memory": (MemoryError("big"), 2, "out of memory"),
     "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
+    "probabilities": (RuntimeError("contains either `inf`, `nan` or element < 0"), 2, "is no longer finite: try a lower"),
     "disk": (OSError(28, "No space left on device"), 2, "the disk is full; .*--resume"),
     "name": (OSError(36, "File name too long"), 2, "a file or folder can't be used .*too long"),
 }
