@@ -200,6 +200,7 @@ def unheard() -> bool:
 
 
 def finish(line: str, code: int) -> None:
+    stop.over()
     with contextlib.suppress(OSError):
         for bar in list(getattr(tqdm, "_instances", ())):  # the line isn't one more word of a progress bar
             bar.close()

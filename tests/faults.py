@@ -218,7 +218,7 @@ def signalled_early(work: Path, name: str, number: int) -> None:
     life = begin(work, name, new_name("early"))
     time.sleep(0.5)
     os.kill(life.pid, number)
-    life.one_line(128 + number, f"stopped by {signal.Signals(number).name}$")
+    life.one_line(128 + number, f"stopped by {signal.Signals(number).name}(; go on with --resume .*)?$")
 
 
 def signalled_twice(work: Path, name: str, number: int) -> None:
@@ -421,7 +421,7 @@ RATES = "lr sft_lr reinforce_lr critic_lr actor_lr online_lr".split()
 
 def signal_cases(word: str, number: int) -> Iterator[tuple]:
     kind = "signals"
-    for share in (0.1, 0.8):
+    for share in (0.1, 0.8, 1.0):
         yield from each(kind, f"{word} after {share}", signalled, number=number, share=share)
     yield from each(kind, f"{word} early", signalled_early, number=number)
     yield from each(kind, f"{word} three times", signalled_twice, ["force_octo"], number=number)

@@ -370,6 +370,47 @@ def test_a_signal_ends_a_run_after_its_update(run, number, capfd):
         stop.receive(number, None)
 
 
+class Slow:
+    """In the place of `Evaluator`: results come when they are collected."""
+
+    def __init__(self):
+        self.asked = []
+
+    def submit(self, weights, whole):
+        self.asked.append(whole)
+
+    def ready(self, seconds=0.0):
+        return True
+
+    def result(self):
+        low, high = "eval/success_once_low", "eval/success_once_high"
+        return {"eval/success_once": 0.5, low: 0.1, high: 0.9, "eval/episode_len": 3.0}
+
+
+def test_an_evaluation_is_neither_lost_nor_made_twice(run):
+    """Whether a run ends before it, within it or after it."""
+    toy = run(run_name="toy")
+    toy.args.eval_freq = 20
+    toy.evaluator = Slow()
+    assert not toy.evaluation_due()
+    toy.env_steps = 25
+    step(toy)  # a checkpoint, and the end could come here
+    toy.lock.close()
+    again = run(resume=str(toy.folder))
+    again.args.eval_freq = 20
+    again.evaluator = Slow()
+    assert again.evaluation_due()
+    again.evaluate(whole=True)
+    again.evaluate(whole=True)
+    assert len(again.evaluator.asked) == 1 and not again.evaluation_due()
+    again.env_steps = 39
+    assert not again.evaluation_due()
+    again.env_steps = 40
+    assert again.evaluation_due()
+    again.collect_evaluation(wait=True)
+    assert [found["global_step"] for found in again.evaluations] == [25] and again.evaluation_due()
+
+
 # --- the end of a program ---
 ENDS = {
     "user": (UserError("wrong\nflag"), 2, "error: wrong flag"),
