@@ -171,7 +171,7 @@ def mounted(point: Path, *words: str) -> Iterator[Path]:
 EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, 2
 
 
-def power_cut(work: Path, name: str, seed: int) -> None:
+def power_cut(work: Path, name: str, seed: int) -> str:
     """An ext4 on a loop device stops at once, without flushing its log: what no fsync has reached is gone."""
     chance = random.Random(seed)
     image = work / f"disk-{name}-{seed}.img"
@@ -182,7 +182,7 @@ def power_cut(work: Path, name: str, seed: int) -> None:
     subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
     with mounted(point, "-o", f"loop,noauto_da_alloc,commit={chance.choice([1, 300])}", str(image)) as disk:
         life = begin(work, name, "run", runs=disk)
-        until(life, disk / "run", chance.randrange(last))
+        until(life, disk / "run", chance.randint(1, last))
         time.sleep(chance.uniform(0, 0.2))
         made = (disk / "run/checkpoints/latest").exists()
         root = os.open(disk, os.O_RDONLY)
@@ -191,7 +191,8 @@ def power_cut(work: Path, name: str, seed: int) -> None:
         life.kill()
         life.left()
     with mounted(point, "-o", "loop", str(image)) as disk:
-        if Checkpoints(disk / "run").names():
+        found = Checkpoints(disk / "run").names()
+        if found:
             goes_on(work, name, disk / "run")
         else:
             assert not made, "a checkpoint that was there is lost"
@@ -199,6 +200,7 @@ def power_cut(work: Path, name: str, seed: int) -> None:
                 resume(work, name, disk / "run").one_line(2, "no readable checkpoint|is no run folder")
     image.unlink()
     point.rmdir()
+    return f"goes on from {found[0]}" if found else "before the first checkpoint"
 
 
 def signalled(work: Path, name: str, number: int, share: float, mode: str = "state") -> None:
