@@ -171,7 +171,7 @@ def ended(name: str, words: list[str]) -> int:
     return 0
 
 
-TO_EVALUATION: list = []  # this program's end of the pipe
+EVALUATION_PIPE: list = []  # both ends, in a program that was started here
 
 
 # === Worker processes ================================================================================================
@@ -181,7 +181,7 @@ def fork_workers() -> None:
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe()
 
-    TO_EVALUATION[:] = [ours]
+    EVALUATION_PIPE[:] = [ours, theirs]
 
     def serve() -> None:
         ours.close()
@@ -211,7 +211,9 @@ class ForkedEnvs(gym.vector.AsyncVectorEnv):
         def there(make_one):
             if os.getpid() == here:
                 return described
-            TO_EVALUATION[0].close()  # else the evaluation's process never sees that the program has ended
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the program's handler isn't a new worker's
+            for end in EVALUATION_PIPE:  # else neither side sees that the other one has ended
+                end.close()
             return make_one()
 
         super().__init__([lambda one=one: there(one) for one in make], context="fork", **more)
