@@ -185,8 +185,6 @@ def validate(args: Args) -> None:
         raise UserError(f"--spawn and --eval-elsewhere know {', '.join(SPAWN)}, not {args.env_id}")
     if args.demo_path and args.spawn != "random":
         raise UserError("--spawn moves objects in demonstrations made here; with --demo-path the file decides")
-    if held_demos(args.holdout, args.num_demos) >= args.num_demos:
-        raise UserError(f"--holdout {args.holdout} leaves none of --num-demos {args.num_demos} to train on")
     check_sft(args, head="mse-chunk")
 
 

@@ -968,7 +968,9 @@ def main(args: Args) -> Path:
     if run.enter("online"):
         bar = run.bar("[2/2] HIL-ConRFT", args.online_steps, run.stage_env_steps)
         while run.stage_env_steps < args.online_steps:
-            before = run.stage_env_steps
+            if run.evaluation_due():
+                run.evaluate()  # each episode ends at its first success
+                run.save()
             bar.update(collect(watched, agent, args, run, demo, replay, helped))
             for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):
                 batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, args.cql_weight_online)
@@ -979,10 +981,6 @@ def main(args: Args) -> Path:
                 run.tick(logs, may_save=False)
             run.log(run.recent_episodes() | {"buffer/size": replay.steps.rows})
             run.log(helped.metrics())
-            between = run.stage_env_steps < args.online_steps
-            if between and run.stage_env_steps // args.eval_freq > before // args.eval_freq:
-                run.evaluate()  # each episode ends at its first success
-                run.save()
             run.save_if_due()
         if args.online_steps:
             run.evaluate(whole=True)

@@ -1074,6 +1074,9 @@ def main(args: Args) -> Path:
     if run.enter("online"):
         bar = run.bar("[3/3] online VGPD", args.online_steps, run.stage_env_steps)
         while run.stage_env_steps < args.online_steps:
+            if run.evaluation_due():
+                run.evaluate()  # each episode ends at its first success
+                run.save()
             before = run.stage_env_steps
             while run.stage_env_steps < min(before + args.round_steps, args.online_steps):
                 bar.update(collect(env, agent, args, run, expert, policy))
@@ -1092,10 +1095,6 @@ def main(args: Args) -> Path:
                 embed(expert, expert.observations, expert.steps.rows, agent)
                 embed(policy, policy.observations, policy.steps.rows, agent)
             run.log(run.recent_episodes() | {"buffer/size": policy.steps.rows})
-            between = run.stage_env_steps < args.online_steps
-            if between and run.stage_env_steps // args.eval_freq > before // args.eval_freq:
-                run.evaluate()  # each episode ends at its first success
-                run.save()
             run.save_if_due()
         run.evaluate(whole=True)
 

@@ -1081,7 +1081,9 @@ def main(args: Args) -> Path:
     if run.enter("online"):
         bar = run.bar("[3/3] online VGPD", args.online_steps, run.stage_env_steps)
         while run.stage_env_steps < args.online_steps:
-            before = run.stage_env_steps
+            if run.evaluation_due():
+                run.evaluate()  # each episode ends at its first success
+                run.save()
             bar.update(collect(env, agent, args, run, expert, policy))
             done = min(run.stage_env_steps / args.online_steps, 1.0)
             q_weight = args.q_weight + done * (args.q_weight_end - args.q_weight)
@@ -1090,10 +1092,6 @@ def main(args: Args) -> Path:
                 logs |= update_online(agent, actor_optimizer, batch, args, noise, q_weight)
                 run.tick(logs, may_save=False)
             run.log(run.recent_episodes() | {"buffer/size": policy.steps.rows})
-            between = run.stage_env_steps < args.online_steps
-            if between and run.stage_env_steps // args.eval_freq > before // args.eval_freq:
-                run.evaluate()  # each episode ends at its first success
-                run.save()
             run.save_if_due()
         run.evaluate(whole=True)
 

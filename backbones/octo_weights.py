@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from backbones.octo import PRESETS, DiffusionHead, Octo, OctoConfig
-from plumbing.flags import UserError
+from backbones.t5 import t5_token_ids
+from plumbing.flags import UserError, run_script
 from plumbing.hub import from_hub
 
 
@@ -171,6 +172,7 @@ def load_octo(source: str | Path, config: OctoConfig | None = None) -> LoadedOct
         raise UserError(f"{source} was saved with another config: {loaded.model.config}")
     if (folder / "spiece.model").is_file():
         loaded.model.tokenizer_file = folder / "spiece.model"
+        t5_token_ids([], 1, folder / "spiece.model")  # a damaged one is said here, before anything is made
     return loaded
 
 
@@ -197,8 +199,8 @@ def _load_released(folder: Path, config: OctoConfig | None) -> LoadedOcto:
     try:
         options = described["model"]
         action = options["heads"]["action"]
-        kind, kwargs = action["name"], action["kwargs"]
-    except (KeyError, TypeError):
+        kind, kwargs = action["name"], dict(action["kwargs"])
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{folder / 'config.json'} doesn't describe an Octo model with an action head") from None
     if not options.get("use_correct_attention") or not options.get("repeat_task_tokens"):
         raise UserError(f"{folder} is Octo 1.0, whose attention differs; only Octo 1.5 is supported")
@@ -210,7 +212,10 @@ def _load_released(folder: Path, config: OctoConfig | None) -> LoadedOcto:
         config = next((c for c in PRESETS.values() if c.text != "hash" and c.token_dim == dim), None)
         if config is None:
             raise UserError(f"{file} has token width {dim}, neither octo-small nor octo-base; pass its config")
-        config = dataclasses.replace(config, window=described.get("window_size", config.window))
+        window = described.get("window_size", config.window)
+        if type(window) is not int or not 0 < window < 1000:
+            raise UserError(f"{folder / 'config.json'} says window_size = {window!r}: fetch the file again")
+        config = dataclasses.replace(config, window=window)
     else:
         kept = {name for name, _ in config.image_sizes}
     model = Octo(config)
@@ -218,7 +223,8 @@ def _load_released(folder: Path, config: OctoConfig | None) -> LoadedOcto:
     known = ("action_horizon", "action_dim", "num_blocks", "time_dim", "max_action", *ours)
     sizes = {ours.get(key, key): kwargs[key] for key in known if key in kwargs}
     for name, size in sizes.items():
-        if type(size) not in (int, float) or not 0 < size < 100_000:
+        kinds = (int, float) if name == "max_action" else (int,)
+        if type(size) not in kinds or not 0 < size < 100_000:
             raise UserError(f"{folder / 'config.json'} says {name} = {size!r} of its action head: fetch the file again")
     head = DiffusionHead(config.token_dim, **{"action_horizon": 1, **sizes})  # the original's default, not ours
 
@@ -330,10 +336,7 @@ def check_weights(source: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check released Octo 1.5 weights against this code.")
     parser.add_argument("source", help="folder or hf://owner/name[@revision]")
-    try:
-        check_weights(parser.parse_args().source)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(check_weights, parser.parse_args().source)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from backbones.pi0 import PRESETS, Pi0, Pi0Config, load_tokenizer
-from plumbing.flags import UserError
+from plumbing.flags import UserError, run_script
 from plumbing.hub import from_hub
 
 _VLM, _EXPERT = "paligemma_with_expert.paligemma.", "paligemma_with_expert.gemma_expert."
@@ -111,7 +111,17 @@ def find_weights(source: str | Path) -> Path:
 
 def check_pi0_weights(source: str | Path, config: Pi0Config) -> None:
     """Does a source fit? By names and shapes, without reading the weights. Raises: UserError."""
-    _read(find_weights(source), config, names_only=True)
+    file = find_weights(source)
+    _read(file, config, names_only=True)
+    find_statistics(file.parent)
+    tokenizer = find_tokenizer(file.parent)
+    if tokenizer:
+        load_tokenizer(tokenizer, config.vocabulary)
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    files = (folder / name for name in ("paligemma_tokenizer.model", "tokenizer.model"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def load_pi0(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:
@@ -126,8 +136,7 @@ def load_pi0(source: str | Path, config: Pi0Config | None = None) -> LoadedPi0:
     """
     file = find_weights(source)
     model, folder = _read(file, config), file.parent
-    tokenizers = (folder / name for name in ("paligemma_tokenizer.model", "tokenizer.model"))
-    model.prefix.tokenizer_file = next((t for t in tokenizers if t.is_file()), None)
+    model.prefix.tokenizer_file = find_tokenizer(folder)
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return LoadedPi0(model, find_statistics(folder), file, digest)
@@ -173,6 +182,8 @@ def _read(file: Path, config: Pi0Config | None, names_only: bool = False) -> Pi0
             model.prefix.add_ours()
             for name in ours:
                 weight = stored.get_tensor(names[wanted[name]])
+                if not weight.is_floating_point():
+                    raise UserError(f"{file}: {wanted[name]} is of type {weight.dtype}; fetch or save the file again")
                 model.get_parameter(name).data.copy_(weight)
                 if not weight.isfinite().all():
                     raise UserError(f"{file}: {wanted[name]} isn't finite; fetch or save the file again")
@@ -213,10 +224,7 @@ def main() -> None:
     parser.add_argument(
         "--check-weights", metavar="SOURCE", required=True, help="folder, file or hf://owner/name[@rev]"
     )
-    try:
-        check_weights(parser.parse_args().check_weights)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_script(check_weights, parser.parse_args().check_weights)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait sleep, and leave the cores to others
 
+from plumbing import imports  # first: Ctrl-C is for it from here on
+
+# isort: split
+
 from plumbing.beside import Evaluator
 from plumbing.demos import Demos, load_demos
 from plumbing.earlier import check_sft, load_sft_weights, stored_args
@@ -19,6 +23,8 @@ from plumbing.run import Run, threads
 from plumbing.table import Table, cut, joined, stacked, windows
 from plumbing.tasks import TASKS, Task, camera_configs, simulator_errors
 from plumbing.wrappers import SPAWN, ObsWrapper, Spawn, prepare_process
+
+imports.end()
 
 __all__ = [
     "EVAL_SEED", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Run", "RunArgs", "Spawn",

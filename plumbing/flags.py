@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import io
+import math
 import os
 import re
 import select
@@ -16,6 +18,7 @@ from typing import Literal
 
 import torch
 import tyro
+from tqdm import tqdm
 
 from plumbing import stop
 from plumbing.errors import UserError
@@ -49,7 +52,6 @@ class RunArgs:
     demo_dir: str = "demos"  # cache for demonstrations
     num_demos: int = 300  # demonstrations to make or to use
     drop_idle: float = 0.03  # leave out steps in which nothing moves: the arm less than this (actions reach 1); 0: none
-    skip_idle: float = 0.0  # leave out their first steps in which the arm moves less (actions reach 1); 0: none
 
     # --- evaluation and logging ---
     eval_episodes: int = 100  # episodes of an evaluation
@@ -60,7 +62,6 @@ class RunArgs:
 
 COMMON_LIMITS = {
     "at least 1": (lambda x: x >= 1, "num_envs num_demos eval_episodes log_freq checkpoint_freq"),
-    "at least 0 and below 1": (lambda x: 0 <= x < 1, "skip_idle"),
     "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
 }
 
@@ -87,6 +88,8 @@ def check_flags(args, limits: dict) -> None:
             rules.update((name, (meaning, test)) for name in names.split())
     for name, value in vars(args).items():
         most = MOST.get(name, 1e9)
+        if value == "":
+            raise UserError(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
         if isinstance(value, int | float) and value > most:  # infinite ones too
             raise UserError(f"--{name.replace('_', '-')} must be at most {most:.0f}, got {value}")
         meaning, test = rules.get(name, ("at least 0", lambda x: x >= 0))
@@ -99,6 +102,9 @@ def check_flags(args, limits: dict) -> None:
         args.max_episode_steps = round(seconds * args.control_freq)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
+    share = getattr(args, "holdout", 0.0)
+    if math.ceil(share * args.num_demos) >= args.num_demos:
+        raise UserError(f"--holdout {share} leaves none of --num-demos {args.num_demos} to train on")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
@@ -126,12 +132,25 @@ def parse_flags(cls, doc: str, tables: dict[str, dict], argv: list[str] | None =
     argv = sys.argv[1:] if argv is None else argv
     words = [word for word in argv if word not in ("-h", "--help")]
     names = given_names(cls, words)
-    given = tyro.cli(cls, args=words)
+    given = parsed(cls, words)
     args = fill(cls, tables, **{name: getattr(given, name) for name in names})
     if len(words) < len(argv):
         print(f"usage: {Path(sys.argv[0]).name} [flags]\n\n{wrapped(doc)}\n{flags_help(args)}")
         sys.exit()
     return args
+
+
+def parsed(cls, words: list[str]):
+    """The command line as tyro reads it. Bad values end the program with one line, in the place of tyro's box."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            return tyro.cli(cls, args=words)
+    except SystemExit:
+        parts = re.split(r"\n\s*-{9,}\s*\n", box.getvalue())  # title, message, help
+        message = parts[1] if len(parts) > 1 else parts[0]
+        print(f"error: {' '.join(message.split())} See --help", file=sys.stderr)
+        sys.exit(2)
 
 
 def given_names(cls, words: list[str]) -> set[str]:
@@ -166,6 +185,8 @@ def run_script(main, args) -> None:
             finish("error: nobody reads what this prints any more (broken pipe); go on with --resume", 2)
         finish(f"error: a worker process died (out of memory? numpy 2?); start again or --resume ({error!r})", 2)
     except (MemoryError, RuntimeError) as error:
+        if "either `inf`, `nan`" in str(error):  # torch can't draw from such probabilities
+            finish("error: a probability is no longer finite: try a lower learning rate or Q weight", 2)
         if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|overflow", str(error)):
             raise
         finish(f"error: out of memory; smaller sizes or batches need less ({str(error)[:200]})", 2)
@@ -186,7 +207,10 @@ def unheard() -> bool:
 
 
 def finish(line: str, code: int) -> None:
+    stop.over()
     with contextlib.suppress(OSError):
+        for bar in list(getattr(tqdm, "_instances", ())):  # the line isn't one more word of a progress bar
+            bar.close()
         print(" ".join(line.split()), file=sys.stderr)
     if unheard():  # what is left to print would be one more error, at the very end
         nowhere = os.open(os.devnull, os.O_WRONLY)

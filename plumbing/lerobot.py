@@ -37,7 +37,7 @@ def of_recording(path: Path):
     known = {field.name for field in fields(module.Args)}
     kept = {name: flags[name] for name in flags if name in known}
     args = module.Args(**kept)
-    args = replace(args, demo_path=str(path), num_demos=count, drop_idle=0.0, skip_idle=0.0, resume=None)
+    args = replace(args, demo_path=str(path), num_demos=count, drop_idle=0.0, resume=None)
     return module, args
 
 

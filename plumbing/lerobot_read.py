@@ -122,8 +122,6 @@ def check_source(flags) -> None:
     """Can demonstrations be had from the folder --demo-path? Raises: UserError."""
     if flags.spawn != "random":
         raise UserError("--spawn moves objects where demonstrations are made, not read")
-    if flags.skip_idle and "delta" not in flags.control_mode:
-        raise UserError(f"--skip-idle is for controllers of differences, not {flags.control_mode}")
     check_robot(flags.env_id, flags.robot_uids)
     data = open_dataset(Path(flags.demo_path))
     frequency = float(data.info["fps"])
@@ -401,13 +399,7 @@ def as_demonstration(rows: Rows, form: Form, flags) -> Rows:
     limited = (form.low == -1) & (form.high == 1)  # where the controller cuts actions off
     beyond = (limited & (np.abs(action) > 1.001)).any(1)
     action = np.where(limited, action.clip(-1, 1), action)
-    arm = action[:, :-1] if form.gripper else action
-    arm = np.abs(arm).max(1)
-    idle = int((arm >= flags.skip_idle).argmax())
-    success = rows["success"][idle:]
-    if not success.any():  # it succeeded before it moved
-        idle = 0
-        success = rows["success"]
+    success = rows["success"]
     absolute = np.full(action.shape[1], "delta" not in flags.control_mode)
     absolute[-1] |= form.gripper
     still = action[-1] * absolute
@@ -416,17 +408,15 @@ def as_demonstration(rows: Rows, form: Form, flags) -> Rows:
     unused = 0 * still
     found = {}
     for name in form.shapes:
-        seen = rows["state" if name == "proprio" else name][idle:]
+        seen = rows["state" if name == "proprio" else name]
         again = np.repeat(seen[-1:], more + 1, axis=0)
         found[f"obs_{name}"] = np.concatenate([seen, again])
     waiting = [still] * more
-    moved = action[idle:]
-    found["action"] = np.stack([*moved, *waiting, unused])
+    found["action"] = np.stack([*action, *waiting, unused])
     after = [success[-1]] * more
     found["success"] = np.array([*success, *after, False])
     found["lengths"] = np.array([len(success) + more])
     found["steps"] = np.array([first])
-    found["idle"] = np.array([idle])
     found["beyond"] = np.array([beyond.sum()])
     found["gripper"] = np.array([form.gripper])
     return found

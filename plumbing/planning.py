@@ -66,10 +66,15 @@ def read_recording(flags, path: Path) -> Recording:
 
 
 def seed_of(entry: dict) -> int | None:
-    """The seed that an episode was reset with. `episode_seed` won't do: without one it is that of an earlier reset."""
+    """The seed that an episode was reset with. `episode_seed` won't do: without one it is that of an earlier reset.
+
+    Raises: ValueError for what no seed can be.
+    """
     seed = (entry.get("reset_kwargs") or {}).get("seed")
     if isinstance(seed, list):
         (seed,) = seed
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**32):
+        raise ValueError(f"an episode's seed is {seed!r}")
     return seed
 
 
@@ -88,6 +93,8 @@ def read_episodes(recording: Recording) -> Iterator[Episode]:
                 raise UserError(f"{name} has actions of the shape {action.shape}, and not steps x numbers")
             if not np.isfinite(action).all():
                 raise UserError(f"{name} has actions that aren't finite numbers; make or copy it again")
+            if state is not None and not finite(state):
+                raise UserError(f"{name} has a stored state that isn't finite numbers; make or copy it again")
             if seed is None and state is None:
                 raise UserError(f"{name} has neither a seed nor a stored state to start from: record it with either")
             yield Episode(action, seed, state)
@@ -98,6 +105,13 @@ def first_rows(stored) -> dict | np.ndarray:
     if isinstance(stored, h5py.Dataset):
         return stored[:1]
     return {name: first_rows(part) for name, part in stored.items()}
+
+
+def finite(state) -> bool:
+    """Are all numbers of a nested state finite?"""
+    if isinstance(state, dict):
+        return all(finite(part) for part in state.values())
+    return bool(np.isfinite(state).all())
 
 
 def blocks_of(recording: Recording, size: int) -> Iterator[Recording]:

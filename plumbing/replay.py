@@ -42,8 +42,6 @@ def check_source(flags) -> None:
         raise UserError(f"--spawn moves the objects of {', '.join(SPAWN)} where demonstrations are made, not read")
     if flags.demo_columns:
         raise UserError("--demo-columns names columns of a LeRobotDataset: give its folder by --demo-path")
-    if flags.skip_idle and "delta" not in flags.control_mode:
-        raise UserError(f"--skip-idle is for controllers of differences, not {flags.control_mode}")
     check_robot(flags.env_id, flags.robot_uids)
     if flags.demo_path:
         recording = read_recording(flags, Path(flags.demo_path))
@@ -166,9 +164,6 @@ def replay(env, flags, episode: Episode) -> dict[str, np.ndarray] | None:
     limited = (space.low == -1) & (space.high == 1)  # where the controller cuts actions off
     beyond = (limited & (np.abs(episode.action) > 1.001)).any(1)
     action = np.where(limited, episode.action.clip(-1, 1), episode.action)
-    arm = np.abs(action[:, :-1] if gripper else action).max(1)
-    idle = int((arm >= flags.skip_idle).argmax())
-    action = action[idle:]
     first, _ = env.reset(seed=[episode.seed or 0], options={"state": episode.state})
     seen = [first]
     success = []
@@ -195,7 +190,6 @@ def replay(env, flags, episode: Episode) -> dict[str, np.ndarray] | None:
     row["success"] = np.array([*success, False])
     row["lengths"] = np.array([len(success)])
     row["steps"] = np.array([success.index(True) + 1])
-    row["idle"] = np.array([idle])
     row["beyond"] = np.array([beyond.sum()])
     row["gripper"] = np.array([gripper])
     return row

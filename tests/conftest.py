@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import runpy
+import signal
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -265,12 +266,15 @@ def command(monkeypatch, capsys):
 
     def call(*flags: str, script: Path = SCRIPT) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", [str(script), *map(str, flags)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         capsys.readouterr()
         try:
             runpy.run_path(str(script), run_name="__main__")
             code = 0
         except SystemExit as end:
             code = end.code or 0
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         return code, *capsys.readouterr()
 
     return call

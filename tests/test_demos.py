@@ -97,21 +97,13 @@ def test_a_cache_is_used_again_and_only_for_the_same_flags(place, demos, monkeyp
     assert len({*asked, cache_of(tiny_args(place))}) == len(changes) + 1
 
 
-def test_idle_first_steps_are_left_out(place, whole):
-    """PushCube's planner closes the gripper for seven steps before the arm moves."""
-    short = load_demos(tiny_args(place, skip_idle=0.01, drop_idle=0.0), script.make_env)
-    assert not whole.idle.any() and (short.idle >= 7).all()
-    for start, own, idle, length in zip(whole.starts(), short.starts(), short.idle, short.lengths, strict=True):
-        recorded = whole.action[start:][: idle + length]
-        assert (np.abs(recorded[:idle, :-1]) < 0.01).all() and np.abs(recorded[idle, :-1]).max() >= 0.01
-        assert np.array_equal(short.action[own : own + length], recorded[idle:])
-        assert np.array_equal(short.obs["proprio"][own], whole.obs["proprio"][start])  # replayed without the others
-    assert (short.steps + short.idle == whole.steps).mean() >= 0.5 and (short.steps < whole.steps).all()
-
-
-def test_idle_steps_need_a_controller_of_differences(place, inline):
-    with pytest.raises(UserError, match="--skip-idle is for controllers of differences, not pd_joint_pos"):
-        load_demos(tiny_args(place, skip_idle=0.01, control_mode="pd_joint_pos"), script.make_env)
+def test_meshes_matter_where_they_are_seen(place):
+    """Demonstrations of light and of full meshes are never taken for each other; without a camera they are the same."""
+    light = tiny_args(place, obs_mode="rgb")
+    full = dataclasses.replace(light, full_meshes=True)
+    assert cache_of(light) != cache_of(full)
+    for same in ({"obs_mode": "state"}, {"sim_backend": "physx_cuda"}):
+        assert cache_of(dataclasses.replace(light, **same)) == cache_of(dataclasses.replace(full, **same))
 
 
 def test_an_edited_camera_asks_for_new_demonstrations(place, monkeypatch):

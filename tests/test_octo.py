@@ -376,7 +376,7 @@ def test_own_format_round_trip(config, tmp_path):
 def test_check_weights_prints_one_line_errors(tmp_path):
     command = [sys.executable, "-m", "backbones.octo_weights", str(tmp_path)]
     done = subprocess.run(command, cwd=FIXTURES.parent.parent, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert re.fullmatch(r"error: no weights at [^\n]+\n", done.stderr), done.stderr
 
 

@@ -1,6 +1,6 @@
 """Nothing lost, nothing silently wrong: checkpoints, signals, processes that die, foreign files. See docs/reliability.md.
 
-benchmark/faults.py does the same to whole runs; here are the parts, and a sample of its cases.
+tests/faults.py does the same to whole runs; here are the parts, and a sample of its cases.
 """
 
 import dataclasses
@@ -15,6 +15,8 @@ import threading
 import time
 from pathlib import Path
 
+import fault_inputs
+import faults
 import pytest
 import torch
 from conftest import FIXTURES, ROOT
@@ -23,7 +25,6 @@ from torch import nn
 
 from backbones.pi0_weights import load_pi0
 from backbones.t5 import t5_token_ids
-from benchmark import faults
 from plumbing import RunArgs, UserError, check_flags, hub, run_script, stop
 from plumbing.beside import Evaluator
 from plumbing.run import Run
@@ -133,10 +134,10 @@ def newest(folder: Path) -> Path:
 DAMAGE = {
     "half the weights": lambda p: os.truncate(p / "weights.safetensors", 900),
     "no weights": lambda p: (p / "weights.safetensors").unlink(),
-    "a bit of the weights": lambda p: faults.flip("weights.safetensors", 5, p),
-    "a bit of the state": lambda p: faults.flip("training.pt", 3, p),
+    "a bit of the weights": lambda p: fault_inputs.flip("weights.safetensors", 5, p),
+    "a bit of the state": lambda p: fault_inputs.flip("training.pt", 3, p),
     "an empty state": lambda p: os.truncate(p / "training.pt", 0),
-    "a state that is a list": lambda p: faults.state_changed(lambda state: [1], p),
+    "a state that is a list": lambda p: fault_inputs.state_changed(lambda state: [1], p),
     "sums that are text": lambda p: (p / "sums.json").write_text("hello"),
     "rows cut short": lambda p: os.truncate(p.parent / "rows/expert-0-n.bin", 149 * 8),
 }
@@ -328,7 +329,7 @@ CHANGES = {
     "stage": lambda state: state.update(stage="dreaming"),
     "updates": lambda state: state.update(updates="many"),
     "generators": lambda state: state.pop("rng") and None,
-    "optimizer": faults.wider,
+    "optimizer": fault_inputs.wider,
     "seconds": lambda state: state.update(seconds={}),
     "rows": lambda state: state["buffers"]["expert_steps"].update(columns={}),
 }
@@ -339,7 +340,7 @@ def test_a_state_of_another_make_is_one_line(run, name):
     toy = run(run_name="toy")
     step(toy)
     toy.lock.close()
-    faults.state_changed(CHANGES[name], toy.folder / "checkpoints/update-1")
+    fault_inputs.state_changed(CHANGES[name], toy.folder / "checkpoints/update-1")
     with pytest.raises(UserError, match="of another version or make"):
         run(resume=str(toy.folder))
 
@@ -369,12 +370,54 @@ def test_a_signal_ends_a_run_after_its_update(run, number, capfd):
         stop.receive(number, None)
 
 
+class Slow:
+    """In the place of `Evaluator`: results come when they are collected."""
+
+    def __init__(self):
+        self.asked = []
+
+    def submit(self, weights, whole):
+        self.asked.append(whole)
+
+    def ready(self, seconds=0.0):
+        return True
+
+    def result(self):
+        low, high = "eval/success_once_low", "eval/success_once_high"
+        return {"eval/success_once": 0.5, low: 0.1, high: 0.9, "eval/episode_len": 3.0}
+
+
+def test_an_evaluation_is_neither_lost_nor_made_twice(run):
+    """Whether a run ends before it, within it or after it."""
+    toy = run(run_name="toy")
+    toy.args.eval_freq = 20
+    toy.evaluator = Slow()
+    assert not toy.evaluation_due()
+    toy.env_steps = 25
+    step(toy)  # a checkpoint, and the end could come here
+    toy.lock.close()
+    again = run(resume=str(toy.folder))
+    again.args.eval_freq = 20
+    again.evaluator = Slow()
+    assert again.evaluation_due()
+    again.evaluate(whole=True)
+    again.evaluate(whole=True)
+    assert len(again.evaluator.asked) == 1 and not again.evaluation_due()
+    again.env_steps = 39
+    assert not again.evaluation_due()
+    again.env_steps = 40
+    assert again.evaluation_due()
+    again.collect_evaluation(wait=True)
+    assert [found["global_step"] for found in again.evaluations] == [25] and again.evaluation_due()
+
+
 # --- the end of a program ---
 ENDS = {
     "user": (UserError("wrong\nflag"), 2, "error: wrong flag"),
     "worker": (EOFError(), 2, "a worker process died"),
     "memory": (MemoryError("big"), 2, "out of memory"),
     "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
+    "probabilities": (RuntimeError("contains either `inf`, `nan` or element < 0"), 2, "is no longer finite: try a lower"),
     "disk": (OSError(28, "No space left on device"), 2, "the disk is full; .*--resume"),
     "name": (OSError(36, "File name too long"), 2, "a file or folder can't be used .*too long"),
 }
@@ -446,10 +489,13 @@ def make_env(args, count: int):
     return Env()
 
 
+FAILS, DIES = 3.0, 4.0  # weights with which an evaluation does
+
+
 def evaluate(env, agent: nn.Module, args, whole: bool) -> dict[str, float]:
-    if args == "die":
+    if agent.w[0] == DIES:
         os.kill(os.getpid(), signal.SIGKILL)
-    if args == "pipe":
+    if agent.w[0] == FAILS:
         raise BrokenPipeError("an environment")
     if args == "sleep":
         time.sleep(600)
@@ -460,20 +506,15 @@ class Flags(str):
     num_envs = 1
 
 
-def test_an_evaluation_process_dies_or_fails():
-    for args, pattern in (
-        ("die", "process that evaluates has died.*--resume"),
-        ("pipe", "evaluation has failed.*BrokenPipe"),
-    ):
-        evaluator = Evaluator(Flags(args), make_env, evaluate, Agent())
-        evaluator.submit({"w": torch.ones(3)}, whole=True)
-        with pytest.raises(UserError, match=pattern):
-            evaluator.result()
-        evaluator.close()
+def test_an_evaluation_process_fails_or_dies():
     evaluator = Evaluator(Flags(""), make_env, evaluate, Agent())
     for value in (1.0, 2.0):
         evaluator.submit({"w": torch.full((3,), value)}, whole=value > 1)
         assert evaluator.result() == {"w": 3 * value, "whole": value - 1}
+    for value, says in ((FAILS, "evaluation has failed.*BrokenPipe"), (DIES, "process that evaluates has died.*--resume")):
+        evaluator.submit({"w": torch.full((3,), value)}, whole=True)
+        with pytest.raises(UserError, match=says):
+            evaluator.result()
     evaluator.close()
 
 
@@ -576,7 +617,7 @@ def test_downloads_are_pinned_and_checked(tmp_path, monkeypatch):
         hub.from_hub(name, None, ["*"])
 
 
-# --- benchmark/faults.py ---
+# --- tests/faults.py ---
 def test_the_table_counts_what_was_tried(tmp_path):
     path = tmp_path / "faults.csv"
     for kind, name, seen in (("a", "1", ""), ("a", "2", "wrong\nline"), ("b", "1", "")):
@@ -593,13 +634,24 @@ def test_the_table_counts_what_was_tried(tmp_path):
     assert document.read_text() == f"before\n<!-- faults -->\n{text}\n<!-- /faults -->\nafter\n"
 
 
-def test_there_are_as_many_cases_as_asked_for():
-    listed = [(kind, name) for kind, name, _ in faults.cases(kills=100, cuts=20)]
-    assert len(listed) == len(set(listed)) >= 250 and sum("killed twice" in kind for kind, _ in listed) == 50
+def test_there_are_as_many_cases_as_asked_for(tmp_path):
+    listed = [(kind, name) for kind, name, _ in faults.cases(tmp_path, kills=100, cuts=20)]
+    assert len(listed) == len(set(listed)) >= 250 and sum("killed" in kind for kind, _ in listed) == 25
     assert len([kind for kind, _ in listed if kind == "power cut"]) in (0, 20)
 
 
-def test_a_difference_between_runs_is_found():
-    one = {"a": torch.ones(2), "b": [1, {"c": float("nan")}]}
-    assert faults.unequal("", one, {"a": torch.ones(2), "b": [1, {"c": float("nan")}]}) == []
-    assert faults.unequal("", one, {"a": torch.zeros(2), "b": [1, {"c": 2.0}]}) == ["/a", "/b/1/c"]
+def test_a_sample_of_the_cases(place, tmp_path):
+    """By the program itself, in a process that has no simulator: what it starts is forked from it."""
+    work = tmp_path / "work"
+    shutil.copytree(place / "demos", work / "demos")
+    program = [sys.executable, "tests/faults.py", "--each", "1", "--only", SAMPLE, "--kills", "10", "--cuts", "0"]
+    places = ["--work", work, "--results", tmp_path / "faults.csv"]
+    subprocess.run([*program, *places], cwd=ROOT, check=True, timeout=900, capture_output=True)
+    results = faults.read_results(tmp_path / "faults.csv")
+    assert len(results) == 17 and not any(results.values()), results
+
+
+SAMPLE = (
+    "^(flags|run folders|no checkpoint|training.pt|weights of|.h5|Octo|pi0|files|operators|tasks|numbers|damaged newest)"
+    "|^two processes: bc: two --resume|^signals: bc: SIGTERM after 0.8|^killed four times: bc"
+)
