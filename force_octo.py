@@ -236,6 +236,7 @@ def make_env(args: Args, num_envs: int, render: bool = False):
 
     reset(seed=[num_envs integers]) -> obs, {}
     step(action [num_envs, A] in the controller's units) -> obs, success [num_envs], unused, unused, {"ended": ...}
+    "ended" [num_envs] is the task's own end, by success or by failure; time limits are kept in `rollout`.
     """
     from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
 
@@ -913,7 +914,7 @@ def collect(env, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, polic
 
 
 def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
-    """An episode to imitate: without the steps in which nothing happens, as in the demonstrations."""
+    """An episode to imitate: without idle steps (arm below --drop-idle, gripper still), as in the demonstrations."""
     T = len(episode.success)
     action = agent.denormalise(episode.action)
     keep = moving(action, args.drop_idle, agent.relative, agent.gripper)
@@ -1003,7 +1004,7 @@ def main(args: Args) -> Path:
     stages = ("sft", "offline", "warmup", "online")
     about = {"method": "FORCE", "weights": agent.weights, "demonstrations": demos.sha256()}
     run = Run(args, __file__, stages, about, Evaluator(args, make_env, evaluate, agent))
-    run.keep(  # what a checkpoint holds; a resumed run loads it here
+    run.keep(  # what a checkpoint holds, beside counters and random states; a resumed run loads it here
         agent, expert=expert, policy=policy, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
         online_optimizer=online_optimizer, sft_optimizer=sft_optimizer, averaged=averaged,
     )  # fmt: skip
