@@ -504,6 +504,7 @@ def evaluate(env, agent: nn.Module, args, whole: bool) -> dict[str, float]:
 
 class Flags(str):
     num_envs = 1
+    robot = "maniskill"
 
 
 def test_an_evaluation_process_fails_or_dies():

@@ -400,6 +400,7 @@ def test_without_a_server_a_camera_or_a_terminal_there_is_no_robot(fake, place, 
     monkeypatch.setattr(sys, "stdin", open(os.devnull))
     with pytest.raises(UserError, match="needs a terminal"):
         connect(flags(path, tmp_path))
+    monkeypatch.chdir(tmp_path)  # where pictures go
     robots.check.main(SimpleNamespace(config=str(path)))  # it let go of all of them
 
 
