@@ -536,11 +536,13 @@ def tried(attempt: Callable[[Path], str | None], work: Path) -> tuple[str, str]:
 
 
 def prepare(work: Path) -> None:
-    """Demonstrations, and runs to damage."""
+    """Demonstrations are made first: a program that makes its own has a simulator, and can't fork environments."""
     torch.set_num_threads(1)
     for folder in ("logs", "runs", "cases"):
         (work / folder).mkdir(parents=True, exist_ok=True)
     preload()
+    words = [str(ROOT / "bc.py"), *script_flags(work, "bc")]
+    assert start(work / "logs", "make_demos", words).wait() == 0
 
 
 def main() -> None:
