@@ -363,7 +363,7 @@ def broken_pipe(work: Path, name: str) -> None:
     """`python SCRIPT | head`: whoever read has gone."""
     run = new_name("pipe")
     ours, theirs = os.pipe()
-    life = begin(work, name, run, out=theirs)
+    life = begin(work, name, run, out=theirs, before=partial(os.close, ours))  # it doesn't read what it prints
     os.close(theirs)
     until(life, work / "runs" / run, int(0.4 * last_update(whole(work, name))))
     os.close(ours)
