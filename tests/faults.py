@@ -363,7 +363,7 @@ def broken_pipe(work: Path, name: str) -> None:
     """`python SCRIPT | head`: whoever read has gone."""
     run = new_name("pipe")
     ours, theirs = os.pipe()
-    life = begin(work, name, run, out=theirs)
+    life = begin(work, name, run, out=theirs, before=partial(os.close, ours))  # it doesn't read what it prints
     os.close(theirs)
     until(life, work / "runs" / run, int(0.4 * last_update(whole(work, name))))
     os.close(ours)
@@ -536,11 +536,13 @@ def tried(attempt: Callable[[Path], str | None], work: Path) -> tuple[str, str]:
 
 
 def prepare(work: Path) -> None:
-    """Demonstrations, and runs to damage."""
+    """Demonstrations are made first: a program that makes its own has a simulator, and can't fork environments."""
     torch.set_num_threads(1)
     for folder in ("logs", "runs", "cases"):
         (work / folder).mkdir(parents=True, exist_ok=True)
     preload()
+    words = [str(ROOT / "bc.py"), *script_flags(work, "bc")]
+    assert start(work / "logs", "make_demos", words).wait() == 0
 
 
 def main() -> None:
