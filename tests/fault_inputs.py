@@ -229,7 +229,8 @@ def run_folder_cases(work: Path) -> Iterator[Case]:
     for what, (change, says) in changes.items():
         name = next(turn)
         make = partial(run_changed, name=name, change=change)
-        yield Case(kind, what, name, ["--resume", "{here}/run"], says, make)
+        # Rows that were logged after the checkpoint go first: the run will log them again.
+        yield Case(kind, what, name, ["--resume", "{here}/run"], says, make, remade="run/metrics.csv")
     yield Case(kind, "on another device", "bc", ["--resume", "{here}/run", "--device", "cuda"], "was begun with --device",
                partial(run_changed, name="bc", change=lambda run: None))  # fmt: skip
     for name in ("force_octo", "conrft"):
@@ -574,7 +575,7 @@ RECORDING_FILES = {
     "empty .h5": (lambda path: path.write_bytes(b""), NO_FILE),
     "text .h5": (lambda path: path.write_text("hello"), NO_FILE),
     "half .h5": (lambda path: os.truncate(path, path.stat().st_size // 2), NO_FILE),
-    ".h5 is a folder": (as_folder, NO_FILE),
+    ".h5 is a folder": (as_folder, NO_FILE + "|is no LeRobotDataset"),
     "empty .json": (lambda path: path.with_suffix(".json").write_text(""), NO_FILE),
     "half .json": (lambda path: path.with_suffix(".json").write_text('{"env_info": {'), NO_FILE),
     ".json is a list": (lambda path: path.with_suffix(".json").write_text("[]"), NO_FILE),
@@ -841,7 +842,7 @@ SYSTEM = {  # flags, what is there before, what happens within the program, what
     "--demo-dir too long": (f"--demo-dir {'n' * 300}", None, None, "File name too long"),
     "the cache is a folder": ("--demo-dir {here}", lambda here, work: as_folder(cache_in(here)), None, "Is a directory"),
     "--resume too long": (f"--resume {'n' * 300}", None, None, "is no run folder"),
-    "--demo-path too long": (f"--demo-path {'n' * 300}.h5", None, None, NO_FILE),
+    "--demo-path too long": (f"--demo-path {'n' * 300}.h5", None, None, "File name too long"),
     "nobody may write there": ("--runs {here}/x", None, lambda: os.setuid(65534), "Permission denied"),
     "nobody may make demonstrations": ("--demo-dir {here}/x", None, lambda: os.setuid(65534), "Permission denied"),
     "working directory is gone": ("--runs runs", None, gone, "No such file"),

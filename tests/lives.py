@@ -35,7 +35,7 @@ NOTES = (  # lines beside the one that says why a program ends
     r"warning: .*|--drop-idle .* leaves out .*|\d+ demonstrations in .*|checkpoint .* is damaged .*; going on from .*"
     r"|.* is damaged \(.*\); making it again|\d+ actions of .* go beyond .*|ending at the next checkpoint, .*"
     r"|another process makes demonstrations .*|try the device: .*|wandb: .*"
-    r"|.*\d+%\|.*"  # progress
+    r"|.*\d+%\|.*|Failed to create .* for shader cache .*"  # progress; Mesa
 )
 
 
