@@ -293,7 +293,7 @@ def test_demonstrations_go_on_after_success(place, demos, upsampled):
 
 
 def test_demonstrations_from_another_start(tmp_path):
-    args = tiny_args(tmp_path, tmp_path, spawn="ood", num_demos=1, upsample_steps=2)
+    args = tiny_args(tmp_path, tmp_path, spawn="ood", num_demos=1, holdout=0.0, upsample_steps=2)
     check_flags(args, script.LIMITS)
     demos = load_demos(args, script.make_env)
     assert demos.source.endswith("-ood") and demos.success.sum() >= 3

@@ -33,6 +33,8 @@ from robots.franka_http import OPEN, FrankaEnv, connect
 from robots.limits import Limits, home_pose
 from robots.server import alone
 
+pytestmark = pytest.mark.flaky(reruns=3, reruns_delay=1)  # in real time: other programs may hold a test up
+
 TOML = """
 name = "reach"
 instruction = "go there"
