@@ -337,27 +337,6 @@ def test_what_learns_in_which_stage(own_run):
                 assert bool(moved) == (part in learn) and (not moved or len(moved) > 0.9 * len(names)), (stage, part)
 
 
-def test_a_run_resumed_after_kills_equals_an_uninterrupted_one(own_run, place, monkeypatch):
-    folder, args = own_run[0].with_name("killed"), tiny_args(place, own_run[0].parent, run_name="killed")
-    kills, tick = [("sft", 4), ("offline", 2), ("offline", 5)], Run.tick
-
-    def killed(self, *rest, **more):
-        tick(self, *rest, **more)
-        if kills and kills[0] == (self.stage, self.stage_updates):
-            kills.pop(0)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "tick", killed)
-    while kills:
-        with pytest.raises(KeyboardInterrupt):
-            script.main(args)
-        args = script.Args(resume=str(folder), device="cpu")
-    script.main(args)
-    assert metrics(folder) == metrics(own_run[0])
-    for key, value in weights(folder).items():
-        assert torch.equal(value, own_run[1]["end"][key]), key
-
-
 def test_the_critics_may_start_before_the_actor(place, upsampled, tmp_path):
     """The same draws of batches, so after two updates the critics are the same, and only the actors differ."""
     runs = [
