@@ -154,12 +154,11 @@ class Args(RunArgs):
     actor_ema: float = 0.999  # decay of pi_old, which acts and proposes (0: pi itself); in stage 3 of `full`: none
 
 
+# Flags of all scripts (num_demos, drop_idle, ...) and their defaults are in RunArgs, plumbing/flags.py.
 # The defaults above are for cameras. Other values that go with the flags of a key, and with --preset. Later tables win
 # over earlier ones, and the command line over all.
 BY_OBS_MODE = {  # without a camera updates are cheap
-    "state": dict(
-        num_envs=1, num_demos=50, proprio_noise=0.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995
-    ),
+    "state": dict(num_envs=1, num_demos=50, proprio_noise=0.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995),
 }
 PUSH = dict(online_steps=8000, gamma=0.95, q_weight=0.05, explore_noise=0.1, candidate_noise=0.1)
 BY_TASK = {  # budgets, and for pushing, which can be done faster than it was shown, a pull towards higher Q
@@ -236,7 +235,7 @@ def make_env(args: Args, num_envs: int, render: bool = False):
 
     reset(seed=[num_envs integers]) -> obs, {}
     step(action [num_envs, A] in the controller's units) -> obs, success [num_envs], unused, unused, {"ended": ...}
-    "ended" [num_envs] is the task's own end, by success or by failure; time limits are kept in `rollout`.
+    Success, and "ended" [num_envs], by success or by failure, are the task's own; `rollout` keeps the time limit.
     """
     from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
 
@@ -1004,7 +1003,9 @@ def main(args: Args) -> Path:
     stages = ("sft", "offline", "warmup", "online")
     about = {"method": "FORCE", "weights": agent.weights, "demonstrations": demos.sha256()}
     run = Run(args, __file__, stages, about, Evaluator(args, make_env, evaluate, agent))
-    run.keep(  # what a checkpoint holds, beside counters and random states; a resumed run loads it here
+    # A checkpoint (runs/NAME/checkpoints, the last two, every --checkpoint-freq updates and between stages) holds this,
+    # beside counters and the states of the random generators. A resumed run loads it here.
+    run.keep(
         agent, expert=expert, policy=policy, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
         online_optimizer=online_optimizer, sft_optimizer=sft_optimizer, averaged=averaged,
     )  # fmt: skip
