@@ -470,7 +470,7 @@ def main(args: Args) -> Path:
     agent = Agent(args, demos).to(args.device)
     chunks = Chunks(demos, agent, args.holdout)
     trained = agent if args.finetune == "full" else agent.actor
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     averaged = torch.optim.swa_utils.AveragedModel(agent, multi_avg_fn=average)
     acting = averaged.module  # what is evaluated, and what other scripts start from

@@ -745,11 +745,11 @@ def main(args: Args) -> Path:
             held = dict(holdout=args.holdout, num_demos=args.num_demos, demo_path=args.demo_path)
         load_sft_weights(agent, args, head="mse-chunk", **held)
     cloned = nn.ModuleList([agent.backbone, agent.actor])
-    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4)
+    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4, fused=True)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
-    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr)
-    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.actor_lr)
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.actor_lr, fused=True)
 
     about = {"method": "CO-RFT", "weights": agent.weights, "demonstrations": demos.sha256()}
     evaluator = Evaluator(args, make_env, evaluate, agent)

@@ -910,11 +910,11 @@ def main(args: Args) -> Path:
     replay = ReplayBuffer(agent, args, expert=False)  # all rollouts
     add_demonstrations(demo, demos, agent, args)
     cloned = nn.ModuleList([agent.backbone, agent.actor])
-    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4)
+    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4, fused=True)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
-    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr)
-    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr)
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr, fused=True)
 
     stages = ("sft", "offline", "online")
     about = {"method": "ConRFT", "weights": agent.weights, "demonstrations": demos.sha256()}

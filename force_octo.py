@@ -990,15 +990,15 @@ def main(args: Args) -> Path:
     cloned = nn.ModuleList([agent.actor])
     if args.finetune == "full":
         cloned.insert(0, agent.backbone)
-    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4)
+    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4, fused=True)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
-    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr)
-    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr)
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr, fused=True)
     learns = nn.ModuleList([agent.actor])
     if args.online_finetune == "full":
         learns.append(agent.backbone)
-    online_optimizer = torch.optim.AdamW(learns.parameters(), lr=args.online_lr, weight_decay=1e-4)
+    online_optimizer = torch.optim.AdamW(learns.parameters(), lr=args.online_lr, weight_decay=1e-4, fused=True)
 
     stages = ("sft", "offline", "warmup", "online")
     about = {"method": "FORCE", "weights": agent.weights, "demonstrations": demos.sha256()}

@@ -996,11 +996,11 @@ def main(args: Args) -> Path:
     taught = args.head == "consistency" and args.sft_head_updates
     teacher = Teacher(agent.actor.unit, rows=len(demos.action) if taught else 0)
     cloned = nn.ModuleList([*agent.trained_parts(), agent.actor])
-    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4)
+    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4, fused=True)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
-    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr)
-    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr)
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr, fused=True)
 
     stages = ("sft", "sft-head", "offline", "warmup", "online")
     about = {"method": "FORCE on pi0", "weights": agent.weights, "demonstrations": demos.sha256()}
