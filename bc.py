@@ -39,7 +39,6 @@ from backbones.octo import DiffusionHead
 from backbones.octo_policy import OctoPolicy, check_octo, random_shift
 from backbones.units import SIGMA_DATA
 from plumbing import (
-    EVAL_SEED,
     TASKS,
     Demos,
     Evaluator,
@@ -424,7 +423,7 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
     generator = torch.Generator(args.device)
     success = []
     with torch.random.fork_rng(devices=[]):
-        for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
+        for first in range(args.eval_seed, args.eval_seed + args.eval_episodes, args.num_envs):
             generator.manual_seed(first)
             seeds = range(first, first + args.num_envs)
             success += rollout(env, agent, args, seeds, generator, whole)

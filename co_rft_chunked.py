@@ -58,7 +58,6 @@ from torch import Tensor, nn
 from backbones.octo_policy import OctoPolicy, check_octo, random_shift
 from backbones.units import SIGMA_DATA
 from plumbing import (
-    EVAL_SEED,
     SPAWN,
     TASKS,
     Demos,
@@ -687,7 +686,7 @@ def evaluate_place(env, agent: Agent, args: Args, whole: bool) -> dict[str, floa
     """
     success = []
     with torch.random.fork_rng(devices=[]):
-        for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
+        for first in range(args.eval_seed, args.eval_seed + args.eval_episodes, args.num_envs):
             seeds = range(first, first + args.num_envs)
             success += rollout(env, agent, args, seeds, whole)
     return success_metrics(success[: args.eval_episodes], args.max_episode_steps)
@@ -734,7 +733,7 @@ def held_out(data: ChunkData, agent: Agent, args: Args) -> dict[str, Tensor]:
 # === Training ========================================================================================================
 def main(args: Args) -> Path:
     """Run or resume both stages; returns the run's folder."""
-    args = stored_args(args, __file__, beside="eval_episodes eval_elsewhere")
+    args = stored_args(args, __file__, beside="eval_episodes eval_seed eval_elsewhere")
     validate(args)
     demos = load_demos(args, make_env)
     torch.manual_seed(args.seed)

@@ -58,7 +58,6 @@ from operators.devices import DEVICES, Gone
 from operators.interventions import Interventions, check_recording, write_demonstrations
 from operators.planner import Oracle, check_planner
 from plumbing import (
-    EVAL_SEED,
     TASKS,
     TRAIN_SEED,
     Demos,
@@ -765,7 +764,7 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
     generator = torch.Generator(args.device)
     success = []
     with torch.random.fork_rng(devices=[]):
-        for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
+        for first in range(args.eval_seed, args.eval_seed + args.eval_episodes, args.num_envs):
             generator.manual_seed(first)
             seeds = range(first, first + args.num_envs)
             episodes = rollout(env, agent, args, seeds, generator, whole=whole)

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.evaluation import EVAL_SEED, success_metrics
+from plumbing.evaluation import success_metrics
 from plumbing.flags import UserError, run_script
 from plumbing.openpi import Client
 from plumbing.policy import load_policy
@@ -116,7 +116,7 @@ def evaluate_function(act: Callable, module, args, execute: int) -> dict[str, fl
     instruction = TASKS.get(args.env_id, Task()).instruction
     env = module.make_env(replace(args, sim_backend="physx_cpu"), 1)
     success = []
-    bar = tqdm(range(EVAL_SEED, EVAL_SEED + args.eval_episodes), mininterval=2)
+    bar = tqdm(range(args.eval_seed, args.eval_seed + args.eval_episodes), mininterval=2)
     for seed in bar:
         success.append(play(env, act, instruction, seed, args.max_episode_steps, execute))
         rate = np.mean([episode.any() for episode in success])

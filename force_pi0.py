@@ -58,7 +58,6 @@ from backbones.octo_policy import random_shift
 from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher, check_pi0
 from backbones.units import SIGMA_DATA
 from plumbing import (
-    EVAL_SEED,
     TASKS,
     TRAIN_SEED,
     Demos,
@@ -866,7 +865,7 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
     generator = torch.Generator(args.device)
     success = []
     with torch.random.fork_rng(devices=[]):
-        for first in range(EVAL_SEED, EVAL_SEED + args.eval_episodes, args.num_envs):
+        for first in range(args.eval_seed, args.eval_seed + args.eval_episodes, args.num_envs):
             generator.manual_seed(first)
             seeds = range(first, first + args.num_envs)
             episodes = rollout(env, agent, args, seeds, generator, whole=whole)

@@ -4,6 +4,7 @@ NAME is a command file (success against control steps) or one of FIGURES. Lines 
 """
 
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -50,16 +51,19 @@ FIGURES = {  # drawn of rows in which their last diagnostic is ever anything but
         Panel("Q minus return,\ntraining batches", "values/q_data", minus="values/mc_return"),
     ],
     "distillation": [
-        Panel("their spread in Q", "values/q_std", bottom=0),
         Panel("spread of proposals,\naction box", "vgpd/candidate_std", bottom=0),
-        Panel("states that learn a\nproposal (zeta)", "vgpd/zeta", bottom=0, top=1),
+        Panel("their spread in Q", "values/q_std", bottom=0),
+        Panel("states that learn a\nproposal (zeta)", "vgpd/zeta", bottom=-0.03, top=1.03),
     ],
     "operator": [
-        Panel("training success", "train/success_once", bottom=0, top=1),
+        Panel("training success", "train/success_once", bottom=-0.03, top=1.03),
         Panel("episode length,\ncontrol steps", "train/episode_len", bottom=0),
-        Panel("steps of the operator", "intervention/rate", bottom=0, top=1),
+        Panel("steps of the operator", "intervention/rate", bottom=-0.03, top=1.03),
     ],
 }
+PER_COLUMN = 7  # rows that are told apart in one pair of axes
+PER_BAND = 3  # columns of a page's width
+DASHES = ("--", ":", "-.")
 OVERVIEW = ("main", "force-ablation", "force-rgb", "pi0-state")  # files in these figures; of "operator" conrft-state
 
 
@@ -116,22 +120,45 @@ def draw_mean(ax: plt.Axes, runs: list[Series], look: dict) -> None:
         ax.fill_between(grid, values.min(0), values.max(0), **band)
 
 
+def columns(drawn: list[Row]) -> list[tuple[str, list[Row]]]:
+    """Title and rows of each column: a task, or a part of one with many rows, beside its first two for comparison."""
+    by_task = {}
+    for row in drawn:
+        title = f"{row.env_id.removesuffix('-v1')}, {row.flag('--obs-mode', 'camera')}"
+        by_task.setdefault(title, []).append(row)
+    found = []
+    for title, of in by_task.items():
+        base = of[:2]
+        parts = [of[i : i + PER_COLUMN - 2] for i in range(2, len(of), PER_COLUMN - 2)] or [[]]
+        for number, part in enumerate(parts, 1):
+            which = f" ({number} of {len(parts)})" if len(parts) > 1 else ""
+            found.append((title + which, base + part))
+    return found
+
+
 def draw(panels: list[Panel], drawn: list[Row], data: Data) -> plt.Figure:
-    """A column per task, a row per panel."""
-    titles = [f"{row.env_id.removesuffix('-v1')}, {row.flag('--obs-mode', 'camera')}" for row in drawn]
-    tasks = list(dict.fromkeys(titles))
+    """A column per task, a row per panel; what is more than PER_BAND columns goes on below, so that all stay readable."""
+    shown = columns(drawn)
+    bands = -(-len(shown) // PER_BAND)
+    across = -(-len(shown) // bands)
     labels = dict.fromkeys(row.label for row in drawn)
-    others = {label: {"color": f"C{i % 10}", "ls": "--"} for i, label in enumerate(labels)}
+    own = itertools.product(DASHES, (f"C{i}" for i in range(10)))
+    others = {label: {"color": colour, "ls": dashes} for label, (dashes, colour) in zip(labels, own)}
     looks = {label: LOOKS.get(label, others[label]) for label in labels}
-    size = (max(2.5 * len(tasks), 3.2), 1.2 + 1.4 * len(panels))
-    figure, axes = plt.subplots(len(panels), len(tasks), figsize=size, sharey="row", squeeze=False)
-    for row, title in zip(drawn, titles):
-        for ax, panel in zip(axes[:, tasks.index(title)], panels):
-            draw_mean(ax, data.of(row, panel), looks[row.label])
+    size = (max(2.5 * across, 3.2), 0.6 + bands * (0.6 + 1.4 * len(panels)))
+    figure, axes = plt.subplots(bands * len(panels), across, figsize=size, squeeze=False)
+    for ax in axes.flat:
+        ax.set_visible(False)
+    for i, (title, of) in enumerate(shown):
+        top = i // across * len(panels)
+        for ax, panel in zip(axes[top : top + len(panels), i % across], panels):
+            ax.set_visible(True)
+            for row in of:
+                draw_mean(ax, data.of(row, panel), looks[row.label])
             ax.xaxis.set_major_locator(plt.MaxNLocator(4, integer=True))
-            ax.set(title=title if panel is panels[0] else "", xlabel=panel.x)
-    for ax, panel in zip(axes[:, 0], panels):
-        ax.set(ylabel=panel.label, ylim=(panel.bottom, panel.top))
+            ax.set(title=title if panel is panels[0] else "", xlabel=panel.x, ylim=(panel.bottom, panel.top))
+            if i % across == 0:
+                ax.set(ylabel=panel.label)
     handles = [plt.Line2D([], [], **look, label=label) for label, look in looks.items()]
     each = 0.65 + 0.062 * max(map(len, looks))  # inches
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=max(1, int(size[0] / each)))
@@ -159,14 +186,14 @@ def figures(data: Data) -> dict[str, tuple[list[Panel], list[Row]]]:
 
 def draw_meshes(path: Path) -> None:
     """StackCube's cameras, the hand's below: the arm with all of its triangles, and on the right with a tenth of them."""
-    from force_octo import EVAL_SEED, Args, make_maniskill, validate
+    from force_octo import Args, make_maniskill, validate
 
     seen = []
     for full in (True, False):
         args = Args(image_size=256, full_meshes=full)
         validate(args)
         env = make_maniskill(args)
-        obs, _ = env.reset(seed=EVAL_SEED)
+        obs, _ = env.reset(seed=args.eval_seed)
         env.close()
         hand = obs["wrist"][0].repeat(2, 0).repeat(2, 1)  # it has half as many pixels a side
         seen.append(np.concatenate([obs["primary"][0], hand]))

@@ -68,7 +68,7 @@ def check_new(args) -> None:
             raise UserError("--track needs an account: call `wandb login`, or set WANDB_MODE=offline")
 
 
-def stored_args(args, script: str, beside: str = "eval_episodes"):
+def stored_args(args, script: str, beside: str = "eval_episodes eval_seed"):
     """The flags of the run that --resume or --eval-only names, with its folder there.
 
     --resume goes on where the run was begun; --eval-only takes --device, and the flags of `beside` that were given.

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from plumbing import stop
 from plumbing.errors import UserError
+from plumbing.evaluation import EVAL_SEED
 from plumbing.help import as_flag, flags_help, wrapped
 from plumbing.robot import prepare_robot
 from plumbing.tasks import TASKS, Task, registered
@@ -55,6 +56,7 @@ class RunArgs:
 
     # --- evaluation and logging ---
     eval_episodes: int = 100  # episodes of an evaluation
+    eval_seed: int = EVAL_SEED  # of the first of them; whoever tunes flags takes other episodes for that
     video_episodes: int = 4  # episodes filmed after training (0 = none)
     log_freq: int = 100  # updates between logged rows
     checkpoint_freq: int = 1000  # updates between checkpoints (also written at the end of each stage and evaluation)
@@ -63,12 +65,13 @@ class RunArgs:
 COMMON_LIMITS = {
     "at least 1": (lambda x: x >= 1, "num_envs num_demos eval_episodes log_freq checkpoint_freq"),
     "in 0..899 (training and evaluation episodes stay apart)": (lambda x: 0 <= x < 900, "seed"),
+    f"at least {EVAL_SEED} (training and evaluation episodes stay apart)": (lambda x: x >= EVAL_SEED, "eval_seed"),
 }
 
 MOST = {  # of sizes; of all other numbers 1e9
     "num_envs": 10_000, "torch_threads": 1000, "hidden_dim": 100_000, "chunk_len": 1000, "image_size": 4096,
     "batch_size": 1_000_000, "sft_batch_size": 1_000_000, "noise_levels": 10_000, "K": 100_000, "num_critics": 1000,
-    "num_demos": 1_000_000, "max_episode_steps": 1_000_000, "eval_episodes": 1_000_000,
+    "num_demos": 1_000_000, "max_episode_steps": 1_000_000, "eval_episodes": 1_000_000, "eval_seed": 4_000_000_000,
 }  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.demos import DemoFlags
-from plumbing.evaluation import EVAL_SEED
 from plumbing.flags import UserError, run_script
 from plumbing.planning import bare_env
 from plumbing.policy import load_policy
@@ -31,15 +30,14 @@ RECORD_SEED = 2_000_000_000  # of the first episode
 
 
 class Watched:
-    """An environment that keeps what was done in its successful episodes, and starts evaluations from other seeds."""
+    """An environment that keeps what was done in its successful episodes."""
 
     def __init__(self, env):
         self.env = env
-        self.shift = 0  # from the seeds that an evaluation asks for
         self.found: dict[int, np.ndarray] = {}  # seed: actions [T, A] up to the success
 
     def reset(self, seed: list[int], options: dict):
-        self.seeds = [asked + self.shift for asked in seed]
+        self.seeds = seed
         self.actions = []
         return self.env.reset(seed=self.seeds, options=options)
 
@@ -61,8 +59,8 @@ def successes(module, agent, args, count: int) -> dict[int, np.ndarray]:
     while len(env.found) < count and tried < most:
         missing = count - len(env.found)
         episodes = min(max(missing, args.num_envs), most - tried)
-        env.shift = RECORD_SEED - EVAL_SEED + tried
-        module.evaluate(env, agent, replace(args, eval_episodes=episodes), whole=False)
+        others = replace(args, eval_episodes=episodes, eval_seed=RECORD_SEED + tried)
+        module.evaluate(env, agent, others, whole=False)
         tried += -(-episodes // args.num_envs) * args.num_envs
         print(f"{len(env.found)} of {tried} episodes succeed", file=sys.stderr)
     env.env.close()

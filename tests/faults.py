@@ -207,8 +207,9 @@ def signalled(work: Path, name: str, number: int, share: float, mode: str = "sta
     """One line that names --resume, the code that a shell knows, no process left; then it goes on, alike."""
     run = new_name("signalled")
     folder = work / "runs" / run
+    updates = max(1, int(share * last_update(whole(work, name, mode))))
     life = begin(work, name, run, mode)
-    until(life, folder, max(1, int(share * last_update(whole(work, name, mode)))))
+    until(life, folder, updates)
     os.kill(life.pid, number)
     life.one_line(128 + number, rf"stopped by {signal.Signals(number).name}; go on with --resume {folder}")
     goes_on(work, name, folder, mode)
@@ -252,8 +253,9 @@ def worker_died(work: Path, name: str, which: int) -> None:
     """A process of an environment is killed, as the kernel does it where memory runs out: one line; then it goes on."""
     run = new_name("worker")
     folder = work / "runs" / run
+    updates = int(0.3 * last_update(whole(work, name)))
     life = begin(work, name, run, "two environments")
-    until(life, folder, int(0.3 * last_update(whole(work, name))))
+    until(life, folder, updates)
     children = sorted(pid for pid in group(life.pid) if pid != life.pid and parent(pid) == life.pid)
     os.kill(children[which], signal.SIGKILL)  # the first one evaluates
     life.one_line(2, "died|failed")
@@ -362,10 +364,11 @@ def read_only(work: Path, name: str, what: str) -> None:
 def broken_pipe(work: Path, name: str) -> None:
     """`python SCRIPT | head`: whoever read has gone."""
     run = new_name("pipe")
+    updates = int(0.4 * last_update(whole(work, name)))
     ours, theirs = os.pipe()
     life = begin(work, name, run, out=theirs, before=partial(os.close, ours))  # it doesn't read what it prints
     os.close(theirs)
-    until(life, work / "runs" / run, int(0.4 * last_update(whole(work, name))))
+    until(life, work / "runs" / run, updates)
     os.close(ours)
     code = life.wait(240)
     assert code == 2 and not life.left(), code

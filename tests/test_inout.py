@@ -387,6 +387,10 @@ def test_a_foreign_policy_is_evaluated_as_a_run_is(tmp_path, monkeypatch, capsys
             rest = [] if name == "run" else FLAGS
             evaluate.main([*words, *rest, "--csv", str(results), "--row", name])
             printed[name] = json.loads(capsys.readouterr().out)
+        name = "others"
+        others = ["--eval-seed", str(EVAL_SEED + 7)]
+        evaluate.main(["--policy", "mine:act", *FLAGS, *others])
+    assert seeds["others"] == [EVAL_SEED + 7, EVAL_SEED + 8]
     assert seeds["run"] == seeds["function"] == seeds["server"] == [EVAL_SEED, EVAL_SEED + 1]
     for name in ("function", "server"):
         np.testing.assert_allclose(actions[name], actions["run"], atol=1e-5)
