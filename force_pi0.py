@@ -476,49 +476,51 @@ class ConsistencyActor(nn.Module):
         return self.unit * x
 
 
-class EnsembleCritic(nn.Module):
-    """E critics Q(s, chunk) as one batched network; states are projected once, whatever the number of chunks.
+class QNetwork(nn.Module):
+    """Q(s, chunk). The part of the first layer that reads the feature is computed once per state, for all its chunks.
 
     It reads the last `feature_dim` numbers of a row, embedding and proprio: a flow head's rows begin with the cache.
     """
 
+    def __init__(self, feature_dim: int, chunk_dim: int, hidden: int):
+        super().__init__()
+        self.sizes = [feature_dim, chunk_dim]
+        self.first = nn.Linear(sum(self.sizes), hidden)
+        norms = [nn.LayerNorm(hidden, eps=1e-6) for _ in range(2)]
+        self.norms = nn.ModuleList(norms)
+        middle = nn.Linear(hidden, hidden)
+        last = nn.Linear(hidden, 1)
+        self.layers = nn.ModuleList([middle, last])
+        for layer in (self.first, *self.layers):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, feature: Tensor, chunk: Tensor) -> Tensor:
+        """Shapes: feature [B, F], chunk [B, N, D] in the actor's units -> [B, N]."""
+        feature = feature[:, -self.sizes[0] :]
+        of_feature, of_chunk = self.first.weight.split(self.sizes, 1)
+        h = F.linear(feature, of_feature, self.first.bias)[:, None]
+        h = h + F.linear(chunk, of_chunk)  # [B, N, hidden]
+        for norm, layer in zip(self.norms, self.layers):
+            h = layer(torch.tanh(norm(h)))
+        return h[..., 0]
+
+
+class EnsembleCritic(nn.Module):
+    """E critics."""
+
     def __init__(self, num_critics: int, feature_dim: int, unit: Tensor, hidden: int):
         super().__init__()
         self.register_buffer("unit", unit.clone())  # [D], as the actor's
-
-        def weight(fan_in: int, out: int) -> Tensor:
-            bound = math.sqrt(6 / (fan_in + out))  # Xavier
-            return torch.empty(num_critics, fan_in, out).uniform_(-bound, bound)
-
-        first = weight(feature_dim + len(unit), hidden)
-        self.feature_in = nn.Parameter(first[:, :feature_dim].clone())
-        self.chunk_in = nn.Parameter(first[:, feature_dim:].clone())
-        self.hidden = nn.ParameterList([weight(hidden, hidden), weight(hidden, 1)])
-
-        def full(value: int, width: int) -> Tensor:
-            return torch.full((num_critics, 1, width), float(value))
-
-        biases = [full(0, hidden), full(0, hidden), full(0, 1)]
-        self.bias = nn.ParameterList(biases)
-        self.gain = nn.ParameterList([full(1, hidden), full(1, hidden)])
-        self.shift = nn.ParameterList([full(0, hidden), full(0, hidden)])
+        critics = [QNetwork(feature_dim, len(unit), hidden) for _ in range(num_critics)]
+        self.critics = nn.ModuleList(critics)
 
     def forward(self, feature: Tensor, chunk: Tensor) -> Tensor:
         """Shapes: feature [B, F], chunk [B, D] or [B, N, D] in [-1, 1] -> Q [E, B] or [E, B, N]."""
-        B = len(feature)
-        feature = feature[:, -self.feature_in.shape[1] :]
-        samples = (chunk / self.unit).flatten(0, -2)  # [B*N, D]
-        of_state = feature @ self.feature_in + self.bias[0]  # [E, B, hidden]
-        of_chunk = (samples @ self.chunk_in).unflatten(1, (B, -1))  # [E, B, N, hidden]
-        h = of_chunk + of_state[:, :, None]
-        h = h.flatten(1, 2)  # [E, B*N, hidden]
-        biases = list(self.bias)[1:]
-        layers = zip(self.gain, self.shift, self.hidden, biases)
-        for gain, shift, weight, bias in layers:
-            h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
-            h = torch.tanh(torch.addcmul(shift, h, gain))
-            h = torch.baddbmm(bias, h, weight)
-        return h.view(-1, *chunk.shape[:-1])
+        scaled = chunk / self.unit
+        chunks = scaled.reshape(len(chunk), -1, chunk.shape[-1])
+        q = torch.stack([critic(feature, chunks) for critic in self.critics])
+        return q.view(-1, *chunk.shape[:-1])
 
 
 class Agent(Pi0Policy):

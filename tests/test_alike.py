@@ -135,6 +135,12 @@ def ConsistencyActor__second_step(s):
 
 
 @probe
+def QNetwork(s):
+    net = seeded(s.QNetwork, 5, len(UNIT), 8)
+    return [net.state_dict(), net(FEATURE, CHUNK[:, None].expand(-1, 2, -1))]
+
+
+@probe
 def EnsembleCritic(s):
     net = seeded(s.EnsembleCritic, 3, 5, UNIT, 8)
     return [net.state_dict(), net(FEATURE, CHUNK), net(FEATURE, CHUNK[:, None].expand(-1, 2, -1))]
@@ -342,7 +348,7 @@ class Player:
 
 
 PLAY = SimpleNamespace(
-    max_episode_steps=10, eval_episodes=5, num_envs=2, device="cpu", reward="binary", gamma=0.9, explore_noise=0.02,
+    max_episode_steps=10, eval_episodes=5, num_envs=2, device="cpu", eval_seed=7, reward="binary", gamma=0.9, explore_noise=0.02,
     truncation="bootstrap", eval_elsewhere=False,
 )  # fmt: skip
 

@@ -151,11 +151,11 @@ def test_random_and_the_policy_s_actions_keep_apart(monkeypatch):
 
     def judged(self, feature, chunk):
         seen.append(chunk)
-        return chunk.sum(-1)[None].expand(3, *chunk.shape[:-1]) * self.feature_in.mean()
+        return chunk.sum(-1)[None].expand(3, *chunk.shape[:-1]) * self.critics[0].first.weight.mean()
 
     def calql(q_data, q_random, q_policy, mc_return, bound_random):
         assert bound_random and torch.equal(mc_return, batch.mc_return)
-        scale = t.agent.critic.feature_in.mean()
+        scale = t.agent.critic.critics[0].first.weight.mean()
         random, policy = seen[-1][:, :3], seen[-1][:, 3:]
         assert torch.equal(q_random[0], random.sum(-1) * scale) and torch.equal(q_policy[0], policy.sum(-1) * scale)
         assert random.std() > 5 * policy.std(1).mean()  # uniform in the box; a new policy's samples lie together

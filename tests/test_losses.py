@@ -344,27 +344,26 @@ def test_ensemble_equals_separate_critics():
     unit = torch.tensor([0.5, 2.0, 1.0, 0.25])
     ensemble = script.EnsembleCritic(3, feature_dim=5, unit=unit, hidden=8)
     with torch.no_grad():
-        for parameter in (*ensemble.bias, *ensemble.gain, *ensemble.shift):
-            parameter.uniform_(-1, 1)
+        for parameter in ensemble.parameters():
+            if parameter.ndim == 1:  # biases, and the norms' gains and shifts
+                parameter.uniform_(-1, 1)
         feature, chunk = torch.randn(6, 5), torch.rand(6, 7, 4)
         q = ensemble(feature, chunk)
         assert q.shape == (3, 6, 7)
         single = ensemble(feature, chunk[:, 2])
         assert single.shape == (3, 6)
         torch.testing.assert_close(single, q[:, :, 2], atol=1e-5, rtol=0)
-        for e in range(3):
+        for e, critic in enumerate(ensemble.critics):
             for b in range(6):
                 for n in range(7):
-                    first = torch.cat([ensemble.feature_in[e], ensemble.chunk_in[e]])
-                    h = torch.cat([feature[b], chunk[b, n] / unit]) @ first + ensemble.bias[0][e, 0]
-                    for layer in range(2):
+                    h = critic.first.weight @ torch.cat([feature[b], chunk[b, n] / unit]) + critic.first.bias
+                    for norm, layer in zip(critic.norms, critic.layers):
                         h = (h - h.mean()) / ((h - h.mean()).square().mean() + 1e-6).sqrt()
-                        h = torch.tanh(h * ensemble.gain[layer][e, 0] + ensemble.shift[layer][e, 0])
-                        h = h @ ensemble.hidden[layer][e] + ensemble.bias[layer + 1][e, 0]
+                        h = layer.weight @ torch.tanh(h * norm.weight + norm.bias) + layer.bias
                     torch.testing.assert_close(q[e, b, n], h[0], atol=1e-5, rtol=1e-4)
-    first, second = ensemble.feature_in[0], ensemble.feature_in[1]
-    assert not torch.allclose(first, second)  # an ensemble of equals would be pointless
-    assert not torch.allclose(ensemble.hidden[0][0], ensemble.hidden[0][1])
+    first, second, _ = ensemble.critics
+    assert not torch.allclose(first.first.weight, second.first.weight)  # an ensemble of equals would be pointless
+    assert not torch.allclose(first.layers[0].weight, second.layers[0].weight)
 
 
 # --- units, and noise on proprio ---
