@@ -58,15 +58,14 @@ from torch import Tensor, nn
 from backbones.octo_policy import OctoPolicy, check_octo, random_shift
 from backbones.units import SIGMA_DATA
 from plumbing import (
+    FILM,
     SPAWN,
-    TASKS,
     Demos,
     Evaluator,
     ObsWrapper,
     Run,
     RunArgs,
     Spawn,
-    Task,
     UserError,
     camera_configs,
     check_flags,
@@ -82,6 +81,7 @@ from plumbing import (
     simulator_errors,
     stored_args,
     success_metrics,
+    task_of,
     threads,
 )  # fmt: skip
 
@@ -208,7 +208,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
             sim_config=dict(control_freq=args.control_freq),
             sim_backend=args.sim_backend,
             render_backend="gpu" if on_gpu else "cpu",
-            render_mode="rgb_array" if render else None,
+            render_mode=FILM[args.obs_mode] if render else None,
             human_render_camera_configs=dict(width=256, height=256),
             reward_mode="none",
             max_episode_steps=1_000_000,  # `rollout` keeps the time limit
@@ -498,7 +498,7 @@ class Agent(OctoPolicy):
         super().__init__(
             args.backbone, args.checkpoint, resumed, demos.obs, demos.taken(), args.chunk_len,
             relative="delta" in args.control_mode, gripper=demos.gripper,
-            instruction=TASKS.get(args.env_id, Task()).instruction,
+            instruction=task_of(args.env_id).instruction,
         )  # fmt: skip
         self.actor = ChunkActor(self.feature_dim, self.chunk_unit, args.hidden_dim)
         self.target_actor = ChunkActor(self.feature_dim, self.chunk_unit, args.hidden_dim)

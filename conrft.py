@@ -58,7 +58,7 @@ from operators.devices import DEVICES, Gone
 from operators.interventions import Interventions, check_recording, write_demonstrations
 from operators.planner import Oracle, check_planner
 from plumbing import (
-    TASKS,
+    FILM,
     TRAIN_SEED,
     Demos,
     Evaluator,
@@ -66,7 +66,6 @@ from plumbing import (
     Run,
     RunArgs,
     Table,
-    Task,
     UserError,
     camera_configs,
     check_flags,
@@ -82,6 +81,7 @@ from plumbing import (
     simulator_errors,
     stored_args,
     success_metrics,
+    task_of,
     threads,
 )  # fmt: skip
 
@@ -212,7 +212,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
             sim_config=dict(control_freq=args.control_freq),
             sim_backend=args.sim_backend,
             render_backend="gpu" if on_gpu else "cpu",
-            render_mode="rgb_array" if render else None,
+            render_mode=FILM[args.obs_mode] if render else None,
             human_render_camera_configs=dict(width=256, height=256),
             reward_mode="none",
             max_episode_steps=1_000_000,  # `rollout` keeps the time limit
@@ -531,7 +531,7 @@ class Agent(OctoPolicy):
         super().__init__(
             args.backbone, args.checkpoint, resumed, demos.obs, demos.taken(), args.chunk_len,
             relative="delta" in args.control_mode, gripper=demos.gripper,
-            instruction=TASKS.get(args.env_id, Task()).instruction,
+            instruction=task_of(args.env_id).instruction,
         )  # fmt: skip
         sizes = (self.feature_dim, self.chunk_unit, args.hidden_dim)
         self.actor = ConsistencyActor(*sizes)

@@ -36,7 +36,7 @@ from plumbing.openpi import Client
 from plumbing.policy import load_policy
 from plumbing.run import provenance
 from plumbing.scripts import ROOT, load_script, with_flags
-from plumbing.tasks import TASKS, Task
+from plumbing.tasks import task_of
 
 ENVIRONMENT = ROOT / "bc.py"  # whose environment and flags foreign policies get
 COLUMNS = (  # of a file that isn't there yet
@@ -113,7 +113,7 @@ def play(env, act: Callable, instruction: str, seed: int, limit: int, execute: i
 
 def evaluate_function(act: Callable, module, args, execute: int) -> dict[str, float]:
     """Metrics over the scripts' evaluation episodes, one at a time."""
-    instruction = TASKS.get(args.env_id, Task()).instruction
+    instruction = task_of(args.env_id).instruction
     env = module.make_env(replace(args, sim_backend="physx_cpu"), 1)
     success = []
     bar = tqdm(range(args.eval_seed, args.eval_seed + args.eval_episodes), mininterval=2)

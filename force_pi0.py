@@ -58,7 +58,7 @@ from backbones.octo_policy import random_shift
 from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher, check_pi0
 from backbones.units import SIGMA_DATA
 from plumbing import (
-    TASKS,
+    FILM,
     TRAIN_SEED,
     Demos,
     Evaluator,
@@ -66,7 +66,6 @@ from plumbing import (
     Run,
     RunArgs,
     Table,
-    Task,
     UserError,
     camera_configs,
     check_flags,
@@ -83,6 +82,7 @@ from plumbing import (
     simulator_errors,
     stored_args,
     success_metrics,
+    task_of,
     threads,
 )  # fmt: skip
 
@@ -224,7 +224,7 @@ def make_maniskill(args: Args, num_envs: int = 1, render: bool = False) -> ObsWr
             sim_config=dict(control_freq=args.control_freq),
             sim_backend=args.sim_backend,
             render_backend="gpu" if on_gpu else "cpu",
-            render_mode="rgb_array" if render else None,
+            render_mode=FILM[args.obs_mode] if render else None,
             human_render_camera_configs=dict(width=256, height=256),
             reward_mode="none",
             max_episode_steps=1_000_000,  # `rollout` keeps the time limit
@@ -532,7 +532,7 @@ class Agent(Pi0Policy):
         super().__init__(
             args.backbone, args.checkpoint, resumed, demos.obs, demos.taken(), args.chunk_len,
             relative="delta" in args.control_mode, gripper=demos.gripper,
-            instruction=TASKS.get(args.env_id, Task()).instruction,
+            instruction=task_of(args.env_id).instruction,
             finetune=args.finetune, bf16=args.bf16,
         )  # fmt: skip
         sizes = (self.tail_dim, self.chunk_unit, args.hidden_dim)

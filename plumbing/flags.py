@@ -25,7 +25,7 @@ from plumbing.errors import UserError
 from plumbing.evaluation import EVAL_SEED
 from plumbing.help import as_flag, flags_help, wrapped
 from plumbing.robot import prepare_robot
-from plumbing.tasks import TASKS, Task, registered
+from plumbing.tasks import TASKS, Task, registered, task_of
 
 THREADS = min(torch.get_num_threads(), 8)  # torch's own choice: OMP_NUM_THREADS, or the cores
 
@@ -99,10 +99,13 @@ def check_flags(args, limits: dict) -> None:
         if isinstance(value, int | float) and not (abs(value) <= most and test(value)):
             raise UserError(f"--{name.replace('_', '-')} must be {meaning}, got {value}")
     if args.max_episode_steps is None:
-        seconds = TASKS.get(args.env_id, Task()).seconds or limit / 10
+        seconds = task_of(args.env_id).seconds or limit / 10
         if not seconds:
             raise UserError(f"{args.env_id} is registered without a time limit: give --max-episode-steps")
         args.max_episode_steps = round(seconds * args.control_freq)
+    if ":" in args.env_id and args.env_id not in TASKS:
+        what = f"TASKS has no {args.env_id!r}: its instruction is {Task().instruction!r}, and its camera the usual one"
+        print(f"warning: {what} (docs/new-task.md)", file=sys.stderr)
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
     share = getattr(args, "holdout", 0.0)

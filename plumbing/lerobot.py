@@ -20,7 +20,7 @@ from plumbing.demos import load_demos
 from plumbing.flags import UserError, run_script
 from plumbing.lerobot_write import About, files, write_dataset
 from plumbing.scripts import ROOT, load_script, of_run, with_flags
-from plumbing.tasks import TASKS, Task
+from plumbing.tasks import task_of
 
 
 def of_recording(path: Path):
@@ -62,7 +62,7 @@ def main(words: list[str]) -> None:
     else:
         module, args = of_recording(source) if source.suffix == ".h5" else of_run(source)
     demos = load_demos(args, module.make_env)
-    instruction = TASKS.get(args.env_id, Task()).instruction
+    instruction = task_of(args.env_id).instruction
     lossless = own.images == "png"
     about = About(instruction, args.robot_uids, args.control_mode, args.control_freq, lossless)
     write_dataset(demos, own.out, about)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from plumbing.flags import UserError
 from plumbing.replay import has_gripper, worker_processes
-from plumbing.tasks import TASKS, Task, cameras_of, check_robot
+from plumbing.tasks import cameras_of, check_robot, task_of
 
 ROLES = ("state", "action", "success", "primary", "wrist")  # what --demo-columns can name
 ON_HAND = "wrist|hand|gripper"  # in the name of a camera
@@ -140,7 +140,7 @@ def check_source(flags) -> None:
 
 def for_task(data: Dataset, env_id: str) -> list[dict]:
     """The episodes with the task's instruction; all, where the data set has one instruction. Raises: UserError."""
-    wanted = TASKS.get(env_id, Task()).instruction
+    wanted = task_of(env_id).instruction
     told = [episode.get("tasks") or [] for episode in data.episodes]
     tasks = set().union(*told)
     if wanted in tasks:

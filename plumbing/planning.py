@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,6 +129,13 @@ def can_plan(env_id: str) -> bool:
     return env_id in MP_SOLUTIONS
 
 
+def no_planner(env_id: str) -> str:
+    """What to say where there is no solution."""
+    if ":" in env_id:
+        return f"MP_SOLUTIONS has no {env_id!r}: enter its solution there (docs/new-task.md), or"
+    return f"ManiSkill has no motion planner for {env_id}:"
+
+
 def bare_env(flags, control_mode: str, **more) -> gym.Env:
     """The task without observations, for plans and recordings. Raises: UserError."""
     allow_no_reward(flags.env_id)
@@ -166,11 +174,17 @@ def plan(flags, path: Path, seeds: range) -> None:
             solved = result != -1 and result[-1]["success"].item()
         except Exception as error:  # the solutions raise all sorts where no plan exists; the next seed is as good
             solved = False
-            problem = f"{type(error).__name__}: {error}"
+            problem = described(error)
         if env._trajectory_buffer is not None:  # none where the solution gave up before its first reset
             env.flush_trajectory(save=solved)
     env.close()
     path.with_suffix(".done").write_text(problem)  # a killed run leaves no half file
+
+
+def described(error: Exception) -> str:
+    """What a solution raised, and where in its file."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
 
 
 # === Converting ======================================================================================================

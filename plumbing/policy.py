@@ -10,6 +10,7 @@ no critics) and README.md, the model card.
 from __future__ import annotations
 
 import inspect
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from plumbing.hub import local
 from plumbing.run import provenance
 from plumbing.scripts import of_run
 from plumbing.storage import Checkpoints, write, write_json
-from plumbing.tasks import cameras_of
+from plumbing.tasks import cameras_of, task_of
 
 MODEL = "model.safetensors"
 PATTERNS = ["config.json", MODEL, "README.md"]
@@ -134,7 +135,8 @@ class Policy:
             if "critic." not in name:
                 weights[name] = value.cpu().contiguous()
         flags = vars(self.args) | {"resume": None, "eval_only": None}
-        config = {"script": self.script, "args": flags, "policy": self.describe()} | provenance()
+        config = {"script": self.script, "args": flags, "task": asdict(task_of(self.args.env_id))}
+        config |= {"policy": self.describe()} | provenance()
         write_json(folder / "config.json", config)
         (folder / "README.md").write_text(model_card(self.describe()))
         write(folder / MODEL, save(weights))

@@ -25,12 +25,13 @@ from plumbing.planning import (
     can_plan,
     check_convertible,
     episodes_for,
+    no_planner,
     plan,
     read_episodes,
     read_recording,
 )
 from plumbing.stop import follow_parent
-from plumbing.tasks import check_robot
+from plumbing.tasks import check_robot, source_of
 from plumbing.wrappers import SPAWN
 
 BLOCK = 5  # episodes that a worker plans or reads at a time
@@ -52,7 +53,7 @@ def check_source(flags) -> None:
         for _ in read_episodes(recording):
             pass
     elif not can_plan(flags.env_id):
-        raise UserError(f"ManiSkill has no motion planner for {flags.env_id}: give demonstrations by --demo-path FILE")
+        raise UserError(f"{no_planner(flags.env_id)} give demonstrations by --demo-path FILE")
 
 
 def make_episodes(args, make_env, flags) -> tuple[str, list[dict[str, np.ndarray]]]:
@@ -66,9 +67,9 @@ def make_episodes(args, make_env, flags) -> tuple[str, list[dict[str, np.ndarray
     else:
         spawn = "" if flags.spawn == "random" else f"-{flags.spawn}"
         source = f"{flags.env_id}-{flags.robot_uids}-{flags.control_freq}hz{spawn}"
-        folder = Path(args.demo_dir) / source
+        folder = Path(args.demo_dir) / f"{source}{source_of(flags.env_id)}"
         jobs = planned_jobs(args, make_env, flags, folder)
-        problem = f"ManiSkill's motion planner fails on {flags.env_id}, or what it plans does when replayed"
+        problem = f"the planner's solution fails on {flags.env_id}, or what it plans does when replayed"
     found = []
     processes = min(os.cpu_count() or 1, 8, math.ceil(flags.num_demos / BLOCK))
     bar = tqdm(total=flags.num_demos, desc=f"demonstrations of {flags.env_id}", mininterval=2)
@@ -82,8 +83,9 @@ def make_episodes(args, make_env, flags) -> tuple[str, list[dict[str, np.ndarray
                 found += block.result()
                 bar.update(min(len(found), flags.num_demos) - bar.n)
     if not flags.demo_path and len(found) < flags.num_demos:
-        raised = (folder / "seeds-000000.done").read_text() or "no exception"
-        raise UserError(f"{problem}: {len(found)} of {flags.num_demos} succeed; it raised {raised}")
+        raised = (folder / "seeds-000000.done").read_text()
+        why = f"it raised {raised}" if raised else "it raised nothing: is the task's success ever reached?"
+        raise UserError(f"{problem}: {len(found)} of {flags.num_demos} succeed; {why}")
     if not found:
         raise UserError(f"no demonstration of {source} succeeds when replayed: recorded with other settings?")
     return source, found[: flags.num_demos]

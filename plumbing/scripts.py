@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import sys
 from pathlib import Path
 
 from plumbing.earlier import load_config, read_config
 from plumbing.flags import UserError, parse_flags
+from plumbing.tasks import TASKS, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,9 +34,25 @@ def with_flags(path: Path, doc: str, words: list[str]):
     return module, args
 
 
+def restore_task(folder: Path, env_id: str) -> None:
+    """The instruction, time limit and camera that a run was started with: its task's own module may not be here.
+
+    Raises: UserError.
+    """
+    stored = json.loads((folder / "config.json").read_text()).get("task", {})  # earlier versions stored none
+    if not stored:
+        return
+    try:
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        TASKS[env_id] = Task(**values)
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json has another make of task: put it back as it was ({error})") from error
+
+
 def of_run(folder: Path, device: str = "cpu"):
     """The module of a run's script, and the flags that it was started with, to look at it. Raises: UserError."""
     script, _ = read_config(folder)
     module = load_script(ROOT / Path(script).name)
     args = load_config(module.Args, folder, script, resume=False)
+    restore_task(folder, args.env_id)
     return module, dataclasses.replace(args, resume=None, eval_only=str(folder), device=device)

@@ -933,16 +933,16 @@ class MyPushNoLimit(PushCubeEnv):
     pass
 """
 TASKS = {
-    "no such module": ("nowhere:MyPush-v1", TASK, "nowhere.py can't be imported"),
+    "no such module": ("nowhere:MyPush-v1", TASK, "the module nowhere can't be imported"),
     "no such task": ("mine:Other-v1", TASK, "is no ManiSkill task"),
     "no name": ("mine:", TASK, "is no ManiSkill task"),
     "no module": (":MyPush-v1", TASK, "is no ManiSkill task"),
     "no time limit": ("mine:MyPushNoLimit-v1 --max-episode-steps None", TASK, "registered without a time limit"),
-    "no planner": ("mine:MyPush-v1", TASK, "no motion planner for mine:MyPush-v1: give demonstrations by --demo-path"),
-    "no Python": ("mine:MyPush-v1", "def (", "mine.py can't be imported .SyntaxError"),
-    "an error": ("mine:MyPush-v1", "1 / 0", "mine.py can't be imported .ZeroDivisionError"),
-    "a missing package": ("mine:MyPush-v1", "import nowhere_to_be_found", "mine.py can't be imported .ModuleNotFound"),
-    "ends the program": ("mine:MyPush-v1", "raise SystemExit(0)", "mine.py can't be imported .SystemExit"),
+    "no planner": ("mine:MyPush-v1", TASK, "MP_SOLUTIONS has no 'mine:MyPush-v1'"),
+    "no Python": ("mine:MyPush-v1", "def (", "the module mine can't be imported .SyntaxError"),
+    "an error": ("mine:MyPush-v1", "1 / 0", "the module mine can't be imported .ZeroDivisionError"),
+    "a missing package": ("mine:MyPush-v1", "import nowhere_to_be_found", "the module mine can't be imported .ModuleNotFound"),
+    "ends the program": ("mine:MyPush-v1", "raise SystemExit(0)", "the module mine can't be imported .SystemExit"),
     "other files": ("mine:MyPush-v1 --demo-path {here}/traj.h5", TASK, "recorded with --env-id PushCube-v1, not MyPush-v1"),
 }  # fmt: skip
 

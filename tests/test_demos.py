@@ -25,6 +25,7 @@ from plumbing import UserError, load_demos
 from plumbing.demos import DemoFlags, cache_of
 from plumbing.planning import Episode, read_episodes, read_recording
 from plumbing.replay import has_gripper, replay
+from plumbing.tasks import TASKS, Task, source_of
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_meshes_matter_where_they_are_seen(place):
 
 def test_an_edited_camera_asks_for_new_demonstrations(place, monkeypatch):
     before = cache_of(tiny_args(place))
-    monkeypatch.setitem(script.TASKS, "PushCube-v1", script.Task("push it", 5.0, (0.6, 0.0, 0.5), (0.0, 0.0, 0.0)))
+    monkeypatch.setitem(TASKS, "PushCube-v1", Task("push it", 5.0, (0.6, 0.0, 0.5), (0.0, 0.0, 0.0)))
     assert cache_of(tiny_args(place)) != before
 
 
@@ -369,12 +370,27 @@ class MyPushNoLimit(PushCubeEnv):
     assert len(np.load(tmp_path / "own.npz")["lengths"]) == 2
     for env_id, words in (
         ("own_tasks:MyPush-v2", "is no ManiSkill task"),
-        ("no_tasks:MyPush-v1", "no_tasks.py can't be imported .*PYTHONPATH"),
+        ("no_tasks:MyPush-v1", "the module no_tasks can't be imported .*PYTHONPATH"),
         ("own_tasks:MyPushNoLimit-v1", "without a time limit: give --max-episode-steps"),
     ):
         done = subprocess.run([*program, "--env-id", env_id], **there)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert re.search(words, done.stderr)
+
+
+def test_an_edited_task_asks_for_new_demonstrations(tmp_path, monkeypatch):
+    file = tmp_path / "edited_tasks.py"
+    file.write_text(
+        "from mani_skill.envs.tasks.tabletop.push_cube import PushCubeEnv\n"
+        "from mani_skill.utils.registration import register_env\n"
+        'register_env("Edited-v1", max_episode_steps=50)(type("Edited", (PushCubeEnv,), {}))\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    args = dataclasses.replace(tiny_args(tmp_path), env_id="edited_tasks:Edited-v1")
+    before, recordings = cache_of(args), source_of(args.env_id)
+    assert cache_of(args) == before and source_of("PushCube-v1") == ""
+    file.write_text(f"{file.read_text()}# the goal lies elsewhere\n")
+    assert cache_of(args) != before and source_of(args.env_id) != recordings
 
 
 # --- processes ---
@@ -494,7 +510,7 @@ def test_a_planner_that_fails_is_said_with_what_it_raised(place, inline, monkeyp
 
     monkeypatch.setitem(MP_SOLUTIONS, "PushCube-v1", solve)
     monkeypatch.setattr(plumbing.replay, "BLOCK", 30)
-    with pytest.raises(UserError, match="planner fails on PushCube-v1.*0 of 1 succeed.*RuntimeError: no way from 29"):
+    with pytest.raises(UserError, match=r"solution fails on PushCube-v1.*0 of 1 succeed.*RuntimeError: no way from 29 \(test_demos.py, line \d+\)"):
         load_demos(tiny_args(tmp_path, num_demos=1), script.make_env)
 
 

@@ -26,7 +26,7 @@ import bc
 import evaluate
 import export
 import serve
-from plumbing import Demos, UserError, load_demos, record
+from plumbing import TASKS, Demos, Task, UserError, load_demos, record
 from plumbing.evaluation import EVAL_SEED
 from plumbing.openpi import Client, pack, server, unpack
 from plumbing.policy import load_policy
@@ -87,6 +87,25 @@ def test_a_policy_acts_as_its_agent(name, cameras, tmp_path):
     assert not [key for key in again.agent.state_dict() if key not in agent.state_dict()]
     np.testing.assert_allclose(again.act(obs), actions, rtol=1e-5, atol=1e-6)
     assert again.describe() == policy.describe()
+
+
+def test_a_policy_keeps_its_instruction_where_its_task_is_unknown(tmp_path, monkeypatch):
+    """Whoever serves a policy hasn't got the module of its task."""
+    monkeypatch.setitem(TASKS, "gone:Gone-v1", Task())
+    folder, _, _ = a_run(tmp_path, "bc")
+    config = json.loads((folder / "config.json").read_text())
+    assert load_policy(folder).instruction == "push the cube onto the round target"
+    config["args"]["env_id"] = "gone:Gone-v1"
+    for task, said in (({"instruction": "put it there"}, "put it there"), ({"what": 1}, None)):
+        write_json(folder / "config.json", config | {"task": task})
+        if said:
+            policy = load_policy(folder)
+            assert policy.instruction == policy.describe()["instruction"] == said
+            policy.save(tmp_path / "out")
+            assert load_policy(tmp_path / "out").instruction == said
+        else:
+            with pytest.raises(UserError, match="another make of task"):
+                load_policy(folder)
 
 
 def test_an_instruction_counts(run):
