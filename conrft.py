@@ -150,7 +150,7 @@ class Args(RunArgs):
 
 
 # The defaults above are for cameras. What else a choice changes; flags on the command line always win.
-BY_OBS_MODE = {"state": dict(num_envs=1, num_demos=50, proprio_noise=0.0)}
+BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0)}
 BY_TASK = {  # as in the benchmark
     ("PushCube-v1", "state"): dict(online_steps=5000),
     ("PullCube-v1", "state"): dict(online_steps=5000),

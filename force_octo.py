@@ -157,7 +157,7 @@ class Args(RunArgs):
 # The defaults above are for cameras. Other values that go with the flags of a key, and with --preset. Later tables win
 # over earlier ones, and the command line over all.
 BY_OBS_MODE = {  # without a camera updates are cheap
-    "state": dict(num_envs=1, num_demos=50, proprio_noise=0.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995),
+    "state": dict(num_envs=1, proprio_noise=0.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995),
 }
 PUSH = dict(online_steps=8000, gamma=0.95, q_weight=0.05, explore_noise=0.1, candidate_noise=0.1)
 BY_TASK = {  # budgets, and for pushing, which can be done faster than it was shown, a pull towards higher Q

@@ -161,7 +161,7 @@ class Args(RunArgs):
 # The defaults above are for cameras. What else a choice changes: later tables win, and the command line always.
 BY_OBS_MODE = {  # without a camera updates are cheap, and the critic sees enough to push the policy a little
     "state": dict(
-        num_envs=1, num_demos=50, proprio_noise=0.0, online_steps=8000, q_weight=0.02, actor_ema=0.995,
+        num_envs=1, proprio_noise=0.0, online_steps=8000, q_weight=0.02, actor_ema=0.995,
         explore_noise=0.02, success_filter=False,
     ),
 }  # fmt: skip

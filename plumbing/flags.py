@@ -51,7 +51,7 @@ class RunArgs:
     demo_path: str | None = None  # ManiSkill .h5 (with its .json), or a LeRobotDataset v3 folder; default: planned
     demo_columns: str | None = None  # of that folder, where names differ: "primary=observation.images.top state=..."
     demo_dir: str = "demos"  # cache for demonstrations
-    num_demos: int = 300  # demonstrations to make or to use
+    num_demos: int = 50  # demonstrations to make or to use
     drop_idle: float = 0.03  # leave out steps in which nothing moves: the arm less than this (actions reach 1); 0: none
 
     # --- evaluation and logging ---
