@@ -106,7 +106,7 @@ class Args(RunArgs):
     backbone: Literal["octo-compact", "octo-small", "octo-base"] = "octo-compact"  # size of the Octo backbone
     checkpoint: str | None = None  # released Octo weights to start from: a folder, or hf://owner/name[@revision]
     hidden_dim: int = 256  # width of actor and critic
-    num_critics: int = 4  # critics in the ensemble; TD targets take the minimum of two random ones
+    num_critics: int = 2  # critics in the ensemble; TD targets take the minimum of two random ones
     noise_levels: int = 8  # noise levels drawn per sample in the policy's loss
     chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
 
@@ -158,7 +158,7 @@ BY_TASK = {  # as in the benchmark
     ("StackCube-v1", "state"): dict(online_steps=8000),
 }
 PAPER = dict(
-    control_mode="pd_ee_delta_pose", reward="conrft", tau=0.005, batch_size=256, chunk_len=1, num_critics=2,
+    control_mode="pd_ee_delta_pose", reward="conrft", tau=0.005, batch_size=256, chunk_len=1,
     noise_levels=1, cql_samples=10, offline_updates=20_000, online_steps=10_000, utd_ratio=1.0, num_demos=30,
     fresh_head=True,
 )  # fmt: skip

@@ -110,7 +110,7 @@ class Args(RunArgs):
     flow_times: int = 2  # times drawn per sample in the flow's loss: each is a pass of the expert, on one prefix
     bf16: bool = False  # keep the vision-language part in bfloat16 (with --finetune expert or head, which freeze it)
     hidden_dim: int = 256  # width of actor and critic
-    num_critics: int = 4  # critics in the ensemble; TD targets take the minimum of two random ones
+    num_critics: int = 2  # critics in the ensemble; TD targets take the minimum of two random ones
     noise_levels: int = 8  # noise levels drawn per sample in the policy's loss
     chunk_len: int = 4  # H: actions per decision, executed open loop (1 = the paper's)
 
@@ -175,7 +175,7 @@ BY_TASK = {  # as in the benchmark
 BY_PRESET = {
     "paper": dict(
         control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99,
-        chunk_len=1, num_critics=2, noise_levels=1, flow_times=1, sft_lr=2.5e-5, q_weight=1.0, offline_q_weight=0.1,
+        chunk_len=1, noise_levels=1, flow_times=1, sft_lr=2.5e-5, q_weight=1.0, offline_q_weight=0.1,
         q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0,
         candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, success_filter=False, cql_samples=10,
         offline_updates=20_000, warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50, stay=False,

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio
 import matplotlib
 import numpy as np
 from PIL import Image
@@ -200,8 +201,29 @@ def draw_meshes(path: Path) -> None:
     Image.fromarray(np.concatenate(seen, 1)).save(path)
 
 
-def main(check: bool = False, meshes: bool = False) -> int:
-    """Bring the figures in line with the results, or with --meshes the cameras' views of the arm.
+def draw_films(runs: tuple[Path, ...], path: Path, episodes: int = 3, side: int = 160) -> None:
+    """The films of the same evaluation episodes, a row for each run, until the last one ends."""
+    strips = []
+    for run in runs:
+        for episode in range(episodes):
+            (film,) = (run / "videos").glob(f"episode-{episode}-*.mp4")
+            frames = [
+                Image.fromarray(frame[:256, :256]).resize((side, side))
+                for frame in imageio.mimread(film, memtest=False)
+            ]
+            strips.append([np.asarray(frame) for frame in frames])
+    longest = max(map(len, strips))
+    frames = []
+    for t in range(0, longest, 2):
+        shown = [strip[min(t, len(strip) - 1)] for strip in strips]
+        rows_shown = [np.concatenate(shown[i : i + episodes], 1) for i in range(0, len(shown), episodes)]
+        frames.append(Image.fromarray(np.concatenate(rows_shown)).quantize(64))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=160, loop=0, optimize=True)
+
+
+def main(check: bool = False, meshes: bool = False, films: tuple[Path, ...] = ()) -> int:
+    """Bring the figures in line with the results; or draw with --meshes the cameras' views of the arm, with --films RUN RUN
+    films of runs, a row each.
 
     --check: draw nothing; exit code 1 if a figure is missing or was drawn from other numbers.
     """
@@ -209,6 +231,9 @@ def main(check: bool = False, meshes: bool = False) -> int:
     folder.mkdir(exist_ok=True)
     if meshes:
         draw_meshes(folder / "meshes.png")
+        return 0
+    if films:
+        draw_films(films, folder / "rollout.gif")
         return 0
     data = Data()
     stale = []

@@ -11,6 +11,7 @@ import torch
 from conftest import REACHING, differences, follow_demonstrations, reaching_args, rows, tiny_args, unequal, weights
 
 import force_octo as script
+from benchmark import branching
 from plumbing import ObsWrapper, Run
 from plumbing.evaluation import summary
 
@@ -289,3 +290,50 @@ def test_videos(place, monkeypatch):
     assert path.parent == folder / "videos" and re.fullmatch(r"episode-0-(success|failure)\.mp4", path.name)
     assert len(frames) == 4 and frames[0].shape == (256, 256, 3) and frames[0].dtype == np.uint8
     assert kwargs["fps"] == 10 and np.std(frames[0]) > 5
+
+
+# --- what a choice among candidates is worth ---
+
+
+def test_branches_from_one_state_differ_by_the_candidate_alone(force):
+    """Equal candidates have equal true Q, whatever was executed from that state before; others differ."""
+    brancher = branching.Brancher(force.folder)
+    brancher.limit = 40
+    candidates = brancher.agent.candidates
+
+    def twice(feature, args, generator):
+        found = candidates(feature, args, generator)
+        return torch.cat([found[:, :2], found[:, :2]], 1)
+
+    brancher.agent.candidates = twice
+    ends = []
+    play = brancher.play
+
+    def watched(obs, t, generator, chunk=None):
+        end, states = play(obs, t, generator, chunk)
+        if chunk is not None:
+            ends.append(brancher.env.unwrapped.get_state_dict()["actors"]["cube"].clone())
+        return end, states
+
+    brancher.play = watched
+    found = brancher.branch(0, rollouts=2)
+    assert [line["candidate"] for line in found] == [0, 1, 2, 3]
+    assert found[0]["q"] == pytest.approx(found[2]["q"]) and found[0]["q"] != pytest.approx(found[1]["q"], abs=1e-9)
+    for one, other in ((0, 4), (1, 5), (2, 6), (3, 7)):  # candidate by candidate, two rollouts each
+        assert torch.equal(ends[one], ends[other])
+
+
+def test_what_a_choice_is_worth():
+    def line(state, q, a, b):
+        return {"state": state, "q": q, "return_a": a, "return_b": b, "critic_std": 0.5}
+
+    lines = [line(0, 1, 0.0, 0.2), line(0, 2, 0.4, 0.4), line(0, 3, 0.8, 0.6), line(1, 1, 0.5, 0.5), line(1, 2, 0.5, 0.5)]
+    first, second = branching.of_states(lines)
+    assert first["mean return"] == pytest.approx(0.4)
+    assert first["best candidate"] == pytest.approx((0.6 + 0.8) / 2 - 0.4)  # chosen by one half, judged by the other
+    assert first["critic's best"] == pytest.approx(0.7 - 0.4)
+    assert first["above the mean Q"] == pytest.approx((0.4 + 0.7) / 2 - 0.4)
+    assert first["rank of Q"] == first["rank of half the rollouts"] == pytest.approx(1)
+    assert second["best candidate"] == second["critic's best"] == 0 and np.isnan(second["rank of Q"])
+    mean, low, high = branching.interval([0.0, 1.0, np.nan])
+    assert (mean, low, high) == (0.5, 0.0, 1.0)
