@@ -144,6 +144,7 @@ class Args(RunArgs):
     q_weight_end: float | None = None  # the same at the end of stage 3, reached evenly; default: --q-weight throughout
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
+    by_chance: bool = False  # --by-chance: VGPD's candidates by chance, not by Q: the control for what the critic adds
     temperature: float = 1.0  # temperature of Eq. (15), in units of reward or (adaptive) of the candidates' Q spread
     temperature_adaptive: bool = True  # scale the temperature by the standard deviation of Q over a state's candidates
     success_filter: bool = True  # stage 3: the actor learns from successful trajectories only
@@ -720,6 +721,8 @@ def self_distilled(agent: Agent, batch: Batch, args: Args, generator) -> tuple[T
     q = agent.critic(feature, candidates).mean(0)  # [B', K]
     q_buffer = agent.critic(feature, chunk).mean(0)  # [B']
     weight, zeta = vgpd_target(q, q_buffer, args.temperature, args.temperature_adaptive)
+    if args.by_chance:
+        weight = torch.full_like(weight, 1 / args.K)
     # Eq. (14)'s target is the w-weighted sum of candidates; one k ~ w per state has the same expected gradient.
     k = torch.multinomial(weight, 1, generator=generator)[:, 0]
     chosen = candidates.take_along_dim(k[:, None, None], 1)[:, 0]  # [B', D]

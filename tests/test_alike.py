@@ -252,8 +252,12 @@ def vgpd_target(s):
 def self_distilled(s):
     net, critic = seeded(s.ConsistencyActor, 5, UNIT, hidden=8), seeded(s.EnsembleCritic, 3, 5, UNIT, 8)
     agent = SimpleNamespace(candidates=lambda f, args, g: net.sample(f, args.K, g, 0.4), critic=critic)
-    args = SimpleNamespace(K=5, temperature=1.0, temperature_adaptive=True)
-    return s.self_distilled(agent, SimpleNamespace(feature=FEATURE, chunk=CHUNK, expert=SUCCESS > 0), args, rng())
+    batch = SimpleNamespace(feature=FEATURE, chunk=CHUNK, expert=SUCCESS > 0)
+    found = []
+    for by_chance in (False, True):
+        args = SimpleNamespace(K=5, temperature=1.0, temperature_adaptive=True, by_chance=by_chance)
+        found.append(s.self_distilled(agent, batch, args, rng()))
+    return found
 
 
 @probe

@@ -679,6 +679,20 @@ def test_the_policy_half_imitates_the_better_proposals():
     assert not target.requires_grad and batch.chunk[1].tolist() == pytest.approx([-0.2, 0.1])  # the batch stays
 
 
+def test_the_control_chooses_by_chance_and_keeps_the_gate():
+    agent, batch = stub_agent()
+    many = script.Batch(*(torch.cat([value[1:]] * 3000) for value in vars(batch).values()))
+    _, target, logs, _ = distilled((agent, many), by_chance=True)
+    for k in range(5):
+        share = (target[:, 0] - (0.3 + 0.01 * k)).abs().lt(1e-4).float().mean().item()
+        assert share == pytest.approx(0.2, abs=0.03), k
+    assert logs["vgpd/zeta"] == 1 and logs["vgpd/ess"].item() == pytest.approx(5)
+    closed = stub_agent()
+    closed[1].chunk[1] = 1.0  # better than all candidates
+    _, target, logs, batch = distilled(closed, by_chance=True)
+    assert logs["vgpd/zeta"] == 0 and torch.equal(target, batch.chunk)
+
+
 def test_the_choice_of_a_proposal_follows_the_weights():
     agent, batch = stub_agent()
     many = script.Batch(*(torch.cat([value[1:]] * 3000) for value in vars(batch).values()))
