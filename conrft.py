@@ -480,7 +480,7 @@ class ConsistencyActor(nn.Module):
 
 
 class QNetwork(nn.Module):
-    """Q(s, chunk). The part of the first layer that reads the feature is computed once per state, for all its chunks."""
+    """Q(s, chunk). What the first layer makes of the feature is computed once per state, for all its chunks."""
 
     def __init__(self, feature_dim: int, chunk_dim: int, hidden: int):
         super().__init__()

@@ -157,7 +157,8 @@ class Args(RunArgs):
 # Flags of all scripts (num_demos, drop_idle, ...) and their defaults are in RunArgs, plumbing/flags.py.
 # The defaults above are for cameras. Other values that go with the flags of a key, and with --preset. Later tables win
 # over earlier ones, and the command line over all.
-BY_OBS_MODE = {  # without a camera updates are cheap
+BY_OBS_MODE = {  # without a camera updates are cheap; with one, these budgets are minutes
+    "rgb": dict(batch_size=64, online_steps=7500),
     "state": dict(num_envs=1, proprio_noise=0.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995),
 }
 PUSH = dict(online_steps=8000, gamma=0.95, q_weight=0.05, explore_noise=0.1, candidate_noise=0.1)
@@ -486,7 +487,7 @@ class ConsistencyActor(nn.Module):
 
 
 class QNetwork(nn.Module):
-    """Q(s, chunk). The part of the first layer that reads the feature is computed once per state, for all its chunks."""
+    """Q(s, chunk). What the first layer makes of the feature is computed once per state, for all its chunks."""
 
     def __init__(self, feature_dim: int, chunk_dim: int, hidden: int):
         super().__init__()
@@ -1075,8 +1076,7 @@ def main(args: Args) -> Path:
         forget(critic_optimizer, actor_optimizer)
         run.evaluate(whole=True)
 
-    # Stage 3: TD, and self-distillation online, Eqs. (8-15), in rounds: episodes of pi_old, then updates.
-    # Checkpoints lie between rounds: a simulator can't be saved within an episode, and a round has one schedule.
+    # Stage 3: TD, and self-distillation online, Eqs. (8-15), in rounds (no checkpoint within): episodes, then updates
     if run.enter("online"):
         bar = run.bar("[3/3] online VGPD", args.online_steps, run.stage_env_steps)
         while run.stage_env_steps < args.online_steps:
@@ -1090,12 +1090,13 @@ def main(args: Args) -> Path:
             q_weight = args.q_weight + done * (args.q_weight_end - args.q_weight)
             first = run.stage_updates
             last = int(args.utd_ratio * run.stage_env_steps)
-            for step in run.updates_until(last):
-                lr = online_lr(step - first, last - first, args)
-                online_optimizer.param_groups[0]["lr"] = lr
-                batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, 0.0)
-                logs |= update_online(agent, online_optimizer, batch, observed, args, noise, q_weight)
-                run.tick(logs, may_save=False)
+            with threads(args, many="primary" in kept):
+                for step in run.updates_until(last):
+                    lr = online_lr(step - first, last - first, args)
+                    online_optimizer.param_groups[0]["lr"] = lr
+                    batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, 0.0)
+                    logs |= update_online(agent, online_optimizer, batch, observed, args, noise, q_weight)
+                    run.tick(logs, may_save=False)
             if args.online_finetune == "full":  # pi_old <- pi, and what the critic reads is embedded by its backbone
                 agent.actor_ema.load_state_dict(agent.actor.state_dict())
                 embed(expert, expert.observations, expert.steps.rows, agent)

@@ -478,7 +478,7 @@ class ConsistencyActor(nn.Module):
 
 
 class QNetwork(nn.Module):
-    """Q(s, chunk). The part of the first layer that reads the feature is computed once per state, for all its chunks.
+    """Q(s, chunk). What the first layer makes of the feature is computed once per state, for all its chunks.
 
     It reads the last `feature_dim` numbers of a row, embedding and proprio: a flow head's rows begin with the cache.
     """
