@@ -45,7 +45,7 @@ class RunArgs:
     eval_only: str | None = None  # run folder to evaluate, without training; takes --eval-episodes too
     track: bool = False  # log to Weights & Biases too (works offline)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks live
-    torch_threads: int = 0  # CPU threads; 0: one, and all cores (OMP_NUM_THREADS, at most 8) to train a backbone on images
+    torch_threads: int = 0  # CPU threads; 0: one, and OMP_NUM_THREADS or all cores (at most 8) to train on images
 
     # --- demonstrations ---
     demo_path: str | None = None  # ManiSkill .h5 (with its .json), or a LeRobotDataset v3 folder; default: planned
