@@ -947,7 +947,7 @@ def main(args: Args) -> Path:
                 cloned.load_state_dict(averaged.module.state_dict())
             embed_demonstrations(demo, demos, agent)
         run.drop("sft_optimizer", "averaged")
-        run.evaluate(whole=True)
+        run.evaluate()  # each episode ends at its first success
         if args.fresh_head:
             torch.manual_seed(args.seed)
             reset(agent.actor)
@@ -962,7 +962,7 @@ def main(args: Args) -> Path:
             )  # fmt: skip
             run.tick(logs)
         forget(critic_optimizer, actor_optimizer)  # ConRFT starts each stage with a fresh Adam
-        run.evaluate(whole=True)
+        run.evaluate(whole=True)  # each goes on to the time limit
 
     # Stage II: HIL-ConRFT on demonstrations, interventions and rollouts, Eqs. (4) and (5). A simulator can't be saved in
     # the middle of an episode: whole episodes and updates take turns, and checkpoints lie between them.
@@ -970,7 +970,7 @@ def main(args: Args) -> Path:
         bar = run.bar("[2/2] HIL-ConRFT", args.online_steps, run.stage_env_steps)
         while run.stage_env_steps < args.online_steps:
             if run.evaluation_due():
-                run.evaluate()  # each episode ends at its first success
+                run.evaluate()
                 run.save()
             bar.update(collect(watched, agent, args, run, demo, replay, helped))
             for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):

@@ -1044,7 +1044,7 @@ def main(args: Args) -> Path:
             agent.actor_ema.load_state_dict(agent.actor.state_dict())
             embed(expert, demos_at, len(demos.action), agent)
         run.drop("sft_optimizer", "averaged")
-        run.evaluate(whole=True)
+        run.evaluate()  # each episode ends at its first success
 
     # Stage 1: Cal-QL and BC on demonstrations, Eqs. (1-4)
     if run.enter("offline"):
@@ -1056,7 +1056,7 @@ def main(args: Args) -> Path:
             )  # fmt: skip
             run.tick(logs)
         forget(critic_optimizer, actor_optimizer)  # ConRFT starts each stage with a fresh Adam
-        run.evaluate(whole=True)
+        run.evaluate()
 
     # Stage 2: value-calibrated warm-up on the policy's own rollouts, Eqs. (1) and (5-7)
     if args.warmup and run.enter("warmup"):
@@ -1074,14 +1074,14 @@ def main(args: Args) -> Path:
             run.tick(logs)
         run.log(calibration(agent, policy, args))
         forget(critic_optimizer, actor_optimizer)
-        run.evaluate(whole=True)
+        run.evaluate(whole=True)  # each goes on to the time limit
 
     # Stage 3: TD, and self-distillation online, Eqs. (8-15), in rounds (no checkpoint within): episodes, then updates
     if run.enter("online"):
         bar = run.bar("[3/3] online VGPD", args.online_steps, run.stage_env_steps)
         while run.stage_env_steps < args.online_steps:
             if run.evaluation_due():
-                run.evaluate()  # each episode ends at its first success
+                run.evaluate()
                 run.save()
             before = run.stage_env_steps
             while run.stage_env_steps < min(before + args.round_steps, args.online_steps):

@@ -1048,7 +1048,7 @@ def main(args: Args) -> Path:
         cloned.load_state_dict(averaged.module.state_dict())
         agent.actor_ema.load_state_dict(agent.actor.state_dict())
         run.drop("sft_optimizer", "averaged", "teacher")
-        run.evaluate(whole=True)
+        run.evaluate()  # each episode ends at its first success
 
     # Stage 1: Cal-QL and BC on demonstrations, Eqs. (1-4)
     if run.enter("offline"):
@@ -1060,7 +1060,7 @@ def main(args: Args) -> Path:
             )  # fmt: skip
             run.tick(logs)
         forget(critic_optimizer, actor_optimizer)  # ConRFT starts each stage with a fresh Adam
-        run.evaluate(whole=True)
+        run.evaluate()
 
     # Stage 2: value-calibrated warm-up on the policy's own rollouts, Eqs. (1) and (5-7)
     if args.warmup and run.enter("warmup"):
@@ -1078,7 +1078,7 @@ def main(args: Args) -> Path:
             run.tick(logs)
         run.log(calibration(agent, policy, args))
         forget(critic_optimizer, actor_optimizer)
-        run.evaluate(whole=True)
+        run.evaluate(whole=True)  # each goes on to the time limit
 
     # Stage 3: TD, and self-distillation online, Eqs. (8-15). A simulator can't be saved in the middle of an episode:
     # whole episodes and updates take turns, and checkpoints lie between them.
@@ -1086,7 +1086,7 @@ def main(args: Args) -> Path:
         bar = run.bar("[3/3] online VGPD", args.online_steps, run.stage_env_steps)
         while run.stage_env_steps < args.online_steps:
             if run.evaluation_due():
-                run.evaluate()  # each episode ends at its first success
+                run.evaluate()
                 run.save()
             bar.update(collect(env, agent, args, run, expert, policy))
             done = min(run.stage_env_steps / args.online_steps, 1.0)
