@@ -15,11 +15,11 @@ from mani_skill.utils.structs import Pose
 from plumbing.tasks import TASKS, Task
 
 NAME = "PushAside-v1"
-ENV_ID = f"{__name__}:{NAME}"  # what --env-id says
+ENV_ID = f"{__name__}:{NAME}"  # what --env-id says: the module's name, a colon, and the task's
 
 
 # 1. The task: what a scene holds, where things start, and what success is. What isn't written here is PushCube's.
-@register_env(NAME, max_episode_steps=50)
+@register_env(NAME, max_episode_steps=50)  # ManiSkill's own limit; the one in part 3 is what counts here
 class PushAside(PushCubeEnv):
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict) -> None:
         super()._initialize_episode(env_idx, options)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -724,6 +725,9 @@ def test_speed_measures_all_and_writes_a_page(tmp_path):
     page = tmp_path / "page.md"
     assert speed.main(rounds=1, out=page) == 0
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.read_text().splitlines()]
-    ratios = [float(shown[3].split()[0]) for shown in lines if len(shown) == 4 and shown[3][0].isdigit()]
-    assert len(ratios) == 7 and ratios.count(1) >= 3 and min(ratios) > 0
+    ratios = [float(shown[3].split()[0]) for shown in lines if len(shown) == 4 and re.match(r"[\d.]+ \(", shown[3])]
+    assert len(ratios) == 10 and ratios.count(1) >= 3 and min(ratios) > 0
+    bounds = [[float(cell) for cell in shown[1:]] for shown in lines if shown[0].startswith("K = ") and len(shown) == 5]
+    assert len(bounds) == 5 and all(flops > 0.1 and ratio > 1 for flops, _, _, ratio in bounds)
+    assert [bound[0] for bound in bounds] == sorted(bound[0] for bound in bounds)  # more candidates, more work
     assert "torch" in page.read_text() and str(tmp_path) not in page.read_text()
