@@ -217,7 +217,7 @@ def draw_films(runs: tuple[Path, ...], path: Path, episodes: int = 3, side: int 
     for t in range(0, longest, 2):
         shown = [strip[min(t, len(strip) - 1)] for strip in strips]
         rows_shown = [np.concatenate(shown[i : i + episodes], 1) for i in range(0, len(shown), episodes)]
-        frames.append(Image.fromarray(np.concatenate(rows_shown)).quantize(64))
+        frames.append(Image.fromarray(np.concatenate(rows_shown)).quantize(192, Image.Quantize.MAXCOVERAGE))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=160, loop=0, optimize=True)
 
 

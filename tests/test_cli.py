@@ -160,7 +160,9 @@ def test_tables_fill_in_what_was_not_given():
     paper = parsed("--preset", "paper")
     assert vars(paper).items() >= script.BY_PRESET["paper"].items()
     assert parsed("--preset", "paper", "--chunk-len", "3").chunk_len == 3
-    assert parsed("--no-vgpd", "--no-warmup") == script.Args(vgpd=False, warmup=False)
+    off = dict(vgpd=False, warmup=False)
+    assert parsed("--no-vgpd", "--no-warmup") == fill(script.Args, script.TABLES, **off)
+    assert vars(parsed()).items() >= script.BY_OBS_MODE["rgb"].items()
     pick = parsed("--obs-mode", "state", "--env-id", "PickCube-v1")
     assert vars(pick).items() >= (script.BY_OBS_MODE["state"] | script.BY_TASK["PickCube-v1", "state"]).items()
     push = parsed("--obs-mode", "state", "--env-id", "PushCube-v1")
