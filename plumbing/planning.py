@@ -182,8 +182,9 @@ def plan(flags, path: Path, seeds: range) -> None:
 
 
 def described(error: Exception) -> str:
-    """What a solution raised, and where in its file."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
+    """What a solution raised, and where: in its own file, if that is where it began, not in a library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = ([frame for frame in frames[1:] if "site-packages" not in frame.filename] or frames)[-1]
     return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
 
 
