@@ -174,33 +174,34 @@ class Chunks:
         for end in ends:  # chunks that reach past the recording's end are filled up with the action that keeps still
             action[end] = agent.hold_action(action[end - 1])
         self.H = agent.H
-        self.action = torch.from_numpy(action)  # [M, A] normalised
-        self.last = torch.from_numpy(np.repeat(ends, demos.lengths + 1))  # [M]
+        device = demos.device
+        self.action = torch.from_numpy(action).to(device)  # [M, A] normalised
+        self.last = torch.from_numpy(np.repeat(ends, demos.lengths + 1)).to(device)  # [M]
         held = math.ceil(holdout * len(ends))  # episodes
         first_held = starts[-held] if held else len(action)
         rows = np.delete(np.arange(len(action)), ends)
-        self.train = torch.from_numpy(rows[rows < first_held])
-        self.held = torch.from_numpy(rows[rows >= first_held])
+        self.train = torch.from_numpy(rows[rows < first_held]).to(device)
+        self.held = torch.from_numpy(rows[rows >= first_held]).to(device)
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` training pairs, uniform with replacement: [size] int64."""
-        chosen = torch.randint(len(self.train), (size,), generator=generator)
+        chosen = torch.randint(len(self.train), (size,), generator=generator, device=self.train.device)
         return self.train[chosen]
 
-    def at(self, rows: Tensor, device: str = "cpu") -> Tensor:
+    def at(self, rows: Tensor) -> Tensor:
         """Chunks that start at rows [B]: [B, H*A] normalised, time-major."""
-        steps = rows[:, None] + torch.arange(self.H)  # [B, H]
+        steps = rows[:, None] + torch.arange(self.H, device=rows.device)  # [B, H]
         steps = torch.minimum(steps, self.last[rows][:, None])
-        return self.action[steps].flatten(1).to(device)
+        return self.action[steps].flatten(1)
 
 
 # === Networks ========================================================================================================
 SIGMA_MIN, SIGMA_MAX, RHO, NUM_SIGMAS = 0.002, 80.0, 7.0, 40  # ConRFT, as EDM; SIGMA_DATA: the spread of actions
 
 
-def karras_sigmas() -> Tensor:
+def karras_sigmas(device: torch.device | str = "cpu") -> Tensor:
     """The 40 noise levels, descending from 80 to 0.002."""
-    i = torch.arange(NUM_SIGMAS) / (NUM_SIGMAS - 1)
+    i = torch.arange(NUM_SIGMAS, device=device) / (NUM_SIGMAS - 1)
     high = SIGMA_MAX ** (1 / RHO)
     low = SIGMA_MIN ** (1 / RHO)
     return (high + i * (low - high)) ** RHO
@@ -346,7 +347,7 @@ def consistency_loss(actor: ConsistencyActor, feature: Tensor, chunk: Tensor, ge
     """
     B, D = chunk.shape
     device = chunk.device
-    sigmas = karras_sigmas()[:-1].to(device)  # sigma_min itself is the identity
+    sigmas = karras_sigmas(device)[:-1]  # sigma_min itself is the identity
     level = torch.randint(len(sigmas), (B, n), generator=generator, device=device)
     sigma = sigmas[level]  # [B, n]
     clean = (chunk / actor.unit)[:, None]  # [B, 1, D]
@@ -431,18 +432,18 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
 
 
 @torch.no_grad()
-def held_out(agent: Agent, demos: Demos, chunks: Chunks, device: str) -> dict[str, Tensor]:
+def held_out(agent: Agent, demos: Demos, chunks: Chunks) -> dict[str, Tensor]:
     """Loss and action error on the held-out demonstrations, with the same noise every time."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(demos.device).manual_seed(0)
     loss = 0.0
     predicted = []
     for rows in chunks.held.split(256):
         feature = agent.feature(demos.at(rows, agent.window))
-        part = bc_loss(agent, feature, chunks.at(rows, device), generator, n=1)
+        part = bc_loss(agent, feature, chunks.at(rows), generator, n=1)
         loss += part * len(rows) / len(chunks.held)
         action = agent.act(feature, generator)
         predicted.append(torch.from_numpy(action))
-    chunk = chunks.at(chunks.held).unflatten(1, (agent.H, -1))  # [B, H, A]
+    chunk = chunks.at(chunks.held).cpu().unflatten(1, (agent.H, -1))  # [B, H, A]
     spread = SIGMA_DATA * agent.chunk_unit[: agent.action_dim].cpu()
     error = action_error(torch.cat(predicted), chunk, spread)
     logs = {"val/loss": loss, "val/action_error": error.mean()}
@@ -455,7 +456,7 @@ def embed_demonstrations(demos: Demos, agent: Agent) -> Tensor:
     features = []
     for rows in torch.arange(len(demos.action)).split(256):
         obs = demos.at(rows, agent.window)
-        features.append(agent.feature(obs).cpu())
+        features.append(agent.feature(obs))
     return torch.cat(features)
 
 
@@ -496,9 +497,9 @@ def main(args: Args) -> Path:
                     obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])
                     feature = agent.feature(obs)
                 else:
-                    feature = cached[rows].to(args.device)
+                    feature = cached[rows]
                 feature = agent.perturb(feature, args.proprio_noise, noise)
-                chunk = chunks.at(rows, args.device)
+                chunk = chunks.at(rows)
                 loss = bc_loss(agent, feature, chunk, noise, args.noise_levels)
                 optimizer.zero_grad()
                 loss.backward()
@@ -507,7 +508,7 @@ def main(args: Args) -> Path:
                 averaged.update_parameters(agent)
                 run.tick({"losses/bc": loss, "grad_norm/bc": grad_norm, "lr/bc": lr}, may_save=False)
                 if len(chunks.held) and run.updates % args.val_freq == 0:
-                    run.log(held_out(acting, demos, chunks, args.device))
+                    run.log(held_out(acting, demos, chunks))
                 run.save_if_due()
         run.evaluate(whole=True)
 

@@ -70,7 +70,9 @@ from plumbing import (
     camera_configs,
     check_flags,
     check_sft,
+    compiled,
     film,
+    fixed,
     lighten,
     load_demos,
     load_sft_weights,
@@ -251,9 +253,6 @@ class Batch:
     mc_return: Tensor  # [B] discounted return from t on; of a truncated episode a lower bound of it
     terminated: Tensor  # [B] whether the episode ends in success
 
-    def to(self, device: str) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
-
 
 def step_rewards(demos: Demos, final: np.ndarray, args: Args):
     """Reward of each recorded step [M], and which episodes terminate [episodes]; they end before the rows `final`.
@@ -325,13 +324,16 @@ class ChunkData:
         def rows(of_episode: np.ndarray) -> np.ndarray:
             return np.repeat(of_episode, demos.lengths + 1)
 
-        self.feature = torch.empty(len(action), agent.feature_dim)  # by `embed_demonstrations`
-        self.action = torch.from_numpy(action)
-        self.reward = torch.from_numpy(reward)
-        self.mc_return = torch.from_numpy(mc_return)
-        self.terminated = torch.from_numpy(rows(terminated))
-        self.final = torch.from_numpy(rows(finals))
-        self.last = torch.from_numpy(rows(ends))
+        def kept(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(args.device)
+
+        self.feature = torch.empty(len(action), agent.feature_dim, device=args.device)  # by `embed_demonstrations`
+        self.action = kept(action)
+        self.reward = kept(reward)
+        self.mc_return = kept(mc_return)
+        self.terminated = kept(rows(terminated))
+        self.final = kept(rows(finals))
+        self.last = kept(rows(ends))
 
         # Rows from which chunks are drawn
         row = np.arange(len(action))
@@ -341,27 +343,27 @@ class ChunkData:
         first_held = len(ends) - held_demos(args.holdout, len(ends))
         trained[first_held:] = False
         trained = rows(trained)
-        self.shown = torch.from_numpy(shown)
-        self.cloned_rows = torch.from_numpy(row[shown & trained])
-        self.actor_rows = torch.from_numpy(row[shown & counts & trained])
-        self.critic_rows = torch.from_numpy(row[counts & trained])
-        self.held_rows = torch.from_numpy(row[counts & ~trained])
+        self.shown = kept(shown)
+        self.cloned_rows = kept(row[shown & trained])
+        self.actor_rows = kept(row[shown & counts & trained])
+        self.critic_rows = kept(row[counts & trained])
+        self.held_rows = kept(row[counts & ~trained])
 
     def draw(self, rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
         """`size` of the rows, uniform with replacement: [size] int64."""
-        chosen = torch.randint(len(rows), (size,), generator=generator)
+        chosen = torch.randint(len(rows), (size,), generator=generator, device=rows.device)
         return rows[chosen]
 
     def chunk(self, rows: Tensor) -> Tensor:
         """The chunks recorded from rows [B] on: [B, H*A]."""
         last = self.last[rows][:, None]
-        steps = rows[:, None] + torch.arange(self.H)
+        steps = rows[:, None] + torch.arange(self.H, device=rows.device)
         steps = torch.minimum(steps, last)
         return self.action[steps].flatten(1)
 
-    def gather(self, rows: Tensor, device: str = "cpu") -> Batch:
+    def gather(self, rows: Tensor) -> Batch:
         """The decisions at rows [B], which lie before their episodes' ends."""
-        i = torch.arange(1, self.K + 1)
+        i = torch.arange(1, self.K + 1, device=rows.device)
         start = rows[:, None]
         end = self.final[rows][:, None]
         terminated = self.terminated[rows][:, None]
@@ -379,7 +381,7 @@ class ChunkData:
             next_feature=self.feature[reached],
             mc_return=self.mc_return[rows],
             terminated=self.terminated[rows],
-        ).to(device)
+        )
 
 
 # === Networks ========================================================================================================
@@ -580,8 +582,9 @@ def batch_target(agent: Agent, batch: Batch, args: Args, noise: float, generator
     return td_target(batch, next_q, args.return_mix, highest_return(args))
 
 
-def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, generator) -> dict[str, Tensor]:
-    """One step on Eq. (8), and the Polyak step of the target critics."""
+@compiled
+def critic_loss(agent: Agent, batch: Batch, args: Args, generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. (8)."""
     with torch.no_grad():
         target = batch_target(agent, batch, args, args.target_noise, generator)
         own = agent.actor(batch.feature)[:, None]  # [B, 1, D]
@@ -594,12 +597,8 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, generator) 
     loss_td = td_loss(q_data, target, batch.valid)  # Eq. (6)
     loss_cql = calql_gap(q_data, q_policy, batch.mc_return, batch.valid, args.calibrate)
     loss = loss_td + args.cql_alpha * loss_cql  # Eq. (8)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    polyak_update(agent.critic, agent.target_critic, args.tau)
     below = q_policy < batch.mc_return[:, None, None]
-    return {
+    return loss, {
         "losses/td": loss_td,
         "losses/calql": loss_cql,
         "losses/critic": loss,
@@ -611,20 +610,42 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, generator) 
     }
 
 
-def update_actor(agent: Agent, optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """One step on Eq. (9) and on imitation, and the Polyak step of the target actor."""
+def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, generator) -> dict[str, Tensor]:
+    """One step on Eq. (8), and the Polyak step of the target critics."""
+    loss, logs = critic_loss(agent, batch, args, generator)
+    descend(optimizer, loss)
+    polyak_update(agent.critic, agent.target_critic, args.tau)
+    return logs
+
+
+@compiled
+def actor_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. (9), and imitation."""
     chunk = agent.actor(batch.feature)
-    agent.critic.requires_grad_(False)
-    q = agent.critic(batch.feature, chunk[:, None], num=1)  # [1, B, 1, K], critic 1 as in TD3
-    agent.critic.requires_grad_(True)
+    q = fixed(agent.critic)(batch.feature, chunk[:, None], 1)  # [1, B, 1, K], critic 1 as in TD3
     loss_q = q_loss(q, args.q_normalize)  # Eq. (9)
     loss_bc = mse_loss(chunk, batch.chunk, agent.actor.unit)
     loss = args.q_weight * loss_q + args.bc_weight * loss_bc
+    return loss, {"losses/q": loss_q, "losses/bc": loss_bc, "losses/actor": loss}
+
+
+def update_actor(agent: Agent, optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """One step on `actor_loss`, and the Polyak step of the target actor."""
+    loss, logs = actor_loss(agent, batch, args)
+    descend(optimizer, loss)
+    polyak_update(agent.actor, agent.target_actor, args.tau)
+    return logs
+
+
+def descend(optimizer, loss: Tensor, max_norm: float | None = None) -> Tensor | None:
+    """One step down the loss. Returns the norm of the gradient, if it is to be cut to max_norm."""
+    grad_norm = None
     optimizer.zero_grad()
     loss.backward()
+    if max_norm is not None:
+        grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
     optimizer.step()
-    polyak_update(agent.actor, agent.target_actor, args.tau)
-    return {"losses/q": loss_q, "losses/bc": loss_bc, "losses/actor": loss}
+    return grad_norm
 
 
 @torch.no_grad()
@@ -697,13 +718,13 @@ def embed_demonstrations(data: ChunkData, demos: Demos, agent: Agent) -> None:
     """Each observation of the demonstrations goes through the backbone once: it is frozen from here on."""
     for rows in torch.arange(len(demos.action)).split(256):
         obs = demos.at(rows, agent.window)
-        data.feature[rows] = agent.feature(obs).cpu()
+        data.feature[rows] = agent.feature(obs)
 
 
 def draw(data: ChunkData, rows: Tensor, agent: Agent, args: Args, generator, noise: torch.Generator) -> Batch:
     """A batch of decisions at some of the rows, proprio noisy beside a camera."""
     chosen = data.draw(rows, args.batch_size, generator)
-    batch = data.gather(chosen, args.device)
+    batch = data.gather(chosen)
     batch.feature = agent.perturb(batch.feature, args.proprio_noise, noise)
     after = batch.next_feature.flatten(0, 1)  # [B*K, F]
     after = agent.perturb(after, args.proprio_noise, noise)
@@ -714,7 +735,7 @@ def draw(data: ChunkData, rows: Tensor, agent: Agent, args: Args, generator, noi
 @torch.no_grad()
 def held_out(data: ChunkData, agent: Agent, args: Args) -> dict[str, Tensor]:
     """TD error, Q against Monte-Carlo returns and imitation error on demonstrations that nothing was trained on."""
-    batch = data.gather(data.held_rows, args.device)
+    batch = data.gather(data.held_rows)
     chunk = agent.actor(batch.feature)
     chunks = torch.stack([batch.chunk, chunk], 1)
     q = agent.critic(batch.feature, chunks)  # [2, B, 2, K]
@@ -774,12 +795,9 @@ def main(args: Args) -> Path:
                 rows = data.draw(data.cloned_rows, args.sft_batch_size, run.rng["batch"])
                 obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])
                 feature = agent.perturb(agent.feature(obs), args.proprio_noise, noise)
-                chunk = data.chunk(rows).to(args.device)
+                chunk = data.chunk(rows)
                 loss = mse_loss(agent.actor(feature), chunk, agent.actor.unit)
-                sft_optimizer.zero_grad()
-                loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(cloned.parameters(), 1.0)
-                sft_optimizer.step()
+                grad_norm = descend(sft_optimizer, loss, max_norm=1.0)
                 averaged.update_parameters(cloned)
                 run.tick({"losses/bc": loss, "grad_norm/sft": grad_norm, "lr/sft": lr})
             if args.sft_updates:

@@ -70,7 +70,9 @@ from plumbing import (
     camera_configs,
     check_flags,
     check_sft,
+    compiled,
     film,
+    fixed,
     lighten,
     load_demos,
     load_sft_weights,
@@ -288,9 +290,6 @@ class Batch:
         pairs = zip(vars(self).values(), vars(other).values())
         return Batch(*map(torch.cat, pairs))
 
-    def to(self, device: str) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
-
 
 class Reward(NamedTuple):
     """Of a control step, by whether it succeeds."""
@@ -339,8 +338,8 @@ class ReplayBuffer:
             "mc_return": torch.empty(0),
             "next": torch.empty(0, dtype=torch.long),  # row at which that chunk ends
             "last": torch.empty(0, dtype=torch.long),  # row of the episode's last observation
-        })  # fmt: skip
-        self.starts = Table({"row": torch.empty(0, dtype=torch.long)})  # from which a chunk may be drawn
+        }, args.device)  # fmt: skip
+        self.starts = Table({"row": torch.empty(0, dtype=torch.long)}, args.device)  # from which a chunk may be drawn
         self.tables = {"steps": self.steps, "starts": self.starts}  # what a checkpoint holds
 
     def add(self, episode: Episode, reward: Reward, hold: np.ndarray, own: np.ndarray | None = None) -> None:
@@ -385,13 +384,14 @@ class ReplayBuffer:
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` decisions, uniform with replacement: [size] int64."""
-        chosen = torch.randint(self.starts.rows, (size,), generator=generator)
-        return self.starts["row"][chosen]
+        rows = self.starts["row"]
+        chosen = torch.randint(len(rows), (size,), generator=generator, device=rows.device)
+        return rows[chosen]
 
-    def gather(self, rows: Tensor, device: str = "cpu") -> Batch:
+    def gather(self, rows: Tensor) -> Batch:
         """The transitions that start at rows [B]."""
         steps = self.steps
-        ahead = rows[:, None] + torch.arange(self.chunk_len)  # [B, H]
+        ahead = rows[:, None] + torch.arange(self.chunk_len, device=rows.device)  # [B, H]
         last = steps["last"][rows][:, None]
         following = steps["next"][rows]
         return Batch(
@@ -401,17 +401,17 @@ class ReplayBuffer:
             bootstrap=steps["bootstrap"][rows],
             next_feature=steps["feature"][following],
             mc_return=steps["mc_return"][rows],
-            expert=torch.full((len(rows),), self.expert),
-        ).to(device)
+            expert=torch.full((len(rows),), self.expert, device=rows.device),
+        )
 
 
 # === Networks ========================================================================================================
 SIGMA_MIN, SIGMA_MAX, RHO, NUM_SIGMAS = 0.002, 80.0, 7.0, 40  # ConRFT, as EDM; SIGMA_DATA: the spread of actions
 
 
-def karras_sigmas() -> Tensor:
+def karras_sigmas(device: torch.device | str = "cpu") -> Tensor:
     """The 40 noise levels, descending from 80 to 0.002."""
-    i = torch.arange(NUM_SIGMAS) / (NUM_SIGMAS - 1)
+    i = torch.arange(NUM_SIGMAS, device=device) / (NUM_SIGMAS - 1)
     high = SIGMA_MAX ** (1 / RHO)
     low = SIGMA_MIN ** (1 / RHO)
     return (high + i * (low - high)) ** RHO
@@ -591,7 +591,7 @@ def consistency_loss(actor: ConsistencyActor, feature: Tensor, chunk: Tensor, ge
     """
     B, D = chunk.shape
     device = chunk.device
-    sigmas = karras_sigmas()[:-1].to(device)  # sigma_min itself is the identity
+    sigmas = karras_sigmas(device)[:-1]  # sigma_min itself is the identity
     level = torch.randint(len(sigmas), (B, n), generator=generator, device=device)
     sigma = sigmas[level]  # [B, n]
     clean = (chunk / actor.unit)[:, None]  # [B, 1, D]
@@ -617,16 +617,13 @@ def update_clone(agent: Agent, optimizer, feature: Tensor, chunk: Tensor, args: 
     """Stage 0: one step of behaviour cloning. Shapes: feature [B, F], chunk [B, D]."""
     feature = agent.perturb(feature, args.proprio_noise, generator)
     loss = consistency_loss(agent.actor, feature, chunk, generator, args.noise_levels).mean()
-    learns = optimizer.param_groups[0]
-    optimizer.zero_grad()
-    loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(learns["params"], 1.0)
-    optimizer.step()
-    return {"losses/bc": loss, "grad_norm/sft": grad_norm, "lr/sft": learns["lr"]}
+    grad_norm = descend(optimizer, loss, max_norm=1.0)
+    return {"losses/bc": loss, "grad_norm/sft": grad_norm}
 
 
-def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_weight: float, generator) -> dict:
-    """One step on Eq. (1), or on Eq. (4) with cql_weight = 0, and the Polyak step of the targets."""
+@compiled
+def critic_loss(agent: Agent, batch: Batch, args: Args, cql_weight: float, generator) -> tuple[Tensor, dict]:
+    """Eq. (1), or Eq. (4) with cql_weight = 0."""
     n = args.cql_samples
     device = batch.chunk.device
     with torch.no_grad():
@@ -658,18 +655,23 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_weight:
         logs["calib/bound_rate"] = bound_rate
         logs["losses/calql"] = loss_cql
         loss = loss_td + cql_weight * loss_cql  # Eq. (1)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    polyak_update(agent.critic, agent.target_critic, args.tau)
     logs["losses/critic"] = loss
+    return loss, logs
+
+
+def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_weight: float, generator) -> dict:
+    """One step on Eq. (1) or (4), and the Polyak step of the targets."""
+    loss, logs = critic_loss(agent, batch, args, cql_weight, generator)
+    descend(optimizer, loss)
+    polyak_update(agent.critic, agent.target_critic, args.tau)
     return logs
 
 
-def update_actor(
-    agent: Agent, optimizer, batch: Batch, args: Args, generator, bc_weight: float, q_weight: float
-) -> dict[str, Tensor]:
-    """One step on bc_weight * BC + q_weight * L_Q, Eq. (3) or (5)."""
+@compiled
+def actor_loss(
+    agent: Agent, batch: Batch, args: Args, generator, bc_weight: float, q_weight: float
+) -> tuple[Tensor, dict]:
+    """bc_weight * BC + q_weight * L_Q, Eq. (3) or (5)."""
     bc = consistency_loss(agent.actor, batch.feature, batch.chunk, generator, args.noise_levels)  # [B]
     logs = {}
     if q_weight or args.onestep_mse:
@@ -679,24 +681,38 @@ def update_actor(
         error = error.square().mean(-1)  # [B]
         bc = bc + args.onestep_mse * error
         logs["losses/onestep"] = error.mean()
-    if args.bc_demo_only:
-        bc = bc[batch.expert]
-    loss_bc = bc.mean()
+    imitated = batch.expert if args.bc_demo_only else torch.ones_like(batch.expert)
+    loss_bc = (imitated * bc).sum() / imitated.sum()
     loss = bc_weight * loss_bc
     if q_weight:
-        agent.critic.requires_grad_(False)
-        q = agent.critic(batch.feature, own)  # [E, B]
-        agent.critic.requires_grad_(True)
+        q = fixed(agent.critic)(batch.feature, own)  # [E, B]
         loss_q = q_loss(q, args.q_scale)
         loss = loss + q_weight * loss_q
         logs["losses/q"] = loss_q
         logs["values/q_policy"] = q.mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
     logs["losses/bc"] = loss_bc
     logs["losses/actor"] = loss
+    return loss, logs
+
+
+def update_actor(
+    agent: Agent, optimizer, batch: Batch, args: Args, generator, bc_weight: float, q_weight: float
+) -> dict[str, Tensor]:
+    """One step on `actor_loss`."""
+    loss, logs = actor_loss(agent, batch, args, generator, bc_weight, q_weight)
+    descend(optimizer, loss)
     return logs
+
+
+def descend(optimizer, loss: Tensor, max_norm: float | None = None) -> Tensor | None:
+    """One step down the loss. Returns the norm of the gradient, if it is to be cut to max_norm."""
+    grad_norm = None
+    optimizer.zero_grad()
+    loss.backward()
+    if max_norm is not None:
+        grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+    optimizer.step()
+    return grad_norm
 
 
 @torch.no_grad()
@@ -800,7 +816,7 @@ def embed_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent) -> No
     features = []
     for rows in torch.arange(len(demos.action)).split(256):
         feature = agent.feature(demos.at(rows, agent.window))
-        features.append(feature.cpu())
+        features.append(feature)
     buffer.steps.rewrite("feature", torch.cat(features))
 
 
@@ -875,13 +891,12 @@ def collect(
 def draw(demo: ReplayBuffer, replay: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> Batch:
     """Half demo buffer, half replay buffer; the demo buffer only while there are no rollouts."""
     size = args.batch_size
-    device = args.device
     own = size // 2 if replay.starts.rows else 0
     rows = demo.draw(size - own, rng["batch"])
-    batch = demo.gather(rows, device)
+    batch = demo.gather(rows)
     if own:
         rows = replay.draw(own, rng["batch"])
-        batch = batch.cat(replay.gather(rows, device))
+        batch = batch.cat(replay.gather(rows))
     batch.feature = agent.perturb(batch.feature, args.proprio_noise, rng["update"])
     batch.next_feature = agent.perturb(batch.next_feature, args.proprio_noise, rng["update"])
     return batch
@@ -937,7 +952,7 @@ def main(args: Args) -> Path:
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
                 sft_optimizer.param_groups[0]["lr"] = lr
                 rows = demos.draw(args.sft_batch_size, run.rng["batch"])
-                batch = demo.gather(rows, args.device)
+                batch = demo.gather(rows)
                 obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])
                 feature = agent.feature(obs)
                 logs = update_clone(agent, sft_optimizer, feature, batch.chunk, args, noise)

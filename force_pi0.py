@@ -70,7 +70,10 @@ from plumbing import (
     camera_configs,
     check_flags,
     check_sft,
+    compiled,
+    drawn,
     film,
+    fixed,
     lighten,
     load_demos,
     load_sft_weights,
@@ -266,14 +269,10 @@ class Batch:
     next_feature: Tensor  # [B, F] at t + n
     mc_return: Tensor  # [B] discounted return from t on
     success: Tensor  # [B] 1 if the whole trajectory succeeded
-    expert: Tensor  # [B] bool: from the expert buffer
 
     def cat(self, other: Batch) -> Batch:
         pairs = zip(vars(self).values(), vars(other).values())
         return Batch(*map(torch.cat, pairs))
-
-    def to(self, device: str) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 class Reward(NamedTuple):
@@ -311,8 +310,7 @@ class Episode:
 class ReplayBuffer:
     """Whole episodes, one row per observation; chunked transitions are put together when they are drawn."""
 
-    def __init__(self, agent: Agent, args: Args, expert: bool):
-        self.expert = expert
+    def __init__(self, agent: Agent, args: Args):
         self.chunk_len = args.chunk_len
         self.gamma = args.gamma
         self.steps = Table({
@@ -324,8 +322,8 @@ class ReplayBuffer:
             "success": torch.empty(0),
             "next": torch.empty(0, dtype=torch.long),  # row at which that chunk ends
             "last": torch.empty(0, dtype=torch.long),  # last row of the episode
-        })  # fmt: skip
-        self.starts = Table({"row": torch.empty(0, dtype=torch.long)})  # from which a chunk may be drawn
+        }, args.device)  # fmt: skip
+        self.starts = Table({"row": torch.empty(0, dtype=torch.long)}, args.device)  # from which a chunk may be drawn
         self.tables = {"steps": self.steps, "starts": self.starts}  # what a checkpoint holds
 
     def add(self, episode: Episode, reward: Reward, hold: np.ndarray, stay: int = 0) -> None:
@@ -372,13 +370,14 @@ class ReplayBuffer:
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` decisions, uniform with replacement: [size] int64."""
-        chosen = torch.randint(self.starts.rows, (size,), generator=generator)
-        return self.starts["row"][chosen]
+        rows = self.starts["row"]
+        chosen = torch.randint(len(rows), (size,), generator=generator, device=rows.device)
+        return rows[chosen]
 
-    def gather(self, rows: Tensor, device: str = "cpu") -> Batch:
+    def gather(self, rows: Tensor) -> Batch:
         """The transitions that start at rows [B]."""
         steps = self.steps
-        ahead = rows[:, None] + torch.arange(self.chunk_len)  # [B, H]
+        ahead = rows[:, None] + torch.arange(self.chunk_len, device=rows.device)  # [B, H]
         last = steps["last"][rows][:, None]
         following = steps["next"][rows]
         return Batch(
@@ -389,17 +388,16 @@ class ReplayBuffer:
             next_feature=steps["feature"][following],
             mc_return=steps["mc_return"][rows],
             success=steps["success"][rows],
-            expert=torch.full((len(rows),), self.expert),
-        ).to(device)
+        )
 
 
 # === Networks ========================================================================================================
 SIGMA_MIN, SIGMA_MAX, RHO, NUM_SIGMAS = 0.002, 80.0, 7.0, 40  # ConRFT, as EDM; SIGMA_DATA: the spread of actions
 
 
-def karras_sigmas() -> Tensor:
+def karras_sigmas(device: torch.device | str = "cpu") -> Tensor:
     """The 40 noise levels, descending from 80 to 0.002."""
-    i = torch.arange(NUM_SIGMAS) / (NUM_SIGMAS - 1)
+    i = torch.arange(NUM_SIGMAS, device=device) / (NUM_SIGMAS - 1)
     high = SIGMA_MAX ** (1 / RHO)
     low = SIGMA_MIN ** (1 / RHO)
     return (high + i * (low - high)) ** RHO
@@ -611,7 +609,7 @@ def consistency_loss(actor: ConsistencyActor, feature: Tensor, chunk: Tensor, ge
     """
     B, D = chunk.shape
     device = chunk.device
-    sigmas = karras_sigmas()[:-1].to(device)  # sigma_min itself is the identity
+    sigmas = karras_sigmas(device)[:-1]  # sigma_min itself is the identity
     level = torch.randint(len(sigmas), (B, n), generator=generator, device=device)
     sigma = sigmas[level]  # [B, n]
     clean = (chunk / actor.unit)[:, None]  # [B, 1, D]
@@ -686,16 +684,14 @@ def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool)
 def update_clone(cloned: nn.Module, optimizer, averaged, losses: dict, lr: float) -> dict:
     """One step on the sum of `losses`, and on the average of the weights, which stage 0 ends with."""
     optimizer.param_groups[0]["lr"] = lr
-    optimizer.zero_grad()
-    sum(losses.values()).backward()
-    grad_norm = nn.utils.clip_grad_norm_(cloned.parameters(), 1.0)
-    optimizer.step()
+    grad_norm = descend(optimizer, sum(losses.values()), max_norm=1.0)
     averaged.update_parameters(cloned)
     return losses | {"grad_norm/sft": grad_norm, "lr/sft": lr}
 
 
-def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: float, generator) -> dict:
-    """One step on Eq. (1), or on Eq. (8) with cql_alpha = 0, and the Polyak step of the targets."""
+@compiled
+def critic_loss(agent: Agent, batch: Batch, args: Args, cql_alpha: float, generator) -> tuple[Tensor, dict]:
+    """Eq. (1), or Eq. (8) with cql_alpha = 0."""
     n = args.cql_samples
     device = batch.chunk.device
     with torch.no_grad():
@@ -725,24 +721,29 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: 
         loss_cql, logs["calib/bound_rate"] = calql_loss(q_data, q_sampled, batch.mc_return)
         logs["losses/calql"] = loss_cql
         loss = loss_td + cql_alpha * loss_cql  # Eq. (1)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    polyak_update(agent.critic, agent.target_critic, args.tau)
     logs["losses/critic"] = loss
+    return loss, logs
+
+
+def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, cql_alpha: float, generator) -> dict:
+    """One step on Eq. (1) or (8), and the Polyak step of the targets."""
+    loss, logs = critic_loss(agent, batch, args, cql_alpha, generator)
+    descend(optimizer, loss)
+    polyak_update(agent.critic, agent.target_critic, args.tau)
     return logs
 
 
 @torch.no_grad()
+@compiled
 def self_distilled(agent: Agent, batch: Batch, args: Args, generator) -> tuple[Tensor, dict]:
     """What the actor imitates in stage 3: [B, D].
 
     The expert half imitates its own actions, Eq. (12). The policy's half imitates one of its K proposals, or what it
     did, by the gate of Eq. (14). With --success-filter, `update_actor` then leaves out failed episodes of both.
     """
-    rows = (~batch.expert).nonzero()[:, 0]
-    feature = batch.feature[rows]
-    chunk = batch.chunk[rows]
+    own = len(batch.chunk) // 2  # the policy's, and last
+    feature = batch.feature[-own:]
+    chunk = batch.chunk[-own:]
     candidates = agent.candidates(feature, args, generator)  # [B', K, D]
     q = agent.critic(feature, candidates).mean(0)  # [B', K]
     q_buffer = agent.critic(feature, chunk).mean(0)  # [B']
@@ -750,10 +751,9 @@ def self_distilled(agent: Agent, batch: Batch, args: Args, generator) -> tuple[T
     if args.by_chance:
         weight = torch.full_like(weight, 1 / args.K)
     # Eq. (14) asks for the w-weighted sum of losses; one k ~ w per state has the same expected gradient.
-    k = torch.multinomial(weight, 1, generator=generator)[:, 0]
+    k = drawn(weight, generator)
     chosen = candidates.take_along_dim(k[:, None, None], 1)[:, 0]  # [B', D]
-    target = batch.chunk.clone()
-    target[rows] = torch.where(zeta[:, None], chosen, chunk)
+    distilled = torch.where(zeta[:, None], chosen, chunk)
     logs = {
         "vgpd/zeta": zeta.float().mean(),
         "vgpd/pass_rate": (weight > 0).float().mean(),
@@ -761,34 +761,39 @@ def self_distilled(agent: Agent, batch: Batch, args: Args, generator) -> tuple[T
         "vgpd/ess": (1 / weight.square().sum(-1)).mean(),
         "values/q_std": q.std(-1, correction=0).mean(),
     }
-    return target, logs
+    return torch.cat([batch.chunk[:-own], distilled]), logs
+
+
+@compiled
+def actor_loss(
+    agent: Agent, batch: Batch, target: Tensor, args: Args, generator,
+    bc_weight: float, q_weight: float, successes_only: bool,
+) -> tuple[Tensor, dict]:  # fmt: skip
+    """bc_weight * BC(target [B, D]) + q_weight * L_Q: Eqs. (2-4), (5-7) or (9). successes_only filters BC, not L_Q."""
+    bc = bc_loss(agent, batch.feature, target, args, generator)  # [B]
+    loss_bc = success_weighted_bc(bc, batch.success) if successes_only else bc.mean()
+    loss = bc_weight * loss_bc
+    logs = {"losses/bc": loss_bc}
+    if q_weight:
+        own = agent.actor.sample(batch.feature, 1, generator)[:, 0]  # [B, D]
+        q = fixed(agent.critic)(batch.feature, own)  # [E, B]
+        loss_q = q_loss(q, args.q_normalize)
+        loss = loss + q_weight * loss_q
+        logs["losses/q"] = loss_q
+        logs["values/q_policy"] = q.mean()
+    logs["losses/actor"] = loss
+    return loss, logs
 
 
 def update_actor(
     agent: Agent, optimizer, batch: Batch, target: Tensor, args: Args, generator,
     bc_weight: float, q_weight: float, successes_only: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """One step on bc_weight * BC(target [B, D]) + q_weight * L_Q, Eqs. (2-4), (5-7) or (9), and on pi_old's average."""
-    bc = bc_loss(agent, batch.feature, target, args, generator)  # [B]
-    loss_bc = success_weighted_bc(bc, batch.success) if successes_only else bc.mean()
-    loss = bc_weight * loss_bc
-    logs = {"losses/bc": loss_bc}
-    if q_weight:
-        agent.critic.requires_grad_(False)
-        own = agent.actor.sample(batch.feature, 1, generator)[:, 0]  # [B, D]
-        q = agent.critic(batch.feature, own)  # [E, B]
-        agent.critic.requires_grad_(True)
-        loss_q = q_loss(q, args.q_normalize)
-        loss = loss + q_weight * loss_q
-        logs["losses/q"] = loss_q
-        logs["values/q_policy"] = q.mean()
-    optimizer.zero_grad()
-    loss.backward()
-    logs["grad_norm/actor"] = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
+    """One step on `actor_loss`, and on pi_old's average."""
+    loss, logs = actor_loss(agent, batch, target, args, generator, bc_weight, q_weight, successes_only)
+    grad_norm = descend(optimizer, loss, max_norm=1.0)
     polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
-    logs["losses/actor"] = loss
-    return logs
+    return logs | {"grad_norm/actor": grad_norm}
 
 
 def update_online(agent: Agent, optimizer, batch: Batch, args: Args, generator, q_weight: float) -> dict:
@@ -802,6 +807,17 @@ def update_online(agent: Agent, optimizer, batch: Batch, args: Args, generator, 
         bc_weight=args.distill_weight, q_weight=q_weight, successes_only=args.success_filter,
     )  # fmt: skip
     return found | logs
+
+
+def descend(optimizer, loss: Tensor, max_norm: float | None = None) -> Tensor | None:
+    """One step down the loss. Returns the norm of the gradient, if it is to be cut to max_norm."""
+    grad_norm = None
+    optimizer.zero_grad()
+    loss.backward()
+    if max_norm is not None:
+        grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+    optimizer.step()
+    return grad_norm
 
 
 @torch.no_grad()
@@ -909,7 +925,7 @@ def embed_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, teach
     features = []
     for rows in torch.arange(len(demos.action)).split(256):
         seen = agent.observe(demos.at(rows, 1))
-        features.append(seen.feature.cpu())
+        features.append(seen.feature)
         teacher.watch(rows, agent.flow_policy, seen.context, generator)
     buffer.steps.rewrite("feature", torch.cat(features))
 
@@ -949,13 +965,12 @@ def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
 def draw(expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> Batch:
     """Half expert, half policy buffer; demonstrations only while there are no rollouts."""
     size = args.batch_size
-    device = args.device
     own = size // 2 if policy.starts.rows else 0
     rows = expert.draw(size - own, rng["batch"])
-    batch = expert.gather(rows, device)
+    batch = expert.gather(rows)
     if own:
         rows = policy.draw(own, rng["batch"])
-        batch = batch.cat(policy.gather(rows, device))
+        batch = batch.cat(policy.gather(rows))
     batch.feature = agent.perturb(batch.feature, args.proprio_noise, rng["update"])
     batch.next_feature = agent.perturb(batch.next_feature, args.proprio_noise, rng["update"])
     return batch
@@ -974,7 +989,7 @@ def calibration(agent: Agent, policy: ReplayBuffer, args: Args) -> dict[str, Ten
     """Q of the rollouts' decisions against the returns that followed: the gap that warm-up is meant to close."""
     if not policy.starts.rows:
         return {}
-    batch = policy.gather(policy.starts["row"], args.device)
+    batch = policy.gather(policy.starts["row"])
     q = agent.critic(batch.feature, batch.chunk).mean(0)
     gap = q - batch.mc_return
     return {
@@ -994,8 +1009,8 @@ def main(args: Args) -> Path:
     torch.manual_seed(args.seed)
     agent = Agent(args, demos).to(args.device)
     load_sft_weights(agent, args, __file__, head=args.head, finetune=args.finetune)
-    expert = ReplayBuffer(agent, args, expert=True)  # demonstrations, successes
-    policy = ReplayBuffer(agent, args, expert=False)  # all rollouts
+    expert = ReplayBuffer(agent, args)  # demonstrations, successes
+    policy = ReplayBuffer(agent, args)  # all rollouts
     add_demonstrations(expert, demos, agent, args)
     taught = args.head == "consistency" and args.sft_head_updates
     teacher = Teacher(agent.actor.unit, rows=len(demos.action) if taught else 0)
@@ -1025,7 +1040,7 @@ def main(args: Args) -> Path:
         with threads(args, many="primary" in demos.obs):
             for step in run.updates_until(args.sft_updates, "[0/3] SFT"):
                 rows = demos.draw(args.sft_batch_size, run.rng["batch"])
-                chunk = expert.gather(rows, args.device).chunk
+                chunk = expert.gather(rows).chunk
                 obs = random_shift(demos.at(rows, 1), run.rng["batch"])
                 losses = clone_losses(agent, obs, chunk, args, noise)
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
@@ -1039,7 +1054,7 @@ def main(args: Args) -> Path:
     if run.enter("sft-head"):
         for step in run.updates_until(args.sft_head_updates, "[0/3] SFT, head alone"):
             rows = demos.draw(args.sft_batch_size, run.rng["batch"])
-            batch = expert.gather(rows, args.device)
+            batch = expert.gather(rows)
             target = teacher.draw(rows, run.rng["batch"]) if taught else batch.chunk
             feature = agent.perturb(batch.feature, args.proprio_noise, noise)
             loss = bc_loss(agent, feature, target, args, noise).mean()

@@ -218,18 +218,24 @@ class HashText(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(1, tokens + max_words, dim))
         self.block, self.norm = Block(dim, 4, 4 * dim), nn.LayerNorm(dim, eps=1e-6)
 
-    def ids(self, text: str) -> list[int]:
-        words = re.findall(r"[a-z0-9]+", text.lower())[: self.max_words]
-        digests = (hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words)
-        ids = [1 + int.from_bytes(digest, "big") % (self.vocabulary - 1) for digest in digests]
-        return ids + [0] * (self.max_words - len(ids))
-
     def forward(self, instructions: list[str]) -> Tensor:
-        ids = torch.tensor([self.ids(text) for text in instructions], device=self.position.device)  # [N, max_words]
+        ids = word_ids(tuple(instructions), self.vocabulary, self.max_words, self.position.device)  # [N, max_words]
         x = F.pad(self.embedding(ids), (0, 0, self.tokens, 0)) + self.position  # [N, tokens + max_words, dim]
         valid = F.pad(ids > 0, (self.tokens, 0), value=True)
         bias = torch.zeros(valid.shape, device=ids.device).masked_fill(~valid, HIDDEN)
         return self.norm(self.block(x, bias[:, None, None])[:, : self.tokens])
+
+
+@functools.lru_cache(maxsize=256)
+def word_ids(texts: tuple[str, ...], vocabulary: int, max_words: int, device) -> Tensor:
+    """Hashes of the first words of N texts: [N, max_words] int64 below `vocabulary`, 0 where a text has ended."""
+    rows = []
+    for text in texts:
+        words = re.findall(r"[a-z0-9]+", text.lower())[:max_words]
+        digests = (hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words)
+        ids = [1 + int.from_bytes(digest, "big") % (vocabulary - 1) for digest in digests]
+        rows.append(ids + [0] * (max_words - len(ids)))
+    return torch.tensor(rows, device=device)
 
 
 @functools.lru_cache(maxsize=16)

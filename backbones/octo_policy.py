@@ -101,8 +101,8 @@ def random_shift(obs: dict[str, Tensor], generator: torch.Generator, pad: int = 
 
 def shift(image: Tensor, generator: torch.Generator, pad: int) -> Tensor:
     B, W, side = image.shape[:3]
-    offset = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator)
-    rows, cols = (torch.arange(side) + offset).clamp(0, side - 1).to(image.device)[:, :, None]  # [B, 1, H] each
+    offset = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator, device=image.device)
+    rows, cols = (torch.arange(side, device=image.device) + offset).clamp(0, side - 1)[:, :, None]  # [B, 1, H] each
     sample = torch.arange(B, device=image.device)[:, None, None, None]
     step = torch.arange(W, device=image.device)[:, None, None]
     return image[sample, step, rows[..., None], cols[:, :, None]]

@@ -65,7 +65,7 @@ class Setting:
         self.demos = demonstrations(args)
         self.noise = torch.Generator().manual_seed(0)
         self.agent = force_octo.Agent(args, self.demos)
-        self.buffer = force_octo.ReplayBuffer(self.agent, args, self.demos.empty_obs(), expert=True)
+        self.buffer = force_octo.ReplayBuffer(self.agent, args, self.demos.empty_obs())
         force_octo.add_demonstrations(self.buffer, self.demos, self.agent, args)
         force_octo.embed(self.buffer, self.buffer.observations, len(self.demos.action), self.agent)
         self.rows = self.buffer.draw(args.batch_size, self.noise)
@@ -76,9 +76,7 @@ class Setting:
         self.critic_optimizer = torch.optim.Adam(self.agent.critic.parameters(), lr=1e-6, fused=True)
 
     def batch(self) -> force_octo.Batch:
-        batch = self.buffer.gather(self.rows)
-        batch.expert = torch.arange(len(self.rows)) < len(self.rows) // 2
-        return batch
+        return self.buffer.gather(self.rows)
 
     def update_online(self) -> None:
         """All of one update in stage 3: critics, VGPD, actor and backbone."""

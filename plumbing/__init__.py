@@ -12,6 +12,7 @@ from plumbing import imports  # first: Ctrl-C is for it from here on
 # isort: split
 
 from plumbing.beside import Evaluator
+from plumbing.compiling import compiled, drawn, fixed
 from plumbing.demos import Demos, load_demos
 from plumbing.earlier import check_sft, load_sft_weights, stored_args
 from plumbing.evaluation import EVAL_SEED, FILM, TRAIN_SEED, film, success_metrics
@@ -28,7 +29,7 @@ imports.end()
 
 __all__ = [
     "EVAL_SEED", "FILM", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Run", "RunArgs", "Spawn",
-    "Table", "Task", "UserError", "camera_configs", "check_flags", "check_sft", "cut", "fill", "film",
-    "joined", "lighten", "load_demos", "load_sft_weights", "moving", "or_robot", "parse_flags", "prepare_process",
+    "Table", "Task", "UserError", "camera_configs", "check_flags", "check_sft", "compiled", "cut", "drawn", "fill", "film",
+    "fixed", "joined", "lighten", "load_demos", "load_sft_weights", "moving", "or_robot", "parse_flags", "prepare_process",
     "run_script", "simulator_errors", "stacked", "stored_args", "success_metrics", "task_of", "threads", "windows",
 ]  # fmt: skip

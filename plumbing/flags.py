@@ -45,6 +45,7 @@ class RunArgs:
     eval_only: str | None = None  # run folder to evaluate, without training; takes --eval-episodes too
     track: bool = False  # log to Weights & Biases too (works offline)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks live
+    compile: Literal["off", "on", "graphs"] = "off"  # losses by torch.compile: a minute at first; graphs: CUDA graphs too
     torch_threads: int = 0  # CPU threads; 0: one, and OMP_NUM_THREADS or all cores (at most 8) to train on images
 
     # --- demonstrations ---
@@ -113,6 +114,8 @@ def check_flags(args, limits: dict) -> None:
         raise UserError(f"--holdout {share} leaves none of --num-demos {args.num_demos} to train on")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.compile == "graphs" and args.device == "cpu":
+        raise UserError("--compile graphs is for CUDA: give --compile on")
     if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
         raise UserError("no CUDA device found: use --device cpu --sim-backend physx_cpu")
 

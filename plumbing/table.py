@@ -10,9 +10,9 @@ from torch import Tensor
 class Table:
     """Columns of tensors with one row a step. Memory grows by doubling, checkpoints write only rows that are new."""
 
-    def __init__(self, columns: dict[str, Tensor]):
-        """Columns by name, as empty tensors [0, ...] of their type."""
-        self.columns = dict(columns)  # its own: tables of one form start from the same columns
+    def __init__(self, columns: dict[str, Tensor], device: str = "cpu"):
+        """Columns by name, as empty tensors [0, ...] of their type; rows will be on the device."""
+        self.columns = {name: column.to(device) for name, column in columns.items()}
         self.rows = 0
         self.version = 0  # one more whenever rows change that are there already
 
@@ -23,7 +23,7 @@ class Table:
     def append(self, count: int, **new) -> None:
         """`count` rows; a shorter column repeats its last one."""
         for name, column in self.columns.items():
-            values = torch.as_tensor(new[name]).to(column.dtype)
+            values = torch.as_tensor(new[name]).to(column)
             missing = count - len(values)
             values = torch.cat([values, values[-1:].expand(missing, *values.shape[1:])])
             more = self.rows + count - len(column)
@@ -51,7 +51,7 @@ class Table:
         lengths = {len(state[name]) for name in self.columns}
         if len(lengths) > 1:
             raise ValueError(f"columns of {lengths} rows")
-        self.columns = {name: state[name] for name in self.columns}
+        self.columns = {name: state[name].to(column.device) for name, column in self.columns.items()}
         self.rows = max(lengths, default=0)
 
 
@@ -76,7 +76,7 @@ def windows(obs: dict[str, Tensor], rows: Tensor, first: Tensor, window: int) ->
 
     Proprio [B, P], cameras [B, W, H, H, 3], and "real" [B, W]: False for steps before the episode.
     """
-    steps = rows[:, None] + torch.arange(1 - window, 1)  # [B, W]
+    steps = rows[:, None] + torch.arange(1 - window, 1, device=rows.device)  # [B, W]
     shown = steps.maximum(first[:, None])
     seen = {name: value[shown] for name, value in obs.items() if name != "proprio"}
     return seen | {"proprio": obs["proprio"][rows], "real": steps >= first[:, None]}

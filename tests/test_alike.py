@@ -43,6 +43,8 @@ ELSEWHERE = {  # names that scripts share, and what holds their behaviour
     "Agent": "its networks are compared; the rest is the script's own",
     "update_critic": "the scripts' own tests",
     "update_actor": "the scripts' own tests",
+    "critic_loss": "the scripts' own tests",
+    "actor_loss": "the scripts' own tests",
     "main": "test_resume.py and the scripts' own tests",
     "film_policy": "test_training.py",
     "bc_loss": "chooses a head's loss; those are compared",
@@ -78,7 +80,7 @@ def by_name(function, **known):
     return function(**{name: value for name, value in known.items() if name in own})
 
 
-OWN_COLUMNS = ("success", "first", "row")  # of those that imitate successes only, or whose backbone learns online
+OWN_COLUMNS = ("success", "first", "row", "expert")  # of those that need them
 
 
 def common(columns) -> dict:
@@ -89,7 +91,7 @@ def common(columns) -> dict:
 
 def empty_buffer(s, chunk_len: int = 3, feature_dim: int = 1):
     agent = SimpleNamespace(feature_dim=feature_dim, action_dim=1, window=1)
-    args = SimpleNamespace(chunk_len=chunk_len, gamma=0.9)
+    args = SimpleNamespace(chunk_len=chunk_len, gamma=0.9, device="cpu")
     return by_name(s.ReplayBuffer, agent=agent, args=args, obs={}, expert=True)
 
 
@@ -152,7 +154,7 @@ def Batch(s):
     shared = [name for name in names if name not in OWN_COLUMNS]
     values = dict.fromkeys(names, 0.0) | {name: float(i) for i, name in enumerate(shared)}
     one, two = (s.Batch(**{name: torch.full((2,), value + k) for name, value in values.items()}) for k in (0, 9))
-    return [shared, common(one.cat(two)), common(one.to("cpu"))]
+    return [shared, common(one.cat(two))]
 
 
 @probe
@@ -252,7 +254,7 @@ def vgpd_target(s):
 def self_distilled(s):
     net, critic = seeded(s.ConsistencyActor, 5, UNIT, hidden=8), seeded(s.EnsembleCritic, 3, 5, UNIT, 8)
     agent = SimpleNamespace(candidates=lambda f, args, g: net.sample(f, args.K, g, 0.4), critic=critic)
-    batch = SimpleNamespace(feature=FEATURE, chunk=CHUNK, expert=SUCCESS > 0)
+    batch = SimpleNamespace(feature=FEATURE, chunk=CHUNK)
     found = []
     for by_chance in (False, True):
         args = SimpleNamespace(K=5, temperature=1.0, temperature_adaptive=True, by_chance=by_chance)
@@ -273,6 +275,19 @@ def update_clone(s):
             s.update_clone, agent=agent, optimizer=optimizer, feature=FEATURE, chunk=CHUNK, args=args, generator=rng()
         )
     return [{name: torch.as_tensor(value).detach() for name, value in logs.items()}, actor.state_dict()]
+
+
+@probe
+def descend(s):
+    found = []
+    for max_norm in (None, 0.5):
+        net = seeded(nn.Linear, 5, 3)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with torch.enable_grad():
+            for _ in range(2):
+                norm = s.descend(optimizer, net(FEATURE).square().mean(), max_norm)
+        found.append([norm, net.state_dict()])
+    return found
 
 
 @probe
@@ -404,7 +419,6 @@ def draw(s):
     args = SimpleNamespace(batch_size=8, device="cpu", proprio_noise=0.1)
     found = []
     for policy in (empty_buffer(s), played(s, [5, 6])):
-        policy.expert = False
         generators = {"batch": rng(), "update": rng(1)}
         found.append(common(s.draw(played(s, [3, 4]), policy, agent, args, generators)))
     return found

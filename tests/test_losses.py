@@ -200,7 +200,7 @@ def test_consistency_loss_is_in_units_of_the_spread():
 @pytest.mark.parametrize("sigma", FLATNESS)
 def test_loss_weight_is_flat_in_the_raw_output(sigma, monkeypatch):
     """weight(sigma) * c_out(sigma)^2, from the loss of a denoiser that is off by c_out."""
-    monkeypatch.setattr(script, "karras_sigmas", lambda: torch.tensor([sigma, 0.002]))
+    monkeypatch.setattr(script, "karras_sigmas", lambda device: torch.tensor([sigma, 0.002]))
     c_out = scalings(sigma)[1]
     loss = script.consistency_loss(StubActor(torch.tensor(c_out)), torch.zeros(1, 1), torch.zeros(1, 3), rng())
     assert loss.item() == pytest.approx(FLATNESS[sigma], abs=0.006)
@@ -413,7 +413,7 @@ def test_demonstrations_go_on_past_the_success_while_it_holds():
     demos.success = np.array([0, 1, 1, 0, 0, 0, 1, 1, 1, 0], bool)  # the first one loses it again
     for stay, starts in (True, [0, 1, 2, 5, 6, 7, 8]), (False, [0, 1, 5, 6]):
         args = script.Args(stay=stay, gamma=0.9, chunk_len=2)
-        expert = script.ReplayBuffer(policy, args, demos.empty_obs(), expert=True)
+        expert = script.ReplayBuffer(policy, args, demos.empty_obs())
         script.add_demonstrations(expert, demos, policy, args)
         assert expert.starts["row"].tolist() == starts
         assert expert.steps.rows == 10  # as in `demos`, which embeddings go by
@@ -452,8 +452,8 @@ def test_a_batch_is_seen_by_its_rows():
     """What the samples of a batch saw, in its order: the expert's, then the policy's."""
     seen = {"proprio": torch.empty(0, 1)}
     agent = SimpleNamespace(window=1, feature_dim=1, action_dim=1)
-    args = script.Args(chunk_len=1, gamma=0.9)
-    buffers = [script.ReplayBuffer(agent, args, seen, expert) for expert in (True, False)]
+    args = script.Args(chunk_len=1, gamma=0.9, device="cpu")
+    buffers = [script.ReplayBuffer(agent, args, seen) for _ in range(2)]
     for buffer, base in zip(buffers, (0, 100)):
         steps = base + np.arange(4.0)[:, None]
         episode = script.Episode(torch.from_numpy(steps), {"proprio": steps}, steps[:3], np.array([0, 0, 1], bool), True)
@@ -506,7 +506,7 @@ def stub_agent():
         feature=torch.tensor([[0.1], [0.2]]), chunk=torch.tensor([[0.3, 0.3], [-0.2, 0.1]]),
         reward=torch.tensor([0.05, 0.1]), bootstrap=torch.tensor([0.5, 0.0]),
         next_feature=torch.tensor([[0.02], [0.6]]), mc_return=torch.tensor([0.3, 0.405]),
-        success=torch.tensor([1.0, 0.0]), expert=torch.tensor([True, False]), row=torch.tensor([4, 2]),
+        success=torch.tensor([1.0, 0.0]), row=torch.tensor([4, 2]),
     )  # fmt: skip
     return agent, batch
 
@@ -681,10 +681,10 @@ def test_the_policy_half_imitates_the_better_proposals():
 
 def test_the_control_chooses_by_chance_and_keeps_the_gate():
     agent, batch = stub_agent()
-    many = script.Batch(*(torch.cat([value[1:]] * 3000) for value in vars(batch).values()))
+    many = script.Batch(*(torch.cat([value[1:]] * 6000) for value in vars(batch).values()))
     _, target, logs, _ = distilled((agent, many), by_chance=True)
     for k in range(5):
-        share = (target[:, 0] - (0.3 + 0.01 * k)).abs().lt(1e-4).float().mean().item()
+        share = (target[3000:, 0] - (0.3 + 0.01 * k)).abs().lt(1e-4).float().mean().item()
         assert share == pytest.approx(0.2, abs=0.03), k
     assert logs["vgpd/zeta"] == 1 and logs["vgpd/ess"].item() == pytest.approx(5)
     closed = stub_agent()
@@ -695,21 +695,20 @@ def test_the_control_chooses_by_chance_and_keeps_the_gate():
 
 def test_the_choice_of_a_proposal_follows_the_weights():
     agent, batch = stub_agent()
-    many = script.Batch(*(torch.cat([value[1:]] * 3000) for value in vars(batch).values()))
-    assert not many.expert.any()
+    many = script.Batch(*(torch.cat([value[1:]] * 6000) for value in vars(batch).values()))
     _, target, _, _ = distilled((agent, many), temperature=0.5)
     weight = weights_by_hand([0.75 * (0.2 + 2 * (0.3 + 0.01 * k)) for k in range(5)], 0.5, True)
     for k in range(5):
-        share = (target[:, 0] - (0.3 + 0.01 * k)).abs().lt(1e-4).float().mean().item()
+        share = (target[3000:, 0] - (0.3 + 0.01 * k)).abs().lt(1e-4).float().mean().item()
         assert share == pytest.approx(weight[k], abs=0.04), k
 
 
 def test_the_gate_keeps_a_better_buffer_action():
     agent, batch = stub_agent()
-    batch.expert[:] = False
+    batch = batch.cat(batch)  # the second half is the policy's
     _, target, logs, _ = distilled((agent, batch))
     # State 0: candidates 0.2 ... 0.24 sum to less than the buffer's 0.6. State 1: the other way round.
-    assert torch.equal(target[0], batch.chunk[0]) and target[1, 0] > 0.31
+    assert torch.equal(target[2], batch.chunk[0]) and target[3, 0] > 0.31
     assert logs["vgpd/zeta"].item() == 0.5
 
 

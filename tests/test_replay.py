@@ -16,9 +16,9 @@ BINARY = script.REWARDS["binary"]
 SEEN = {"proprio": torch.empty(0, 2)}
 
 
-def buffer(chunk_len: int, expert=False, seen=SEEN, action_dim=1, window=1) -> script.ReplayBuffer:
+def buffer(chunk_len: int, seen=SEEN, action_dim=1, window=1) -> script.ReplayBuffer:
     agent = SimpleNamespace(window=window, feature_dim=2, action_dim=action_dim)
-    return script.ReplayBuffer(agent, script.Args(chunk_len=chunk_len, gamma=G), seen, expert)
+    return script.ReplayBuffer(agent, script.Args(chunk_len=chunk_len, gamma=G, device="cpu"), seen)
 
 
 def episode_of(steps, terminated, base=0, recorded=None, success=True) -> script.Episode:
@@ -52,7 +52,7 @@ def test_termination_inside_a_chunk():
     returns = [0.1 + G * (0.1 + G * (0.1 + G * 1.0)), 0.1 + G * (0.1 + G * 1.0), 0.1 + G * 1.0, 1.0]
     assert batch.mc_return.tolist() == pytest.approx(returns)
     assert batch.success.tolist() == [1, 1, 1, 1]
-    assert batch.row.tolist() == [0, 1, 2, 3] and batch.expert.tolist() == [False] * 4
+    assert batch.row.tolist() == [0, 1, 2, 3]
 
 
 def test_time_limit():
@@ -153,7 +153,7 @@ def test_tables_round_trip():
 
 def test_two_buffers_are_two_memories():
     """Of one form, as the expert's and the policy's are."""
-    expert, policy = buffer(2, expert=True), buffer(2)
+    expert, policy = buffer(2), buffer(2)
     add(expert, 3, terminated=True)
     add(policy, 5, terminated=True, base=10)
     add(expert, 2, terminated=True, base=20)
@@ -162,7 +162,7 @@ def test_two_buffers_are_two_memories():
         assert replay.observations(rows)["proprio"][:, 0].tolist() == everything(replay).feature[:, 0].tolist() == own
     assert SEEN["proprio"].shape == (0, 2)
     both = policy.gather(torch.tensor([0])).cat(expert.gather(torch.tensor([1, 2])))
-    assert both.expert.tolist() == [False, True, True] and both.row.tolist() == [0, 1, 2]
+    assert both.row.tolist() == [0, 1, 2]
     assert both.feature[:, 0].tolist() == [10, 0, 0]
 
 
