@@ -1,4 +1,4 @@
-"""One update of critic and actor by conrft.py, with the sizes of timed.py: python ours.py calql|td ACTION_DIM CHUNK_LEN."""
+"""One update of critic and actor by conrft.py, with the sizes of timed.py: python ours.py calql|td ACTION_DIM CHUNK_LEN [compiled]."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch  # noqa: E402
 from timed import BATCH, CRITICS, FEATURES, HIDDEN, SAMPLES, serve  # noqa: E402
 
 import conrft  # noqa: E402
-import plumbing  # noqa: F401, E402  first: it sets how OpenMP's threads wait
+from plumbing import compiling  # noqa: E402
 
 
 class Sizes(torch.nn.Module):
@@ -22,8 +22,9 @@ class Sizes(torch.nn.Module):
         self.target_critic = conrft.EnsembleCritic(CRITICS, FEATURES, unit, HIDDEN)
 
 
-def main(loss: str, action_dim: int, chunk_len: int) -> None:
+def main(loss: str, action_dim: int, chunk_len: int, compile: bool) -> None:
     torch.set_num_threads(1)
+    compiling.use("on" if compile else "off", "cpu")
     args = conrft.Args(
         chunk_len=chunk_len,
         num_critics=CRITICS,
@@ -37,7 +38,7 @@ def main(loss: str, action_dim: int, chunk_len: int) -> None:
     adam = dict(lr=3e-4, fused=True)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), **adam)
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), **adam)
-    noise = torch.Generator().manual_seed(0)
+    noise = None if compile else torch.Generator().manual_seed(0)
     feature = torch.randn(2, BATCH, FEATURES)
     batch = conrft.Batch(
         feature=feature[0], chunk=torch.rand(BATCH, chunk) * 2 - 1, reward=torch.rand(BATCH),
@@ -54,4 +55,4 @@ def main(loss: str, action_dim: int, chunk_len: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), compile=sys.argv[4:] == ["compiled"])
