@@ -15,12 +15,14 @@ mode = "off"  # --compile, in this process
 
 
 def use(wanted: str, device: str) -> None:
-    """Before the first update. Raises: UserError where there is nothing to compile with."""
+    """--compile, and TF32 on a GPU, before the first update. Raises: UserError where there is nothing to compile with."""
     global mode
     compiler = os.environ.get("CXX") or "g++"
     if wanted != "off" and device == "cpu" and not shutil.which(compiler):
         raise UserError(f"--compile needs a C++ compiler, and {compiler} isn't there: install it, or leave --compile out")
     mode = wanted
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
 
 
 def compiled(loss):

@@ -412,7 +412,7 @@ def test_demonstrations_go_on_past_the_success_while_it_holds():
     demos.steps = np.array([2, 2])
     demos.success = np.array([0, 1, 1, 0, 0, 0, 1, 1, 1, 0], bool)  # the first one loses it again
     for stay, starts in (True, [0, 1, 2, 5, 6, 7, 8]), (False, [0, 1, 5, 6]):
-        args = script.Args(stay=stay, gamma=0.9, chunk_len=2)
+        args = script.Args(stay=stay, gamma=0.9, chunk_len=2, device="cpu")
         expert = script.ReplayBuffer(policy, args, demos.empty_obs())
         script.add_demonstrations(expert, demos, policy, args)
         assert expert.starts["row"].tolist() == starts
