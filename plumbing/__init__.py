@@ -20,15 +20,16 @@ from plumbing.idle import moving
 from plumbing.meshes import lighten
 from plumbing.robot import or_robot
 from plumbing.run import Run, threads
-from plumbing.table import Table, cut, joined, stacked, windows
+from plumbing.slots import Played, Slots
+from plumbing.table import Table, cut, joined, windows
 from plumbing.tasks import TASKS, Task, camera_configs, simulator_errors, task_of
 from plumbing.wrappers import SPAWN, ObsWrapper, Spawn, prepare_process
 
 imports.end()
 
 __all__ = [
-    "EVAL_SEED", "FILM", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Run", "RunArgs", "Spawn",
-    "Table", "Task", "UserError", "camera_configs", "check_flags", "check_sft", "cut", "fill", "film",
+    "EVAL_SEED", "FILM", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Played", "Run", "RunArgs",
+    "Slots", "Spawn", "Table", "Task", "UserError", "camera_configs", "check_flags", "check_sft", "cut", "fill", "film",
     "joined", "lighten", "load_demos", "load_sft_weights", "moving", "or_robot", "parse_flags", "prepare_process",
-    "run_script", "simulator_errors", "stacked", "stored_args", "success_metrics", "task_of", "threads", "windows",
+    "run_script", "simulator_errors", "stored_args", "success_metrics", "task_of", "threads", "windows",
 ]  # fmt: skip

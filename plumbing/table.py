@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ class Table:
     def append(self, count: int, **new) -> None:
         """`count` rows; a shorter column repeats its last one."""
         for name, column in self.columns.items():
-            values = torch.as_tensor(new[name]).to(column.dtype)
+            values = torch.as_tensor(new[name]).to(column)
             missing = count - len(values)
             values = torch.cat([values, values[-1:].expand(missing, *values.shape[1:])])
             more = self.rows + count - len(column)
@@ -56,11 +55,6 @@ class Table:
 
 
 # --- observations: {"proprio": [., P], cameras: [., H, H, 3]} ---
-def stacked(steps: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Observations [N, ...] of T steps to [N, T, ...]."""
-    return {name: np.stack([step[name] for step in steps], 1) for name in steps[0]}
-
-
 def cut(obs: dict, *where) -> dict:
     """obs[where] of each."""
     return {name: value[where] for name, value in obs.items()}
