@@ -59,7 +59,6 @@ from operators.interventions import Interventions, check_recording, write_demons
 from operators.planner import Oracle, check_planner
 from plumbing import (
     FILM,
-    TRAIN_SEED,
     Demos,
     Evaluator,
     ObsWrapper,
@@ -85,6 +84,7 @@ from plumbing import (
     success_metrics,
     task_of,
     threads,
+    training_seeds,
 )  # fmt: skip
 
 
@@ -734,8 +734,9 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
 @torch.inference_mode()
 def embedded(played: Played, agent: Agent) -> Episode:
     """A training episode with the features of all its steps."""
-    features = [agent.feature(obs).cpu() for obs in played.batches(agent.window)]
-    return Episode(torch.cat(features), played.action, played.success, played.terminated)
+    features = map(agent.feature, played.batches(agent.window))
+    feature = torch.cat(list(features)).cpu()
+    return Episode(feature, played.action, played.success, played.terminated)
 
 
 def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, own=None) -> None:
@@ -803,17 +804,18 @@ def make_operator(env, agent: Agent, demos: Demos, args: Args):
 
 def collect(
     slots: Slots, agent: Agent, args: Args, run: Run, demo: ReplayBuffer, replay: ReplayBuffer, helped: Interventions,
-    new: int,
+    most: int | None,
 ) -> int:  # fmt: skip
-    """A turn of the slots, in which up to `new` episodes begin. Returns its control steps.
+    """A turn of the slots; no episode begins once the run has had `most`. Returns control steps.
 
     What ends goes into the replay buffer, the operator's part into the demo buffer too.
     Raises: UserError when the operator has gone, after a checkpoint.
     """
     watched = slots.env
-    first = TRAIN_SEED + 1_000_000 * args.seed + run.episodes + slots.busy
+    begun = run.episodes + slots.busy
+    seeds = training_seeds(args.seed)[begun:most]
     try:
-        ended = slots.turn(range(first, first + new))
+        ended = slots.turn(seeds)
     except Gone as reason:  # in the middle of an episode, which is begun again
         run.save()
         raise UserError(f"{reason}; go on with --resume {run.folder}") from reason
@@ -940,8 +942,8 @@ def main(args: Args) -> Path:
             if not slots.busy:
                 run.evaluate_if_due()
             known = run.episodes
-            new = 0 if slots.busy and run.rest_due(args.online_steps) else args.num_envs
-            bar.update(collect(slots, agent, args, run, demo, replay, helped, new))
+            most = 0 if slots.busy and run.rest_due(args.online_steps) else None
+            bar.update(collect(slots, agent, args, run, demo, replay, helped, most))
             for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):
                 batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, args.cql_weight_online)
                 logs |= update_actor(

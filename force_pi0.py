@@ -59,7 +59,6 @@ from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher, check_p
 from backbones.units import SIGMA_DATA, gaussian
 from plumbing import (
     FILM,
-    TRAIN_SEED,
     Demos,
     Evaluator,
     ObsWrapper,
@@ -86,6 +85,7 @@ from plumbing import (
     success_metrics,
     task_of,
     threads,
+    training_seeds,
 )  # fmt: skip
 
 
@@ -820,7 +820,8 @@ def rollout(env, agent: Agent, args: Args, seeds, whole: bool = True, frames=Non
     whole    an episode goes on after a success, to the time limit, to see whether it lasts
     frames   collects the first environment's video
     """
-    slots = Slots(env, agent, args, partial(decide, agent, 0.0), whole=whole, frames=frames)
+    act = partial(decide, agent, 0.0)
+    slots = Slots(env, agent, args, act, whole=whole, frames=frames)
     return slots.successes(seeds)
 
 
@@ -838,8 +839,9 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
 @torch.inference_mode()
 def embedded(played: Played, agent: Agent) -> Episode:
     """A training episode with the features of all its steps."""
-    features = [agent.feature(obs).cpu() for obs in played.batches(agent.window)]
-    return Episode(torch.cat(features), played.action, played.success, played.terminated)
+    features = map(agent.feature, played.batches(agent.window))
+    feature = torch.cat(list(features)).cpu()
+    return Episode(feature, played.action, played.success, played.terminated)
 
 
 def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, stay: int = 0) -> None:
@@ -878,14 +880,15 @@ def embed_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, teach
 
 
 def collect(
-    slots: Slots, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer, new: int
+    slots: Slots, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer, most: int | None
 ) -> int:
-    """A turn of the slots, in which up to `new` episodes begin. Returns its control steps.
+    """A turn of the slots; no episode begins once the run has had `most`. Returns control steps.
 
     What ends goes into the policy buffer, successes into the expert buffer too.
     """
-    first = TRAIN_SEED + 1_000_000 * args.seed + run.episodes + slots.busy
-    for played in slots.turn(range(first, first + new)):
+    begun = run.episodes + slots.busy
+    seeds = training_seeds(args.seed)[begun:most]
+    for played in slots.turn(seeds):
         episode = embedded(played, agent)
         add_episode(policy, episode, agent, args)
         if episode.success.any():
@@ -1031,7 +1034,7 @@ def main(args: Args) -> Path:
     # Stage 2: value-calibrated warm-up on the policy's own rollouts, Eqs. (1) and (5-7)
     if args.warmup and run.enter("warmup"):
         while run.episodes < args.warmup_episodes:
-            collect(slots, agent, args, run, expert, policy, args.warmup_episodes - run.episodes - slots.busy)
+            collect(slots, agent, args, run, expert, policy, args.warmup_episodes)
         if not run.stage_updates:
             run.log(calibration(agent, policy, args))
         for step in run.updates_until(args.warmup_updates, "[2/3] warm-up"):
@@ -1054,8 +1057,8 @@ def main(args: Args) -> Path:
             if not slots.busy:
                 run.evaluate_if_due()
             known = run.episodes
-            new = 0 if slots.busy and run.rest_due(args.online_steps) else args.num_envs
-            bar.update(collect(slots, agent, args, run, expert, policy, new))
+            most = 0 if slots.busy and run.rest_due(args.online_steps) else None
+            bar.update(collect(slots, agent, args, run, expert, policy, most))
             done = min(run.stage_env_steps / args.online_steps, 1.0)
             q_weight = args.q_weight + done * (args.q_weight_end - args.q_weight)
             for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):

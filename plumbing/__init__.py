@@ -14,7 +14,7 @@ from plumbing import imports  # first: Ctrl-C is for it from here on
 from plumbing.beside import Evaluator
 from plumbing.demos import Demos, load_demos
 from plumbing.earlier import check_sft, load_sft_weights, stored_args
-from plumbing.evaluation import EVAL_SEED, FILM, TRAIN_SEED, film, success_metrics
+from plumbing.evaluation import EVAL_SEED, FILM, TRAIN_SEED, film, success_metrics, training_seeds
 from plumbing.flags import RunArgs, UserError, check_flags, fill, parse_flags, run_script
 from plumbing.idle import moving
 from plumbing.meshes import lighten
@@ -31,5 +31,6 @@ __all__ = [
     "EVAL_SEED", "FILM", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Played", "Run", "RunArgs",
     "Slots", "Spawn", "Table", "Task", "UserError", "camera_configs", "check_flags", "check_sft", "cut", "fill", "film",
     "joined", "lighten", "load_demos", "load_sft_weights", "moving", "or_robot", "parse_flags", "prepare_process",
-    "run_script", "simulator_errors", "stored_args", "success_metrics", "task_of", "threads", "windows",
+    "run_script", "simulator_errors", "stored_args", "success_metrics", "task_of", "threads", "training_seeds",
+    "windows",
 ]  # fmt: skip
