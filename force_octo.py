@@ -4,7 +4,7 @@ A policy is cloned from demonstrations (stage 0), a conservative critic is train
 re-calibrated on the policy's own rollouts (stage 2), and then the policy learns online from its proposals of
 above-average value, in states where the average proposal beats what it did (stage 3, VGPD). Stages 1 and 2 read fixed
 embeddings of the Octo backbone; stage 3 trains the backbone too, and embeds the buffers anew after each round. The
-paper's stage 3 is --online-finetune head --round-steps 1: a frozen backbone, and updates after each episode.
+paper's stage 3 is --online-finetune head --round-steps 1: a frozen backbone, and updates all along.
 
 Equations (numbers of the paper)                                             where
   (1)     critic: TD + alpha * (LSE over sampled actions - Q(data)), Cal-QL    td_target, calql_loss
@@ -133,7 +133,7 @@ class Args(RunArgs):
     online_steps: int = 15_000  # stage 3: control steps, summed over environments
     eval_freq: int = 2000  # stage 3: evaluate after the first round past each multiple of so many control steps
     online_finetune: Literal["head", "full"] = "full"  # stage 3: train the head, as in the paper, or the backbone too
-    round_steps: int = 2500  # stage 3: control steps of pi_old between updates; 1: one episode per environment
+    round_steps: int = 2500  # stage 3: control steps of pi_old between updates; 1: a decision (alone: an episode)
     online_lr: float = 1e-3  # stage 3: peak learning rate of the actor in a round; constant with --round-steps 1
     utd_ratio: float = 0.16  # stage 3: actor updates per control step
     cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2

@@ -14,6 +14,7 @@ from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
 
 from backbones.units import gaussian
 from plumbing import ObsWrapper, Run, Slots, stop
+from plumbing.record import Watched
 
 ONLINE = ("conrft", "force_octo", "force_pi0")
 MANY = (1, 8, 64)
@@ -167,6 +168,17 @@ def test_noise_is_of_an_episode():
 
     assert torch.equal(rows(1, 2, 3)[1:], rows(2, 3)) and not torch.equal(rows(1), rows(2))
     assert torch.equal(rows(5)[0], torch.randn(4, 2, generator=torch.Generator().manual_seed(5)))
+
+
+def test_successes_are_recorded_from_where_their_episodes_begin():
+    watched, player = Watched(FakeEnvs(3), limit=11), Player()
+    slots_of(watched, 3, training=False, whole=False, player=player).successes(range(20))
+    wins = [seed for seed in range(20) if seed % 5 < 3]
+    assert sorted(watched.found) == wins
+    alone = played(slots_of(FakeEnvs(1), 1, player=player), range(20))
+    for seed in wins:
+        T = 3 + seed % 8
+        np.testing.assert_array_equal(watched.found[seed], 2 * alone[seed].action[:T])
 
 
 # --- a batch on the GPU, as far as that can be seen without one ---
