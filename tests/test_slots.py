@@ -49,7 +49,9 @@ def flags(num_envs: int, **changes):
 
 def slots_of(env, num_envs: int, training: bool = True, player=None, **more) -> Slots:
     player = player or Player()
-    return Slots(env, player, flags(num_envs), lambda obs, noise: player.act(player.feature(obs), noise), training, **more)
+    return Slots(
+        env, player, flags(num_envs), lambda obs, noise: player.act(player.feature(obs), noise), training, **more
+    )
 
 
 def played(slots: Slots, seeds: range) -> dict:
