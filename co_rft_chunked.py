@@ -46,6 +46,7 @@ import plumbing  # noqa: F401  first: it sets how OpenMP's threads wait, which t
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +66,7 @@ from plumbing import (
     ObsWrapper,
     Run,
     RunArgs,
+    Slots,
     Spawn,
     UserError,
     camera_configs,
@@ -656,37 +658,19 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
 
 # === Episodes and buffers ============================================================================================
 @torch.inference_mode()
-def rollout(env, agent: Agent, args: Args, seeds, whole: bool = True, frames=None) -> list[np.ndarray]:
-    """One episode per environment, side by side; the policy is asked once a chunk.
+def decide(agent: Agent, obs: dict, noise: list) -> np.ndarray:
+    """One chunk for each of n episodes, by what was seen last: [n, H, A] normalised."""
+    return agent.act(agent.feature(obs))
 
-    whole    an episode goes on to the time limit after a success, to see whether that lasts
+
+def rollout(env, agent: Agent, args: Args, seeds, whole: bool = True, frames=None) -> list[np.ndarray]:
+    """Success at each step [T] of episodes with these seeds.
+
+    whole    an episode goes on after a success, to the time limit, to see whether it lasts
     frames   collects the first environment's video
-    Returns: success [T] at each step, for each episode.
     """
-    H = agent.H
-    ended = np.zeros(len(seeds), dtype=bool)
-    length = np.full(len(seeds), args.max_episode_steps)
-    every = 1 if agent.window > 1 else H
-    obs, _ = env.reset(seed=list(seeds), options={"every": every})
-    seen = [obs]  # the last observations, as many as Octo looks back at
-    successes = []
-    for t in range(args.max_episode_steps):
-        if t % H == 0:
-            feature = agent.feature(agent.recent(seen))
-            chunk = agent.act(feature)  # [N, H, A]
-        action = agent.denormalise(chunk[:, t % H])
-        obs, success, _, _, _ = env.step(action)
-        seen = [*seen, obs][-agent.window :]
-        successes.append(success > 0)
-        if frames is not None:
-            frames.append(env.call("render")[0])
-        over = successes[-1] & (not whole)
-        length[over & ~ended] = t + 1
-        ended |= over
-        if ended.all():
-            break
-    success = np.stack(successes, 1)  # [N, T]
-    return [steps[:T] for steps, T in zip(success, length)]
+    slots = Slots(env, agent, args, partial(decide, agent), whole=whole, frames=frames)
+    return slots.successes(seeds)
 
 
 def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, float]:
@@ -705,12 +689,10 @@ def evaluate_place(env, agent: Agent, args: Args, whole: bool) -> dict[str, floa
 
     It leaves torch's global generator and those of training alone, so training doesn't depend on when it is called.
     """
-    success = []
+    seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
     with torch.random.fork_rng(devices=[]):
-        for first in range(args.eval_seed, args.eval_seed + args.eval_episodes, args.num_envs):
-            seeds = range(first, first + args.num_envs)
-            success += rollout(env, agent, args, seeds, whole)
-    return success_metrics(success[: args.eval_episodes], args.max_episode_steps)
+        success = rollout(env, agent, args, seeds, whole)
+    return success_metrics(success, args.max_episode_steps)
 
 
 @torch.no_grad()
@@ -837,9 +819,10 @@ def warmup_cosine(step: int, total: int) -> float:
 
 def film_policy(agent: Agent, args: Args, folder: Path) -> None:
     """The first evaluation episodes as videos."""
+    alone = replace(args, num_envs=1)
 
     def play(env, seed: int, frames: list) -> bool:
-        (success,) = rollout(env, agent, args, [seed], frames=frames)
+        (success,) = rollout(env, agent, alone, [seed], frames=frames)
         return bool(success.any())
 
     film(args, make_env, folder / "videos", play)

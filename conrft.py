@@ -53,18 +53,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.octo_policy import OctoPolicy, check_octo, random_shift
-from backbones.units import SIGMA_DATA
+from backbones.units import SIGMA_DATA, gaussian
 from operators.devices import DEVICES, Gone
 from operators.interventions import Interventions, check_recording, write_demonstrations
 from operators.planner import Oracle, check_planner
 from plumbing import (
     FILM,
-    TRAIN_SEED,
     Demos,
     Evaluator,
     ObsWrapper,
+    Played,
     Run,
     RunArgs,
+    Slots,
     Table,
     UserError,
     camera_configs,
@@ -85,6 +86,7 @@ from plumbing import (
     success_metrics,
     task_of,
     threads,
+    training_seeds,
 )  # fmt: skip
 
 
@@ -246,7 +248,8 @@ def make_env(args: Args, num_envs: int, render: bool = False):
 class WatchedEnv:
     """The environment of training episodes, with an operator who may take over; keeps what `rollout` doesn't.
 
-    taken [T] says where the operator acted, and executed [T, A] what the first environment did, in controller units.
+    Since its last reset: taken [T] says where the operator acted, and executed [T, A] what the first environment did, in
+    controller units.
     """
 
     def __init__(self, env, operator):
@@ -415,11 +418,6 @@ def karras_sigmas(device: torch.device | str = "cpu") -> Tensor:
     high = SIGMA_MAX ** (1 / RHO)
     low = SIGMA_MIN ** (1 / RHO)
     return (high + i * (low - high)) ** RHO
-
-
-def gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise on the device of `like`."""
-    return torch.randn(shape, generator=generator, device=like.device)
 
 
 class ConsistencyActor(nn.Module):
@@ -723,55 +721,19 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
 
 # === Episodes and buffers ============================================================================================
 @torch.inference_mode()
-def rollout(
-    env, agent: Agent, args: Args, seeds, generator, training: bool = False, whole: bool = True, frames=None
-) -> list[Episode]:
-    """One episode per environment, side by side; the policy is asked once a chunk.
+def decide(agent: Agent, obs: dict, noise: list) -> np.ndarray:
+    """One chunk for each of n episodes, by what was seen last and a generator for each: [n, H, A] normalised."""
+    return agent.act(agent.feature(obs), noise)
 
-    training   an episode ends at success or failure, and keeps the features of all its steps
-    whole      otherwise: it goes on to the time limit after a success, to see whether that lasts
-    frames     collects the first environment's video
+
+def rollout(env, agent: Agent, args: Args, seeds, whole: bool = True, frames=None) -> list[np.ndarray]:
+    """Success at each step [T] of episodes with these seeds.
+
+    whole    an episode goes on after a success, to the time limit, to see whether it lasts
+    frames   collects the first environment's video
     """
-    N = len(seeds)
-    H = agent.H
-    limit = args.max_episode_steps
-    every = 1 if training or agent.window > 1 else H  # replay stores each step's observation
-    obs, _ = env.reset(seed=list(seeds), options={"every": every})
-    observations = [obs]
-    ended = np.zeros(N, dtype=bool)
-    length = np.full(N, limit)
-    planned = []
-    successes = []
-    for t in range(limit):
-        if t % H == 0:
-            feature = agent.feature(agent.recent(observations))
-            chunk = agent.act(feature, generator)  # [N, H, A]
-            planned.append(chunk)
-        action = agent.denormalise(chunk[:, t % H])
-        obs, success, _, _, info = env.step(action)
-        observations.append(obs)
-        successes.append(success > 0)
-        if frames is not None:
-            frames.append(env.call("render")[0])
-        over = info["ended"] if training else successes[-1] & (not whole)
-        length[over & ~ended] = t + 1
-        ended |= over
-        if ended.all():
-            break
-    features = agent.features(observations).cpu() if training else torch.empty(N, 0)  # [N, T+1, F]
-    action = np.concatenate(planned, 1)  # [N, L, A]
-    success = np.stack(successes, 1)  # [N, T]
-    episodes = []
-    for i, T in enumerate(length):
-        decisions = math.ceil(T / H)
-        episode = Episode(
-            feature=features[i, : T + 1],
-            action=action[i, : decisions * H],
-            success=success[i, :T],
-            terminated=bool(ended[i]),
-        )
-        episodes.append(episode)
-    return episodes
+    slots = Slots(env, agent, args, partial(decide, agent), whole=whole, frames=frames)
+    return slots.successes(seeds)
 
 
 def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, float]:
@@ -779,16 +741,18 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
 
     It leaves torch's global generator and those of training alone, so training doesn't depend on when it is called.
     """
-    generator = torch.Generator(args.device)
-    success = []
+    seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
     with torch.random.fork_rng(devices=[]):
-        for first in range(args.eval_seed, args.eval_seed + args.eval_episodes, args.num_envs):
-            generator.manual_seed(first)
-            seeds = range(first, first + args.num_envs)
-            episodes = rollout(env, agent, args, seeds, generator, whole=whole)
-            success += [episode.success for episode in episodes]
-    reward = REWARDS[args.reward]
-    return success_metrics(success[: args.eval_episodes], args.max_episode_steps, reward.fail, reward.success)
+        success = rollout(env, agent, args, seeds, whole)
+    return success_metrics(success, args.max_episode_steps, *REWARDS[args.reward])
+
+
+@torch.inference_mode()
+def embedded(played: Played, agent: Agent) -> Episode:
+    """A training episode with the features of all its steps."""
+    features = map(agent.feature, played.batches(agent.window))
+    feature = torch.cat(list(features)).cpu()
+    return Episode(feature, played.action, played.success, played.terminated)
 
 
 def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, own=None) -> None:
@@ -855,37 +819,41 @@ def make_operator(env, agent: Agent, demos: Demos, args: Args):
 
 
 def collect(
-    watched: WatchedEnv, agent: Agent, args: Args, run: Run, demo: ReplayBuffer, replay: ReplayBuffer,
-    helped: Interventions,
+    slots: Slots, agent: Agent, args: Args, run: Run, demo: ReplayBuffer, replay: ReplayBuffer, helped: Interventions,
+    most: int | None,
 ) -> int:  # fmt: skip
-    """An episode per environment into the replay buffer, the operator's part into the demo buffer too. Returns steps.
+    """A turn of the slots; no episode begins once the run has had `most`. Returns control steps.
 
+    What ends goes into the replay buffer, the operator's part into the demo buffer too.
     Raises: UserError when the operator has gone, after a checkpoint.
     """
-    first = TRAIN_SEED + 1_000_000 * args.seed + run.episodes
-    seeds = range(first, first + args.num_envs)
+    watched = slots.env
+    begun = run.episodes + slots.busy
+    seeds = training_seeds(args.seed)[begun:most]
     try:
-        episodes = rollout(watched, agent, args, seeds, run.rng["rollout"], training=True)
+        ended = slots.turn(seeds)
     except Gone as reason:  # in the middle of an episode, which is begun again
         run.save()
         raise UserError(f"{reason}; go on with --resume {run.folder}") from reason
     failed = watched.operator.failed if watched.operator else 0
-    for seed, episode in zip(seeds, episodes):
+    for played in ended:
+        episode = embedded(played, agent)
         T = len(episode.success)
-        taken = np.array(watched.taken[:T])
-        if taken.any():  # then this is the only environment
-            executed = np.stack(watched.executed[:T])
+        taken = np.zeros(T, dtype=bool)
+        if watched.operator:  # then this is the only environment
+            taken = np.array(watched.taken)
+        if taken.any():
+            executed = np.stack(watched.executed)
             episode = as_executed(episode, taken, executed, agent)
             add_intervention(demo, episode, taken, agent, args)
             if args.record_demos and episode.success.any():
-                helped.record(seed, executed)
+                helped.record(played.seed, executed)
         add_episode(replay, episode, agent, args)
         run.ended(episode.success.any(), T)
         helped.ended(taken, failed)
-    steps = sum(len(episode.success) for episode in episodes)
-    run.episodes += args.num_envs
-    run.env_steps += steps
-    return steps
+        run.episodes += 1
+    run.env_steps += slots.steps
+    return slots.steps
 
 
 def draw(demo: ReplayBuffer, replay: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> Batch:
@@ -921,6 +889,7 @@ def main(args: Args) -> Path:
     agent = Agent(args, demos).to(args.device)
     load_sft_weights(agent, args, head="consistency")
     watched = WatchedEnv(env, make_operator(env, agent, demos, args))
+    slots = Slots(watched, agent, args, partial(decide, agent), training=True)
     helped = Interventions()
     demo = ReplayBuffer(agent, args, expert=True)  # demonstrations, and what the operator did
     replay = ReplayBuffer(agent, args, expert=False)  # all rollouts
@@ -979,15 +948,17 @@ def main(args: Args) -> Path:
         forget(critic_optimizer, actor_optimizer)  # ConRFT starts each stage with a fresh Adam
         run.evaluate(whole=True)  # each goes on to the time limit
 
-    # Stage II: HIL-ConRFT on demonstrations, interventions and rollouts, Eqs. (4) and (5). A simulator can't be saved in
-    # the middle of an episode: whole episodes and updates take turns, and checkpoints lie between them.
+    # Stage II: HIL-ConRFT on demonstrations, interventions and rollouts, Eqs. (4) and (5). Decisions of all environments
+    # (of one: whole episodes) and updates take turns. A simulator can't be saved in the middle of an episode: checkpoints
+    # lie where none is under way.
     if run.enter("online"):
         bar = run.bar("[2/2] HIL-ConRFT", args.online_steps, run.stage_env_steps)
-        while run.stage_env_steps < args.online_steps:
-            if run.evaluation_due():
-                run.evaluate()
-                run.save()
-            bar.update(collect(watched, agent, args, run, demo, replay, helped))
+        while slots.busy or run.stage_env_steps < args.online_steps:
+            if not slots.busy:
+                run.evaluate_if_due()
+            known = run.episodes
+            most = 0 if slots.busy and run.rest_due(args.online_steps) else None
+            bar.update(collect(slots, agent, args, run, demo, replay, helped, most))
             for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):
                 batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, args.cql_weight_online)
                 logs |= update_actor(
@@ -995,9 +966,11 @@ def main(args: Args) -> Path:
                     bc_weight=args.bc_weight_online, q_weight=args.q_weight_online,
                 )  # fmt: skip
                 run.tick(logs, may_save=False)
-            run.log(run.recent_episodes() | {"buffer/size": replay.steps.rows})
-            run.log(helped.metrics())
-            run.save_if_due()
+            if run.episodes > known:
+                run.log(run.recent_episodes() | {"buffer/size": replay.steps.rows})
+                run.log(helped.metrics())
+            if not slots.busy:
+                run.save_if_due()
         if args.online_steps:
             run.evaluate(whole=True)
 
@@ -1031,11 +1004,11 @@ def reset(net: nn.Module) -> None:
 
 def film_policy(agent: Agent, args: Args, folder: Path) -> None:
     """The first evaluation episodes as videos."""
-    generator = torch.Generator(args.device).manual_seed(0)
+    alone = replace(args, num_envs=1)
 
     def play(env, seed: int, frames: list) -> bool:
-        (episode,) = rollout(env, agent, args, [seed], generator, frames=frames)
-        return bool(episode.success.any())
+        (success,) = rollout(env, agent, alone, [seed], frames=frames)
+        return bool(success.any())
 
     film(args, make_env, folder / "videos", play)
 

@@ -4,7 +4,7 @@ A policy is cloned from demonstrations (stage 0), a conservative critic is train
 re-calibrated on the policy's own rollouts (stage 2), and then the policy learns online from its proposals of
 above-average value, in states where the average proposal beats what it did (stage 3, VGPD). Stages 1 and 2 read fixed
 embeddings of the Octo backbone; stage 3 trains the backbone too, and embeds the buffers anew after each round. The
-paper's stage 3 is --online-finetune head --round-steps 1: a frozen backbone, and updates after each episode.
+paper's stage 3 is --online-finetune head --round-steps 1: a frozen backbone, and updates all along.
 
 Equations (numbers of the paper)                                             where
   (1)     critic: TD + alpha * (LSE over sampled actions - Q(data)), Cal-QL    td_target, calql_loss
@@ -36,7 +36,7 @@ import plumbing  # noqa: F401  first: it sets how OpenMP's threads wait, which t
 # isort: split
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -48,15 +48,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.octo_policy import OctoPolicy, check_octo, random_shift
-from backbones.units import SIGMA_DATA
+from backbones.units import SIGMA_DATA, gaussian
 from plumbing import (
     FILM,
-    TRAIN_SEED,
     Demos,
     Evaluator,
     ObsWrapper,
+    Played,
     Run,
     RunArgs,
+    Slots,
     Table,
     UserError,
     camera_configs,
@@ -77,11 +78,11 @@ from plumbing import (
     prepare_process,
     run_script,
     simulator_errors,
-    stacked,
     stored_args,
     success_metrics,
     task_of,
     threads,
+    training_seeds,
     windows,
 )  # fmt: skip
 
@@ -135,7 +136,7 @@ class Args(RunArgs):
     online_steps: int = 15_000  # stage 3: control steps, summed over environments
     eval_freq: int = 2000  # stage 3: evaluate after the first round past each multiple of so many control steps
     online_finetune: Literal["head", "full"] = "full"  # stage 3: train the head, as in the paper, or the backbone too
-    round_steps: int = 2500  # stage 3: control steps of pi_old between updates; 1: one episode per environment
+    round_steps: int = 2500  # stage 3: control steps of pi_old between updates; 1: a decision (alone: an episode)
     online_lr: float = 1e-3  # stage 3: peak learning rate of the actor in a round; constant with --round-steps 1
     utd_ratio: float = 0.16  # stage 3: actor updates per control step
     cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2
@@ -298,7 +299,7 @@ class Episode:
     """T steps; more actions than that are what was recorded, or planned, after its end."""
 
     feature: Tensor  # [T+1, F], empty if not asked for; [L+1, F] where it was recorded after the end, too
-    obs: dict[str, np.ndarray]  # [T+1, ...] what was seen; or [L+1, ...]
+    obs: dict[str, Tensor]  # [T+1, ...] what was seen; or [L+1, ...]
     action: np.ndarray  # [L, A] normalised, L >= T
     success: np.ndarray  # [T] at each step
     terminated: bool  # at T
@@ -410,11 +411,6 @@ def karras_sigmas(device: torch.device | str = "cpu") -> Tensor:
     high = SIGMA_MAX ** (1 / RHO)
     low = SIGMA_MIN ** (1 / RHO)
     return (high + i * (low - high)) ** RHO
-
-
-def gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise on the device of `like`."""
-    return torch.randn(shape, generator=generator, device=like.device)
 
 
 class ConsistencyActor(nn.Module):
@@ -814,56 +810,20 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
 
 # === Episodes and buffers ============================================================================================
 @torch.inference_mode()
-def rollout(
-    env, agent: Agent, args: Args, seeds, generator, training: bool = False, whole: bool = True, push=0.0, frames=None
-) -> list[Episode]:
-    """One episode per environment, side by side; the policy is asked once a chunk.
+def decide(agent: Agent, push: float, obs: dict, noise: list) -> np.ndarray:
+    """One chunk for each of n episodes, by what was seen last and a generator for each: [n, H, A] normalised."""
+    return agent.act(agent.feature(obs), noise, push)
 
-    training   an episode ends where the task says so (success, or its own failure), and keeps all its features
-    whole      if not training: an episode goes on after a success, to the time limit, to see whether it lasts
-    frames     collects the first environment's video
+
+def rollout(env, agent: Agent, args: Args, seeds, whole: bool = True, frames=None) -> list[np.ndarray]:
+    """Success at each step [T] of episodes with these seeds, without noise on the actions.
+
+    whole    an episode goes on after a success, to the time limit, to see whether it lasts
+    frames   collects the first environment's video
     """
-    N = len(seeds)
-    H = agent.H
-    limit = args.max_episode_steps
-    every = 1 if training or agent.window > 1 else H  # the steps that are rendered: replay and history need each one
-    obs, _ = env.reset(seed=list(seeds), options={"every": every})
-    observations = [obs]
-    ended = np.zeros(N, dtype=bool)
-    length = np.full(N, limit)  # the time limit is no termination
-    planned = []
-    successes = []
-    for t in range(limit):
-        if t % H == 0:
-            feature = agent.feature(agent.recent(observations))
-            chunk = agent.act(feature, generator, push)  # [N, H, A]
-            planned.append(chunk)
-        action = agent.denormalise(chunk[:, t % H])
-        obs, success, _, _, info = env.step(action)
-        observations.append(obs)
-        successes.append(success > 0)
-        if frames is not None:
-            frames.append(env.call("render")[0])
-        over = info["ended"] if training else successes[-1] & (not whole)
-        length[over & ~ended] = t + 1
-        ended |= over
-        if ended.all():
-            break
-    features = agent.features(observations).cpu() if training else torch.empty(N, 0)  # [N, T+1, F]
-    action = np.concatenate(planned, 1)  # [N, L, A]
-    success = np.stack(successes, 1)  # [N, T]
-    seen = stacked(observations)  # [N, T+1, ...]
-    episodes = []
-    for i, T in enumerate(length):
-        episode = Episode(
-            feature=features[i, : T + 1],
-            obs=cut(seen, i, slice(0, T + 1)),
-            action=action[i, : H * math.ceil(T / H)],
-            success=success[i, :T],
-            terminated=bool(ended[i]),
-        )
-        episodes.append(episode)
-    return episodes
+    act = partial(decide, agent, 0.0)
+    slots = Slots(env, agent, args, act, whole=whole, frames=frames)
+    return slots.successes(seeds)
 
 
 def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, float]:
@@ -871,16 +831,18 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
 
     It leaves torch's global generator and those of training alone, so training doesn't depend on when it is called.
     """
-    generator = torch.Generator(args.device)
-    success = []
+    seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
     with torch.random.fork_rng(devices=[]):
-        for first in range(args.eval_seed, args.eval_seed + args.eval_episodes, args.num_envs):
-            generator.manual_seed(first)
-            seeds = range(first, first + args.num_envs)
-            episodes = rollout(env, agent, args, seeds, generator, whole=whole)
-            success += [episode.success for episode in episodes]
-    success = success[: args.eval_episodes]
+        success = rollout(env, agent, args, seeds, whole)
     return success_metrics(success, args.max_episode_steps, *REWARDS[args.reward])
+
+
+@torch.inference_mode()
+def embedded(played: Played, agent: Agent) -> Episode:
+    """A training episode with the features of all its steps."""
+    features = map(agent.feature, played.batches(agent.window))
+    feature = torch.cat(list(features)).cpu()
+    return Episode(feature, played.obs, played.action, played.success, played.terminated)
 
 
 def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, stay: int = 0) -> None:
@@ -915,21 +877,41 @@ def embed(buffer: ReplayBuffer, observations, count: int, agent: Agent) -> None:
     buffer.steps.rewrite("feature", torch.cat(features))
 
 
-def collect(env, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer) -> int:
-    """An episode per environment into the policy buffer, successes into the expert buffer too. Returns steps."""
-    first = TRAIN_SEED + 1_000_000 * args.seed + run.episodes
-    seeds = range(first, first + args.num_envs)
-    generator = run.rng["rollout"]
-    episodes = rollout(env, agent, args, seeds, generator, training=True, push=args.explore_noise)
-    for episode in episodes:
+def collect(
+    slots: Slots, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer, most: int | None
+) -> int:
+    """A turn of the slots; no episode begins once the run has had `most`. Returns control steps.
+
+    What ends goes into the policy buffer, successes into the expert buffer too.
+    """
+    begun = run.episodes + slots.busy
+    seeds = training_seeds(args.seed)[begun:most]
+    for played in slots.turn(seeds):
+        episode = embedded(played, agent)
         add_episode(policy, episode, agent, args)
         if episode.success.any():
             add_episode(expert, without_idle(episode, agent, args), agent, args)
         run.ended(episode.success.any(), len(episode.success))
-    steps = sum(len(episode.success) for episode in episodes)
-    run.episodes += args.num_envs
-    run.env_steps += steps
-    return steps
+        run.episodes += 1
+    run.env_steps += slots.steps
+    return slots.steps
+
+
+def collect_round(
+    slots: Slots, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer, bar
+) -> int:
+    """Collect the steps of a round, and end its episodes; with --round-steps 1: one turn. Returns episodes that ended."""
+    known = run.episodes
+    goal = min(run.stage_env_steps + args.round_steps, args.online_steps)
+    while True:
+        rest = run.stage_env_steps >= goal
+        if args.round_steps == 1:
+            rest = run.rest_due(args.online_steps)
+        most = 0 if slots.busy and rest else None
+        bar.update(collect(slots, agent, args, run, expert, policy, most))
+        whole = run.stage_env_steps >= goal and not slots.busy
+        if whole or args.round_steps == 1:
+            return run.episodes - known
 
 
 def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
@@ -1007,6 +989,7 @@ def main(args: Args) -> Path:
     expert = ReplayBuffer(agent, args, kept)  # demonstrations; later successful rollouts too
     policy = ReplayBuffer(agent, args, kept)  # all rollouts
     add_demonstrations(expert, demos, agent, args)
+    slots = Slots(env, agent, args, partial(decide, agent, args.explore_noise), training=True)
     cloned = nn.ModuleList([agent.actor])
     if args.finetune == "full":
         cloned.insert(0, agent.backbone)
@@ -1076,7 +1059,7 @@ def main(args: Args) -> Path:
     # Stage 2: value-calibrated warm-up on the policy's own rollouts, Eqs. (1) and (5-7)
     if args.warmup and run.enter("warmup"):
         while run.episodes < args.warmup_episodes:
-            collect(env, agent, args, run, expert, policy)
+            collect(slots, agent, args, run, expert, policy, args.warmup_episodes)
         if not run.stage_updates:
             run.log(calibration(agent, policy, args))
         for step in run.updates_until(args.warmup_updates, "[2/3] warm-up"):
@@ -1091,16 +1074,13 @@ def main(args: Args) -> Path:
         forget(critic_optimizer, actor_optimizer)
         run.evaluate(whole=True)  # each goes on to the time limit
 
-    # Stage 3: TD, and self-distillation online, Eqs. (8-15), in rounds (no checkpoint within): episodes, then updates
+    # Stage 3: TD, and self-distillation online, Eqs. (8-15): a round, then its updates. No checkpoint within an episode
     if run.enter("online"):
         bar = run.bar("[3/3] online VGPD", args.online_steps, run.stage_env_steps)
-        while run.stage_env_steps < args.online_steps:
-            if run.evaluation_due():
-                run.evaluate()
-                run.save()
-            before = run.stage_env_steps
-            while run.stage_env_steps < min(before + args.round_steps, args.online_steps):
-                bar.update(collect(env, agent, args, run, expert, policy))
+        while slots.busy or run.stage_env_steps < args.online_steps:
+            if not slots.busy:
+                run.evaluate_if_due()
+            ended = collect_round(slots, agent, args, run, expert, policy, bar)
             done = min(run.stage_env_steps / args.online_steps, 1.0)
             q_weight = args.q_weight + done * (args.q_weight_end - args.q_weight)
             first = run.stage_updates
@@ -1116,8 +1096,10 @@ def main(args: Args) -> Path:
                 agent.actor_ema.load_state_dict(agent.actor.state_dict())
                 embed(expert, expert.observations, expert.steps.rows, agent)
                 embed(policy, policy.observations, policy.steps.rows, agent)
-            run.log(run.recent_episodes() | {"buffer/size": policy.steps.rows})
-            run.save_if_due()
+            if ended:
+                run.log(run.recent_episodes() | {"buffer/size": policy.steps.rows})
+            if not slots.busy:
+                run.save_if_due()
         run.evaluate(whole=True)
 
     run.finish(**demos.summary())
@@ -1148,11 +1130,11 @@ def forget(*optimizers: torch.optim.Optimizer) -> None:
 
 def film_policy(agent: Agent, args: Args, folder: Path) -> None:
     """The first evaluation episodes as videos."""
-    generator = torch.Generator(args.device).manual_seed(0)
+    alone = replace(args, num_envs=1)
 
     def play(env, seed: int, frames: list) -> bool:
-        (episode,) = rollout(env, agent, args, [seed], generator, frames=frames)
-        return bool(episode.success.any())
+        (success,) = rollout(env, agent, alone, [seed], frames=frames)
+        return bool(success.any())
 
     film(args, make_env, folder / "videos", play)
 

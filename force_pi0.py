@@ -43,7 +43,7 @@ import plumbing  # noqa: F401  first: it sets how OpenMP's threads wait, which t
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -56,15 +56,16 @@ from torch import Tensor, nn
 
 from backbones.octo_policy import random_shift
 from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher, check_pi0
-from backbones.units import SIGMA_DATA
+from backbones.units import SIGMA_DATA, gaussian
 from plumbing import (
     FILM,
-    TRAIN_SEED,
     Demos,
     Evaluator,
     ObsWrapper,
+    Played,
     Run,
     RunArgs,
+    Slots,
     Table,
     UserError,
     camera_configs,
@@ -87,6 +88,7 @@ from plumbing import (
     success_metrics,
     task_of,
     threads,
+    training_seeds,
 )  # fmt: skip
 
 
@@ -401,11 +403,6 @@ def karras_sigmas(device: torch.device | str = "cpu") -> Tensor:
     high = SIGMA_MAX ** (1 / RHO)
     low = SIGMA_MIN ** (1 / RHO)
     return (high + i * (low - high)) ** RHO
-
-
-def gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise on the device of `like`."""
-    return torch.randn(shape, generator=generator, device=like.device)
 
 
 class ConsistencyActor(nn.Module):
@@ -828,54 +825,20 @@ def polyak_update(source: nn.Module, target: nn.Module, tau: float) -> None:
 
 # === Episodes and buffers ============================================================================================
 @torch.inference_mode()
-def rollout(
-    env, agent: Agent, args: Args, seeds, generator, training: bool = False, whole: bool = True, push=0.0, frames=None
-) -> list[Episode]:
-    """One episode per environment, side by side; the policy is asked once a chunk.
+def decide(agent: Agent, push: float, obs: dict, noise: list) -> np.ndarray:
+    """One chunk for each of n episodes, by what was seen last and a generator for each: [n, H, A] normalised."""
+    return agent.act(agent.feature(obs), noise, push)
 
-    training   an episode ends at success or failure, and keeps the features of all its steps
-    whole      if not training: an episode goes on after a success, to the time limit, to see whether it lasts
-    frames     collects the first environment's video
+
+def rollout(env, agent: Agent, args: Args, seeds, whole: bool = True, frames=None) -> list[np.ndarray]:
+    """Success at each step [T] of episodes with these seeds, without noise on the actions.
+
+    whole    an episode goes on after a success, to the time limit, to see whether it lasts
+    frames   collects the first environment's video
     """
-    N = len(seeds)
-    H = agent.H
-    limit = args.max_episode_steps
-    every = 1 if training else H  # replay stores each step's observation
-    obs, _ = env.reset(seed=list(seeds), options={"every": every})
-    observations = [obs]
-    ended = np.zeros(N, dtype=bool)
-    length = np.full(N, limit)
-    planned = []
-    successes = []
-    for t in range(limit):
-        if t % H == 0:
-            feature = agent.feature(agent.recent(observations))
-            chunk = agent.act(feature, generator, push)  # [N, H, A]
-            planned.append(chunk)
-        action = agent.denormalise(chunk[:, t % H])
-        obs, success, _, _, info = env.step(action)
-        observations.append(obs)
-        successes.append(success > 0)
-        if frames is not None:
-            frames.append(env.call("render")[0])
-        over = info["ended"] if training else successes[-1] & (not whole)
-        length[over & ~ended] = t + 1
-        ended |= over
-        if ended.all():
-            break
-    features = agent.features(observations).cpu() if training else torch.empty(N, 0)  # [N, T+1, F]
-    action = np.concatenate(planned, 1)  # [N, L, A]
-    success = np.stack(successes, 1)  # [N, T]
-    episodes = []
-    for i, T in enumerate(length):
-        episode = Episode(
-            feature=features[i, : T + 1],
-            action=action[i, : H * math.ceil(T / H)],
-            success=success[i, :T],
-            terminated=bool(ended[i]),
-        )
-        episodes.append(episode)
-    return episodes
+    act = partial(decide, agent, 0.0)
+    slots = Slots(env, agent, args, act, whole=whole, frames=frames)
+    return slots.successes(seeds)
 
 
 def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, float]:
@@ -883,16 +846,18 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
 
     It leaves torch's global generator and those of training alone, so training doesn't depend on when it is called.
     """
-    generator = torch.Generator(args.device)
-    success = []
+    seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
     with torch.random.fork_rng(devices=[]):
-        for first in range(args.eval_seed, args.eval_seed + args.eval_episodes, args.num_envs):
-            generator.manual_seed(first)
-            seeds = range(first, first + args.num_envs)
-            episodes = rollout(env, agent, args, seeds, generator, whole=whole)
-            success += [episode.success for episode in episodes]
-    reward = REWARDS[args.reward]
-    return success_metrics(success[: args.eval_episodes], args.max_episode_steps, reward.fail, reward.success)
+        success = rollout(env, agent, args, seeds, whole)
+    return success_metrics(success, args.max_episode_steps, *REWARDS[args.reward])
+
+
+@torch.inference_mode()
+def embedded(played: Played, agent: Agent) -> Episode:
+    """A training episode with the features of all its steps."""
+    features = map(agent.feature, played.batches(agent.window))
+    feature = torch.cat(list(features)).cpu()
+    return Episode(feature, played.action, played.success, played.terminated)
 
 
 def add_episode(buffer: ReplayBuffer, episode: Episode, agent: Agent, args: Args, stay: int = 0) -> None:
@@ -930,21 +895,24 @@ def embed_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, teach
     buffer.steps.rewrite("feature", torch.cat(features))
 
 
-def collect(env, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer) -> int:
-    """An episode per environment into the policy buffer, successes into the expert buffer too. Returns steps."""
-    first = TRAIN_SEED + 1_000_000 * args.seed + run.episodes
-    seeds = range(first, first + args.num_envs)
-    generator = run.rng["rollout"]
-    episodes = rollout(env, agent, args, seeds, generator, training=True, push=args.explore_noise)
-    for episode in episodes:
+def collect(
+    slots: Slots, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer, most: int | None
+) -> int:
+    """A turn of the slots; no episode begins once the run has had `most`. Returns control steps.
+
+    What ends goes into the policy buffer, successes into the expert buffer too.
+    """
+    begun = run.episodes + slots.busy
+    seeds = training_seeds(args.seed)[begun:most]
+    for played in slots.turn(seeds):
+        episode = embedded(played, agent)
         add_episode(policy, episode, agent, args)
         if episode.success.any():
             add_episode(expert, without_idle(episode, agent, args), agent, args)
         run.ended(episode.success.any(), len(episode.success))
-    steps = sum(len(episode.success) for episode in episodes)
-    run.episodes += args.num_envs
-    run.env_steps += steps
-    return steps
+        run.episodes += 1
+    run.env_steps += slots.steps
+    return slots.steps
 
 
 def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
@@ -1012,6 +980,7 @@ def main(args: Args) -> Path:
     expert = ReplayBuffer(agent, args)  # demonstrations, successes
     policy = ReplayBuffer(agent, args)  # all rollouts
     add_demonstrations(expert, demos, agent, args)
+    slots = Slots(env, agent, args, partial(decide, agent, args.explore_noise), training=True)
     taught = args.head == "consistency" and args.sft_head_updates
     teacher = Teacher(agent.actor.unit, rows=len(demos.action) if taught else 0)
     cloned = nn.ModuleList([*agent.trained_parts(), agent.actor])
@@ -1080,7 +1049,7 @@ def main(args: Args) -> Path:
     # Stage 2: value-calibrated warm-up on the policy's own rollouts, Eqs. (1) and (5-7)
     if args.warmup and run.enter("warmup"):
         while run.episodes < args.warmup_episodes:
-            collect(env, agent, args, run, expert, policy)
+            collect(slots, agent, args, run, expert, policy, args.warmup_episodes)
         if not run.stage_updates:
             run.log(calibration(agent, policy, args))
         for step in run.updates_until(args.warmup_updates, "[2/3] warm-up"):
@@ -1095,23 +1064,26 @@ def main(args: Args) -> Path:
         forget(critic_optimizer, actor_optimizer)
         run.evaluate(whole=True)  # each goes on to the time limit
 
-    # Stage 3: TD, and self-distillation online, Eqs. (8-15). A simulator can't be saved in the middle of an episode:
-    # whole episodes and updates take turns, and checkpoints lie between them.
+    # Stage 3: TD, and self-distillation online, Eqs. (8-15). Decisions of all environments (of one: whole episodes) and
+    # updates take turns. A simulator can't be saved in the middle of an episode: checkpoints lie where none is under way.
     if run.enter("online"):
         bar = run.bar("[3/3] online VGPD", args.online_steps, run.stage_env_steps)
-        while run.stage_env_steps < args.online_steps:
-            if run.evaluation_due():
-                run.evaluate()
-                run.save()
-            bar.update(collect(env, agent, args, run, expert, policy))
+        while slots.busy or run.stage_env_steps < args.online_steps:
+            if not slots.busy:
+                run.evaluate_if_due()
+            known = run.episodes
+            most = 0 if slots.busy and run.rest_due(args.online_steps) else None
+            bar.update(collect(slots, agent, args, run, expert, policy, most))
             done = min(run.stage_env_steps / args.online_steps, 1.0)
             q_weight = args.q_weight + done * (args.q_weight_end - args.q_weight)
             for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):
                 batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, 0.0)
                 logs |= update_online(agent, actor_optimizer, batch, args, noise, q_weight)
                 run.tick(logs, may_save=False)
-            run.log(run.recent_episodes() | {"buffer/size": policy.steps.rows})
-            run.save_if_due()
+            if run.episodes > known:
+                run.log(run.recent_episodes() | {"buffer/size": policy.steps.rows})
+            if not slots.busy:
+                run.save_if_due()
         run.evaluate(whole=True)
 
     run.finish(**demos.summary())
@@ -1135,11 +1107,11 @@ def forget(*optimizers: torch.optim.Optimizer) -> None:
 
 def film_policy(agent: Agent, args: Args, folder: Path) -> None:
     """The first evaluation episodes as videos."""
-    generator = torch.Generator(args.device).manual_seed(0)
+    alone = replace(args, num_envs=1)
 
     def play(env, seed: int, frames: list) -> bool:
-        (episode,) = rollout(env, agent, args, [seed], generator, frames=frames)
-        return bool(episode.success.any())
+        (success,) = rollout(env, agent, alone, [seed], frames=frames)
+        return bool(success.any())
 
     film(args, make_env, folder / "videos", play)
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.t5 import T5_SIZES, T5Encoder, t5_token_ids
+from backbones.units import gaussian
 from plumbing.hub import from_hub
 
 LANGUAGE, OBSERVATION, READOUT = 0, 1, 2  # token kinds, ordered: a token may look at its own kind and at lower ones
@@ -456,12 +457,12 @@ class DiffusionHead(nn.Module):
         """
         shape = (len(embedding), K, self.action_horizon * self.action_dim)
         embedding = embedding[:, None].expand(-1, K, -1)
-        x = torch.randn(shape, generator=generator, device=embedding.device)
+        x = gaussian(shape, embedding, generator)
         for t in reversed(range(self.num_steps)):
             beta, alpha_bar = self.betas[t], self.alpha_bars[t]
             noise = self(embedding, x, torch.full((*shape[:2], 1), t, device=x.device))
             x = (x - beta / (1 - alpha_bar).sqrt() * noise) / (1 - beta).sqrt()
             if t > 0:
-                x = x + beta.sqrt() * torch.randn(shape, generator=generator, device=x.device)
+                x = x + beta.sqrt() * gaussian(shape, x, generator)
             x = x.clamp(-self.max_action, self.max_action)
         return x.unflatten(-1, (self.action_horizon, self.action_dim))

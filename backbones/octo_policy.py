@@ -71,12 +71,6 @@ class OctoPolicy(Units):
         real = np.broadcast_to(np.arange(self.window) >= missing, (len(seen[0]["proprio"]), self.window))
         return {"proprio": seen[-1]["proprio"], "real": real.copy()} | images
 
-    def features(self, seen: list[dict[str, np.ndarray]]) -> Tensor:
-        """Observations of N states at each of T steps to [N, T, F], in one pass of the backbone."""
-        steps = [self.recent(seen[: t + 1]) for t in range(len(seen))]
-        joined = {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
-        return self.feature(joined).unflatten(0, (len(seen), -1)).transpose(0, 1)
-
 
 def check_octo(args) -> None:
     """Check the flags of the backbone, and that its weights can be had, before anything is made. Raises: UserError."""

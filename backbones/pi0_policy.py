@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from backbones.pi0 import PRESETS, ActionExpert, Pi0, Prefix, choose_trainable
 from backbones.pi0_weights import check_pi0_weights, load_pi0
-from backbones.units import SIGMA_DATA, Units, action_box
+from backbones.units import SIGMA_DATA, Units, action_box, gaussian
 from plumbing.flags import UserError
 
 CAMERAS = ("primary", "wrist")  # of the observations, in the order of the model's
@@ -98,7 +98,7 @@ class FlowActor(nn.Module):
     def flow(self, context: Context, n: int, generator) -> Tensor:
         """Draw n chunks per state: [B, n, D] in [-1, 1]."""
         shape = (len(context[0]), n, self.H, self.expert.config.action_dim)
-        noise = torch.randn(shape, generator=generator, device=self.unit.device)
+        noise = gaussian(shape, self.unit, generator)
         x = self.expert.sample(*context, noise, FLOW_STEPS)
         A = len(self.unit) // self.H
         return (self.mean + self.unit * x[..., :A].flatten(2)).clamp(-1, 1)
@@ -237,17 +237,6 @@ class Pi0Policy(Units):
     def recent(self, seen: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The last observation of running episodes, as `observe` wants it: a window of one step."""
         return {k: v if k == "proprio" else v[:, None] for k, v in seen[-1].items()}
-
-    def features(self, seen: list[dict[str, np.ndarray]]) -> Tensor:
-        """Observations of N states at each of T steps to [N, T, F], many states at once."""
-        steps = [self.recent([step]) for step in seen]
-        joined = {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
-        rows = len(joined["proprio"])
-        parts = []
-        for first in range(0, rows, 64):  # a prefix's cache is large
-            some = {name: value[first : first + 64] for name, value in joined.items()}
-            parts.append(self.feature(some))
-        return torch.cat(parts).unflatten(0, (len(seen), -1)).transpose(0, 1)
 
 
 def check_pi0(args) -> None:

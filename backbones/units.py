@@ -10,6 +10,14 @@ SIGMA_DATA = 0.5  # standard deviation of actions in the units of the heads, as 
 ACTION_RANGE = 1.5  # the policy's action box as a multiple of the largest demonstrated action, per dimension
 
 
+def gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | list[torch.Generator]) -> Tensor:
+    """Standard normal noise on the device of `like`; from a list, each of the rows is of a generator of its own (CPU)."""
+    if isinstance(generator, list):
+        rows = [torch.randn(shape[1:], generator=one) for one in generator]
+        return torch.stack(rows).to(like.device)
+    return torch.randn(shape, generator=generator, device=like.device)
+
+
 def action_box(action: np.ndarray, relative: bool) -> tuple[np.ndarray, np.ndarray]:
     """Centre and half the side, [A] each, of the box around demonstrated actions [M, A] that a policy acts within.
 

@@ -15,21 +15,23 @@ from plumbing.beside import Evaluator
 from plumbing.compiling import compiled, drawn, fixed
 from plumbing.demos import Demos, load_demos
 from plumbing.earlier import check_sft, load_sft_weights, stored_args
-from plumbing.evaluation import EVAL_SEED, FILM, TRAIN_SEED, film, success_metrics
+from plumbing.evaluation import EVAL_SEED, FILM, TRAIN_SEED, film, success_metrics, training_seeds
 from plumbing.flags import RunArgs, UserError, check_flags, fill, parse_flags, run_script
 from plumbing.idle import moving
 from plumbing.meshes import lighten
 from plumbing.robot import or_robot
 from plumbing.run import Run, threads
-from plumbing.table import Table, cut, joined, stacked, windows
+from plumbing.slots import Played, Slots
+from plumbing.table import Table, cut, joined, windows
 from plumbing.tasks import TASKS, Task, camera_configs, simulator_errors, task_of
 from plumbing.wrappers import SPAWN, ObsWrapper, Spawn, prepare_process
 
 imports.end()
 
 __all__ = [
-    "EVAL_SEED", "FILM", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Run", "RunArgs", "Spawn",
-    "Table", "Task", "UserError", "camera_configs", "check_flags", "check_sft", "compiled", "cut", "drawn", "fill", "film",
-    "fixed", "joined", "lighten", "load_demos", "load_sft_weights", "moving", "or_robot", "parse_flags", "prepare_process",
-    "run_script", "simulator_errors", "stacked", "stored_args", "success_metrics", "task_of", "threads", "windows",
+    "EVAL_SEED", "FILM", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Played", "Run", "RunArgs",
+    "Slots", "Spawn", "Table", "Task", "UserError", "camera_configs", "check_flags", "check_sft", "compiled", "cut",
+    "drawn", "fill", "film", "fixed", "joined", "lighten", "load_demos", "load_sft_weights", "moving", "or_robot",
+    "parse_flags", "prepare_process", "run_script", "simulator_errors", "stored_args", "success_metrics", "task_of",
+    "threads", "training_seeds", "windows",
 ]  # fmt: skip

@@ -32,28 +32,33 @@ RECORD_SEED = 2_000_000_000  # of the first episode
 class Watched:
     """An environment that keeps what was done in its successful episodes."""
 
-    def __init__(self, env):
+    def __init__(self, env, limit: int):
         self.env = env
+        self.limit = limit  # control steps of an episode
         self.found: dict[int, np.ndarray] = {}  # seed: actions [T, A] up to the success
 
     def reset(self, seed: list[int], options: dict):
+        begun = options.get("reset_mask", np.ones(len(seed), dtype=bool))
+        if begun.all():
+            self.actions = [[] for _ in seed]
+        for i in np.flatnonzero(begun):
+            self.actions[i] = []
         self.seeds = seed
-        self.actions = []
-        return self.env.reset(seed=self.seeds, options=options)
+        return self.env.reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray):
-        self.actions.append(np.array(action, np.float32))
         result = self.env.step(action)
         for i, success in enumerate(result[1]):
-            if success > 0 and self.seeds[i] not in self.found:
-                taken = [step[i] for step in self.actions]
-                self.found[self.seeds[i]] = np.stack(taken)
+            own = self.actions[i]
+            own.append(np.array(action[i], np.float32))
+            if success > 0 and len(own) <= self.limit and self.seeds[i] not in self.found:
+                self.found[self.seeds[i]] = np.stack(own)
         return result
 
 
 def successes(module, agent, args, count: int) -> dict[int, np.ndarray]:
     """Seeds and actions [T, A] of `count` successful episodes; fewer, where hardly any succeeds."""
-    env = Watched(module.make_env(args, args.num_envs))
+    env = Watched(module.make_env(args, args.num_envs), args.max_episode_steps)
     tried = 0
     most = 3 * count + 50
     while len(env.found) < count and tried < most:
@@ -61,7 +66,7 @@ def successes(module, agent, args, count: int) -> dict[int, np.ndarray]:
         episodes = min(max(missing, args.num_envs), most - tried)
         others = replace(args, eval_episodes=episodes, eval_seed=RECORD_SEED + tried)
         module.evaluate(env, agent, others, whole=False)
-        tried += -(-episodes // args.num_envs) * args.num_envs
+        tried += episodes
         print(f"{len(env.found)} of {tried} episodes succeed", file=sys.stderr)
     env.env.close()
     kept = sorted(env.found)[:count]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,11 +55,6 @@ class Table:
 
 
 # --- observations: {"proprio": [., P], cameras: [., H, H, 3]} ---
-def stacked(steps: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Observations [N, ...] of T steps to [N, T, ...]."""
-    return {name: np.stack([step[name] for step in steps], 1) for name in steps[0]}
-
-
 def cut(obs: dict, *where) -> dict:
     """obs[where] of each."""
     return {name: value[where] for name, value in obs.items()}

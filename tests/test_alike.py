@@ -15,7 +15,7 @@ from conftest import SCRIPTS
 from test_layout import TREES, definitions
 from torch import nn
 
-from plumbing import Demos, fill
+from plumbing import Demos, Slots, fill
 
 OWN_FORM = {  # (name, script): what differs on purpose
     ("td_target", "co_rft_chunked"): "one target for each prefix of a chunk",
@@ -46,13 +46,14 @@ ELSEWHERE = {  # names that scripts share, and what holds their behaviour
     "critic_loss": "the scripts' own tests",
     "actor_loss": "the scripts' own tests",
     "main": "test_resume.py and the scripts' own tests",
+    "Episode": "through embedded",
     "film_policy": "test_training.py",
     "bc_loss": "chooses a head's loss; those are compared",
     "embed_demonstrations": "test_training.py",
     "update_critics": "the scripts' own tests",
     "update_online": "the scripts' own tests",
     "held_out": "the scripts' own tests",
-    "collect": "test_resume.py",
+    "collect": "test_slots.py, test_resume.py",
     "SIGMA_MIN": "through karras_sigmas", "SIGMA_MAX": "through karras_sigmas",
     "RHO": "through karras_sigmas", "NUM_SIGMAS": "through karras_sigmas",
 }  # fmt: skip
@@ -116,11 +117,6 @@ def about(name: str) -> str:
 @probe
 def karras_sigmas(s):
     return s.karras_sigmas()
-
-
-@probe
-def gaussian(s):
-    return s.gaussian((2, 3), FEATURE, rng())
 
 
 @probe
@@ -327,7 +323,10 @@ class Env:
     """Two environments that end after other numbers of steps; they succeed when what was done sums up to enough."""
 
     def reset(self, seed, options):
-        self.t, self.sums, self.every = 0, np.array(seed) % 7 / 7, options["every"]
+        begun = options.get("reset_mask", np.ones(2, bool))
+        if begun.all():
+            self.t, self.sums = np.zeros(2, int), np.zeros(2)
+        self.t[begun], self.sums[begun] = 0, (np.array(seed) % 7 / 7)[begun]
         return {"proprio": self.sums[:, None].copy()}, {}
 
     def step(self, action):
@@ -343,14 +342,8 @@ class Player:
     H, window, feature_dim, action_dim = 3, 1, 1, 1
     relative, gripper = True, False
 
-    def recent(self, seen):
-        return seen[-1]
-
     def feature(self, obs):
         return torch.as_tensor(obs["proprio"])
-
-    def features(self, seen):
-        return torch.stack([self.feature(obs) for obs in seen], 1)
 
     def act(self, feature, generator=None, push=0.0):
         steps = torch.arange(3)[None, :, None] * 0.01
@@ -372,15 +365,25 @@ PLAY = SimpleNamespace(
 )  # fmt: skip
 
 
-def episodes_of(s, seeds, **more):
-    return by_name(s.rollout, env=Env(), agent=Player(), args=PLAY, seeds=seeds, generator=rng(), **more)
+def episodes_of(s, seeds):
+    player = Player()
+    slots = Slots(Env(), player, PLAY, lambda obs, noise: player.act(player.feature(obs)), training=True)
+    found = []
+    while len(found) < 2:
+        found += slots.turn(seeds if not found else ())
+    return [s.embedded(played, player) for played in found]
+
+
+@probe
+def decide(s):
+    obs = {"proprio": np.ones((2, 1))}
+    return by_name(s.decide, agent=Player(), push=0.0, obs=obs, noise=[rng(), rng()])
 
 
 @probe
 def rollout(s):
     """Success at each step: to the time limit, or to the first success."""
-    found = episodes_of(s, [3, 5]) + episodes_of(s, [3, 5], whole=False)
-    return [getattr(episode, "success", episode) for episode in found]
+    return [s.rollout(Env(), Player(), PLAY, [3, 5, 4], whole) for whole in (True, False)]
 
 
 @probe
@@ -389,14 +392,14 @@ def evaluate(s):
 
 
 @probe
-def Episode(s):
-    return [[e.feature, e.action, e.success, e.terminated] for e in episodes_of(s, [3, 6], training=True)]
+def embedded(s):
+    return [[e.feature, e.action, e.success, e.terminated] for e in episodes_of(s, [3, 6])]
 
 
 @probe
 def without_idle(s):
     args = SimpleNamespace(drop_idle=0.1)
-    found = [s.without_idle(episode, Player(), args) for episode in episodes_of(s, [1, 6], training=True)]
+    found = [s.without_idle(episode, Player(), args) for episode in episodes_of(s, [1, 6])]
     return [[e.feature, e.action, e.success, e.terminated] for e in found]
 
 
@@ -408,7 +411,7 @@ def add_episode(s):
 def played(s, seeds):
     """A replay buffer with what came of these episodes."""
     buffer = empty_buffer(s)
-    for episode in episodes_of(s, seeds, training=True):
+    for episode in episodes_of(s, seeds):
         s.add_episode(buffer, episode, Player(), PLAY)
     return buffer
 

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ import bc
 import conrft as script
 from operators.devices import Gone
 from operators.interventions import Interventions
-from plumbing import Demos, Run, UserError, fill, load_demos
+from plumbing import Demos, Run, Slots, UserError, fill, load_demos
 
 TOY = dict(device="cpu", obs_mode="state", num_envs=1, proprio_noise=0.0, hidden_dim=24, num_critics=3, chunk_len=3,
            noise_levels=2, batch_size=8, max_episode_steps=40)  # fmt: skip
@@ -234,14 +235,18 @@ class FakeEnv:
         return {"proprio": np.full((1, 5), self.t / 10, np.float32)}, done, None, None, {"ended": done}
 
 
+def slots_of(watched, t) -> Slots:
+    return Slots(watched, t.agent, t.args, partial(script.decide, t.agent), training=True)
+
+
 def test_interventions_go_to_both_buffers():
     t = toy(record_demos="x.h5", intervention="oracle")
     ends, helped = [], Interventions()
-    run = SimpleNamespace(episodes=0, env_steps=0, rng={"rollout": rng()}, ended=lambda *episode: ends.append(episode))
+    run = SimpleNamespace(episodes=0, env_steps=0, ended=lambda *episode: ends.append(episode))
 
     def collect(own: dict) -> script.WatchedEnv:
         watched = script.WatchedEnv(FakeEnv(), Script(own))
-        script.collect(watched, t.agent, t.args, run, t.demo, t.replay, helped)
+        script.collect(slots_of(watched, t), t.agent, t.args, run, t.demo, t.replay, helped, most=None)
         return watched
 
     own = {i: t.agent.clip(np.full(4, 0.1 * i, np.float32)) for i in (0, 1, 2, 3, 5)}
@@ -276,15 +281,14 @@ def test_a_run_without_its_operator_ends_with_a_checkpoint():
     def save():
         saves.append((run.episodes, run.env_steps, t.replay.starts.rows))
 
-    run = SimpleNamespace(
-        episodes=0, env_steps=0, rng={"rollout": rng()}, ended=lambda *episode: None, save=save, folder="runs/NAME"
-    )
+    run = SimpleNamespace(episodes=0, env_steps=0, ended=lambda *episode: None, save=save, folder="runs/NAME")
     watched = script.WatchedEnv(FakeEnv(), Script({}))
-    script.collect(watched, t.agent, t.args, run, t.demo, t.replay, helped)
+    slots = slots_of(watched, t)
+    script.collect(slots, t.agent, t.args, run, t.demo, t.replay, helped, most=None)
 
     watched.operator = Leaving({})
     with pytest.raises(UserError, match="pulled out; go on with --resume runs/NAME"):
-        script.collect(watched, t.agent, t.args, run, t.demo, t.replay, helped)
+        script.collect(slots, t.agent, t.args, run, t.demo, t.replay, helped, most=None)
     assert saves == [(1, 7, 7)] and len(helped.recent) == 1
 
 
@@ -293,7 +297,8 @@ def test_a_plan_past_the_end_holds_until_the_operator_acts(own, planned):
     """An episode of seven steps ends one step into a chunk of three: what was planned beyond fills the chunk up."""
     t = toy()
     watched = script.WatchedEnv(FakeEnv(), Script({i: t.agent.clip(np.full(4, 0.1, np.float32)) for i in own}))
-    (episode,) = script.rollout(watched, t.agent, t.args, [1], rng(), training=True)
+    (played,) = slots_of(watched, t).turn([1])
+    episode = script.embedded(played, t.agent)
     assert len(episode.action) == 9 and len(episode.success) == 7
     executed = np.stack(watched.executed)
     found = script.as_executed(episode, np.array(watched.taken), executed, t.agent)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+from functools import partial
 
 import h5py
 import numpy as np
@@ -15,7 +16,7 @@ import bc
 import force_octo as script
 import plumbing.demos
 from backbones.units import ACTION_RANGE
-from plumbing import EVAL_SEED, TRAIN_SEED, UserError, load_demos, moving, success_metrics
+from plumbing import EVAL_SEED, TRAIN_SEED, Slots, UserError, load_demos, moving, success_metrics
 
 RELEASED = dict(obs_mode="rgb", backbone="octo-small", image_size=256)
 
@@ -259,13 +260,15 @@ def test_worker_processes_equal_this_process(place, demos):
                 assert (reached[0], own_info["ended"][0]) == (success[i], info["ended"][i])
         assert not np.array_equal(first["proprio"][0], first["proprio"][1])
         args.max_episode_steps = 4
+        args.num_envs = 2
         agent = script.Agent(args, demos)
-        episodes = script.rollout(pair, agent, args, seeds, torch.Generator(), training=True)
-        for episode, seed in zip(episodes, seeds, strict=True):
+        slots = Slots(pair, agent, args, partial(script.decide, agent, 0.0), training=True)
+        ended = [*slots.turn(seeds), *slots.turn(())]
+        for played, seed in zip(ended, seeds, strict=True):
+            episode = script.embedded(played, agent)
             first, _ = alone.reset(seed=[seed])
-            with torch.no_grad():
-                start = agent.feature(agent.recent([first]))
-            assert len(episode.success) == 4 and episode.feature.shape == (5, agent.feature_dim)
+            start = agent.feature(agent.recent([first]))
+            assert played.seed == seed and len(episode.success) == 4 and episode.feature.shape == (5, agent.feature_dim)
             torch.testing.assert_close(episode.feature[:1], start, atol=1e-5, rtol=0)
     finally:
         pair.close()
