@@ -751,7 +751,7 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
 def embedded(played: Played, agent: Agent) -> Episode:
     """A training episode with the features of all its steps."""
     features = map(agent.feature, played.batches(agent.window))
-    feature = torch.cat(list(features)).cpu()
+    feature = torch.cat(list(features))
     return Episode(feature, played.action, played.success, played.terminated)
 
 

@@ -841,7 +841,7 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
 def embedded(played: Played, agent: Agent) -> Episode:
     """A training episode with the features of all its steps."""
     features = map(agent.feature, played.batches(agent.window))
-    feature = torch.cat(list(features)).cpu()
+    feature = torch.cat(list(features))
     return Episode(feature, played.obs, played.action, played.success, played.terminated)
 
 
@@ -900,7 +900,10 @@ def collect(
 def collect_round(
     slots: Slots, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer, bar
 ) -> int:
-    """Collect the steps of a round, and end its episodes; with --round-steps 1: one turn. Returns episodes that ended."""
+    """Collect the steps of a round, and end its episodes; with --round-steps 1: one turn, once there are episodes.
+
+    Returns: the number of episodes that have ended.
+    """
     known = run.episodes
     goal = min(run.stage_env_steps + args.round_steps, args.online_steps)
     while True:
@@ -910,7 +913,7 @@ def collect_round(
         most = 0 if slots.busy and rest else None
         bar.update(collect(slots, agent, args, run, expert, policy, most))
         whole = run.stage_env_steps >= goal and not slots.busy
-        if whole or args.round_steps == 1:
+        if whole or (args.round_steps == 1 and policy.starts.rows):
             return run.episodes - known
 
 

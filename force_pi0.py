@@ -856,7 +856,7 @@ def evaluate(env, agent: Agent, args: Args, whole: bool = True) -> dict[str, flo
 def embedded(played: Played, agent: Agent) -> Episode:
     """A training episode with the features of all its steps."""
     features = map(agent.feature, played.batches(agent.window))
-    feature = torch.cat(list(features)).cpu()
+    feature = torch.cat(list(features))
     return Episode(feature, played.action, played.success, played.terminated)
 
 
@@ -1074,6 +1074,8 @@ def main(args: Args) -> Path:
             known = run.episodes
             most = 0 if slots.busy and run.rest_due(args.online_steps) else None
             bar.update(collect(slots, agent, args, run, expert, policy, most))
+            if not policy.starts.rows:  # no episode has ended yet
+                continue
             done = min(run.stage_env_steps / args.online_steps, 1.0)
             q_weight = args.q_weight + done * (args.q_weight_end - args.q_weight)
             for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):
