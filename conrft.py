@@ -59,7 +59,6 @@ from operators.interventions import Interventions, check_recording, write_demons
 from operators.planner import Oracle, check_planner
 from plumbing import (
     FILM,
-    TRAIN_SEED,
     Demos,
     Evaluator,
     ObsWrapper,
@@ -74,8 +73,10 @@ from plumbing import (
     lighten,
     load_demos,
     load_sft_weights,
+    mean_over_ranks,
     or_robot,
     parse_flags,
+    per_rank,
     prepare_process,
     run_script,
     simulator_errors,
@@ -608,7 +609,9 @@ def q_loss(q: Tensor, scale: str) -> Tensor:
 
     Shapes: q [E, B] -> scalar.
     """
-    size = q.abs().mean().detach() + 1e-6 if scale == "mean-abs" else 1.0
+    size = 1.0
+    if scale == "mean-abs":
+        size = mean_over_ranks(q.abs().mean().detach()) + 1e-6
     return -q.mean() / size
 
 
@@ -679,9 +682,10 @@ def update_actor(
         error = error.square().mean(-1)  # [B]
         bc = bc + args.onestep_mse * error
         logs["losses/onestep"] = error.mean()
-    if args.bc_demo_only:
-        bc = bc[batch.expert]
     loss_bc = bc.mean()
+    if args.bc_demo_only:
+        shown = batch.expert.float()
+        loss_bc = (shown * bc).sum() / mean_over_ranks(shown.sum())
     loss = bc_weight * loss_bc
     if q_weight:
         agent.critic.requires_grad_(False)
@@ -846,8 +850,7 @@ def collect(
 
     Raises: UserError when the operator has gone, after a checkpoint.
     """
-    first = TRAIN_SEED + 1_000_000 * args.seed + run.episodes
-    seeds = range(first, first + args.num_envs)
+    seeds = run.next_seeds()
     try:
         episodes = rollout(watched, agent, args, seeds, run.rng["rollout"], training=True)
     except Gone as reason:  # in the middle of an episode, which is begun again
@@ -864,17 +867,13 @@ def collect(
             if args.record_demos and episode.success.any():
                 helped.record(seed, executed)
         add_episode(replay, episode, agent, args)
-        run.ended(episode.success.any(), T)
         helped.ended(taken, failed)
-    steps = sum(len(episode.success) for episode in episodes)
-    run.episodes += args.num_envs
-    run.env_steps += steps
-    return steps
+    return run.ended([episode.success for episode in episodes])
 
 
 def draw(demo: ReplayBuffer, replay: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> Batch:
     """Half demo buffer, half replay buffer; the demo buffer only while there are no rollouts."""
-    size = args.batch_size
+    size = per_rank(args.batch_size)
     device = args.device
     own = size // 2 if replay.starts.rows else 0
     rows = demo.draw(size - own, rng["batch"])
@@ -936,7 +935,7 @@ def main(args: Args) -> Path:
             for step in run.updates_until(args.sft_updates, "[0/2] SFT"):
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
                 sft_optimizer.param_groups[0]["lr"] = lr
-                rows = demos.draw(args.sft_batch_size, run.rng["batch"])
+                rows = demos.draw(per_rank(args.sft_batch_size), run.rng["batch"])
                 batch = demo.gather(rows, args.device)
                 obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])
                 feature = agent.feature(obs)

@@ -51,7 +51,6 @@ from backbones.octo_policy import OctoPolicy, check_octo, random_shift
 from backbones.units import SIGMA_DATA
 from plumbing import (
     FILM,
-    TRAIN_SEED,
     Demos,
     Evaluator,
     ObsWrapper,
@@ -68,9 +67,11 @@ from plumbing import (
     lighten,
     load_demos,
     load_sft_weights,
+    mean_over_ranks,
     moving,
     or_robot,
     parse_flags,
+    per_rank,
     prepare_process,
     run_script,
     simulator_errors,
@@ -630,12 +631,13 @@ def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
 
     Shapes: bc [B], success [B] in {0, 1} -> scalar, 0 if nothing succeeded.
     """
-    return (success * bc).sum() / success.sum().clamp_min(1.0)
+    successes = mean_over_ranks(success.sum())
+    return (success * bc).sum() / successes.clamp_min(1e-6)
 
 
 def q_loss(q: Tensor, normalise: bool) -> Tensor:
     """- mean Q(s, pi(s)) over critics and batch, optionally over mean |Q| (as TD3+BC). Shapes: q [E, B] -> scalar."""
-    scale = q.abs().mean().detach() + 1e-6 if normalise else 1.0
+    scale = mean_over_ranks(q.abs().mean().detach()) + 1e-6 if normalise else 1.0
     return -q.mean() / scale
 
 
@@ -902,19 +904,14 @@ def embed(buffer: ReplayBuffer, observations, count: int, agent: Agent) -> None:
 
 def collect(env, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer) -> int:
     """An episode per environment into the policy buffer, successes into the expert buffer too. Returns steps."""
-    first = TRAIN_SEED + 1_000_000 * args.seed + run.episodes
-    seeds = range(first, first + args.num_envs)
+    seeds = run.next_seeds()
     generator = run.rng["rollout"]
     episodes = rollout(env, agent, args, seeds, generator, training=True, push=args.explore_noise)
     for episode in episodes:
         add_episode(policy, episode, agent, args)
         if episode.success.any():
             add_episode(expert, without_idle(episode, agent, args), agent, args)
-        run.ended(episode.success.any(), len(episode.success))
-    steps = sum(len(episode.success) for episode in episodes)
-    run.episodes += args.num_envs
-    run.env_steps += steps
-    return steps
+    return run.ended([episode.success for episode in episodes])
 
 
 def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
@@ -935,7 +932,7 @@ def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
 
 def draw(expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> Batch:
     """Half expert, half policy buffer; demonstrations only while there are no rollouts."""
-    size = args.batch_size
+    size = per_rank(args.batch_size)
     device = args.device
     own = size // 2 if policy.starts.rows else 0
     rows = expert.draw(size - own, rng["batch"])
@@ -1030,7 +1027,7 @@ def main(args: Args) -> Path:
             for step in run.updates_until(args.sft_updates, "[0/3] SFT"):
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
                 sft_optimizer.param_groups[0]["lr"] = lr
-                rows = demos.draw(args.sft_batch_size, run.rng["batch"])
+                rows = demos.draw(per_rank(args.sft_batch_size), run.rng["batch"])
                 batch = expert.gather(rows, args.device)
                 feature = batch.feature
                 if args.finetune == "full":

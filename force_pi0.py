@@ -59,7 +59,6 @@ from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher, check_p
 from backbones.units import SIGMA_DATA
 from plumbing import (
     FILM,
-    TRAIN_SEED,
     Demos,
     Evaluator,
     ObsWrapper,
@@ -74,9 +73,11 @@ from plumbing import (
     lighten,
     load_demos,
     load_sft_weights,
+    mean_over_ranks,
     moving,
     or_robot,
     parse_flags,
+    per_rank,
     prepare_process,
     run_script,
     simulator_errors,
@@ -657,12 +658,13 @@ def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
 
     Shapes: bc [B], success [B] in {0, 1} -> scalar, 0 if nothing succeeded.
     """
-    return (success * bc).sum() / success.sum().clamp_min(1.0)
+    successes = mean_over_ranks(success.sum())
+    return (success * bc).sum() / successes.clamp_min(1e-6)
 
 
 def q_loss(q: Tensor, normalise: bool) -> Tensor:
     """- mean Q(s, pi(s)) over critics and batch, optionally over mean |Q| (as TD3+BC). Shapes: q [E, B] -> scalar."""
-    scale = q.abs().mean().detach() + 1e-6 if normalise else 1.0
+    scale = mean_over_ranks(q.abs().mean().detach()) + 1e-6 if normalise else 1.0
     return -q.mean() / scale
 
 
@@ -916,19 +918,14 @@ def embed_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, teach
 
 def collect(env, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer) -> int:
     """An episode per environment into the policy buffer, successes into the expert buffer too. Returns steps."""
-    first = TRAIN_SEED + 1_000_000 * args.seed + run.episodes
-    seeds = range(first, first + args.num_envs)
+    seeds = run.next_seeds()
     generator = run.rng["rollout"]
     episodes = rollout(env, agent, args, seeds, generator, training=True, push=args.explore_noise)
     for episode in episodes:
         add_episode(policy, episode, agent, args)
         if episode.success.any():
             add_episode(expert, without_idle(episode, agent, args), agent, args)
-        run.ended(episode.success.any(), len(episode.success))
-    steps = sum(len(episode.success) for episode in episodes)
-    run.episodes += args.num_envs
-    run.env_steps += steps
-    return steps
+    return run.ended([episode.success for episode in episodes])
 
 
 def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
@@ -948,7 +945,7 @@ def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
 
 def draw(expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> Batch:
     """Half expert, half policy buffer; demonstrations only while there are no rollouts."""
-    size = args.batch_size
+    size = per_rank(args.batch_size)
     device = args.device
     own = size // 2 if policy.starts.rows else 0
     rows = expert.draw(size - own, rng["batch"])
@@ -1024,7 +1021,7 @@ def main(args: Args) -> Path:
     if run.enter("sft"):
         with threads(args, many="primary" in demos.obs):
             for step in run.updates_until(args.sft_updates, "[0/3] SFT"):
-                rows = demos.draw(args.sft_batch_size, run.rng["batch"])
+                rows = demos.draw(per_rank(args.sft_batch_size), run.rng["batch"])
                 chunk = expert.gather(rows, args.device).chunk
                 obs = random_shift(demos.at(rows, 1), run.rng["batch"])
                 losses = clone_losses(agent, obs, chunk, args, noise)
@@ -1038,7 +1035,7 @@ def main(args: Args) -> Path:
     # ... then of the head alone, on cached rows: a flow from demonstrations, a one-step head from what pi0's flow does
     if run.enter("sft-head"):
         for step in run.updates_until(args.sft_head_updates, "[0/3] SFT, head alone"):
-            rows = demos.draw(args.sft_batch_size, run.rng["batch"])
+            rows = demos.draw(per_rank(args.sft_batch_size), run.rng["batch"])
             batch = expert.gather(rows, args.device)
             target = teacher.draw(rows, run.rng["batch"]) if taught else batch.chunk
             feature = agent.perturb(batch.feature, args.proprio_noise, noise)

@@ -234,10 +234,26 @@ class FakeEnv:
         return {"proprio": np.full((1, 5), self.t / 10, np.float32)}, done, None, None, {"ended": done}
 
 
+class FakeRun:
+    """Counts episodes and steps."""
+
+    folder = "runs/NAME"
+
+    def __init__(self):
+        self.rng = {"rollout": rng()}
+        self.ends = []  # a success or not, and steps
+
+    def next_seeds(self):
+        return [len(self.ends)]
+
+    def ended(self, success):
+        self.ends += [(steps.any(), len(steps)) for steps in success]
+        return sum(map(len, success))
+
+
 def test_interventions_go_to_both_buffers():
     t = toy(record_demos="x.h5", intervention="oracle")
-    ends, helped = [], Interventions()
-    run = SimpleNamespace(episodes=0, env_steps=0, rng={"rollout": rng()}, ended=lambda *episode: ends.append(episode))
+    run, helped = FakeRun(), Interventions()
 
     def collect(own: dict) -> script.WatchedEnv:
         watched = script.WatchedEnv(FakeEnv(), Script(own))
@@ -247,7 +263,7 @@ def test_interventions_go_to_both_buffers():
     own = {i: t.agent.clip(np.full(4, 0.1 * i, np.float32)) for i in (0, 1, 2, 3, 5)}
     starts, demo_rows = t.demo.starts.rows, t.demo.steps.rows
     watched = collect(own)
-    assert run.env_steps == 7 and run.episodes == 1 and ends == [(True, 7)]
+    assert run.ends == [(True, 7)]
     assert (t.demo.starts["row"][starts:] - demo_rows).tolist() == [0, 1]  # chunks of three that are all the operator's
     assert t.replay.starts["row"].tolist() == list(range(7))  # all of the episode
     for buffer, first in ((t.demo, demo_rows), (t.replay, 0)):
@@ -265,27 +281,21 @@ def test_interventions_go_to_both_buffers():
     assert t.demo.starts.rows == starts and len(helped.recorded) == 1 and helped.recent[-1] == (0.0, 0)
     t.args.max_episode_steps = 2
     collect(own)  # cut off before its first chunk ends
-    assert t.demo.starts.rows == starts and ends[-1] == (False, 2)
+    assert t.demo.starts.rows == starts and run.ends[-1] == (False, 2)
 
 
 def test_a_run_without_its_operator_ends_with_a_checkpoint():
     """In the second episode, of which nothing is kept."""
     t = toy(intervention="gamepad")
-    saves, helped = [], Interventions()
-
-    def save():
-        saves.append((run.episodes, run.env_steps, t.replay.starts.rows))
-
-    run = SimpleNamespace(
-        episodes=0, env_steps=0, rng={"rollout": rng()}, ended=lambda *episode: None, save=save, folder="runs/NAME"
-    )
+    saves, helped, run = [], Interventions(), FakeRun()
+    run.save = lambda: saves.append((run.ends, t.replay.starts.rows))
     watched = script.WatchedEnv(FakeEnv(), Script({}))
     script.collect(watched, t.agent, t.args, run, t.demo, t.replay, helped)
 
     watched.operator = Leaving({})
     with pytest.raises(UserError, match="pulled out; go on with --resume runs/NAME"):
         script.collect(watched, t.agent, t.args, run, t.demo, t.replay, helped)
-    assert saves == [(1, 7, 7)] and len(helped.recent) == 1
+    assert saves == [([(True, 7)], 7)] and len(helped.recent) == 1
 
 
 @pytest.mark.parametrize("own, planned", [((), True), ((0, 5), True), ((6,), False)])
