@@ -145,7 +145,7 @@ def means(logs: dict) -> dict:
     """Logged values of the ranks' shares of a batch: those of the whole batch. All ranks log the same names."""
     if WORLD == 1:
         return logs
-    own = torch.tensor([float(value) for value in logs.values()], dtype=torch.float64)
+    own = torch.tensor([torch.as_tensor(value).item() for value in logs.values()], dtype=torch.float64)
     return dict(zip(logs, mean_over_ranks(own).unbind()))
 
 
