@@ -240,4 +240,5 @@ def finish(line: str, code: int) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
+    ranks.exit_now(code)
     sys.exit(code)

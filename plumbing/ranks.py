@@ -10,6 +10,7 @@ CPU, and NCCL's for those on GPUs, of which each rank has one.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -114,6 +115,16 @@ def speaks_for_all() -> bool:
         return store.add("ended by a fault", 1) == 1
     except (RuntimeError, ValueError):  # the store has ended too
         return True
+
+
+def exit_now(code: int) -> None:
+    """The end by a fault, of one rank among others: without the end of its connections, which waits for theirs."""
+    if not dist.is_initialized():
+        return
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def say(line: str) -> None:

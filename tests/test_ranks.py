@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,12 +27,10 @@ B, D = 8, 4  # a rank's samples; numbers of an action
 
 def launch(work, *about) -> list:
     """work(rank, *about) in a process for each rank, as torchrun starts them. Returns what they send, and exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives all ranks
     pipes = [FORKS.Pipe() for _ in range(WORLD)]
     processes = [
-        FORKS.Process(target=as_rank, args=(rank, port, theirs, work, about)) for rank, (_, theirs) in enumerate(pipes)
+        FORKS.Process(target=as_rank, args=(rank, store.port, theirs, work, about)) for rank, (_, theirs) in enumerate(pipes)
     ]
     for process in processes:
         process.start()
@@ -53,6 +50,7 @@ def launch(work, *about) -> list:
 def as_rank(rank: int, port: int, pipe, work, about) -> None:
     torch.set_num_threads(1)
     place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=WORLD, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    place |= dict(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
     os.environ |= {name: str(value) for name, value in place.items()}
     pipe.send_bytes(pickle.dumps(work(rank, *about)))
 
@@ -276,7 +274,7 @@ def test_ranks_share_the_work(undisturbed):
     assert state["env_steps"] == 10 * state["episodes"] and state["stage_start"] == 40
     (other,) = state["others"]
     for own in (state, other):  # what each has seen itself
-        assert own["buffers"]["policy_steps"]["columns"]["reward"]["shape"] == [11 * state["episodes"] // WORLD]
+        assert own["buffers"]["policy_steps"]["columns"]["reward"]["shape"] == [13 * state["episodes"] // WORLD]
     sums = [own["buffers"]["policy_steps"]["columns"]["action"]["sum"] for own in (state, other)]
     assert sums[0] != sums[1]
     assert not torch.equal(state["rng"]["batch"], other["rng"]["batch"]) and other["parts"] == {}
@@ -324,7 +322,7 @@ def test_an_environment_that_does_not_fit(environment, message, command, monkeyp
 @pytest.mark.parametrize("script, flags, message", [
     ("force_octo", "--batch-size 64", "--batch-size 64 is shared by 3 ranks"),
     ("force_octo", "--batch-size 3", "at least 6"),
-    ("co_rft_chunked", "--sft-batch-size 64", "--sft-batch-size 64 is shared by 3 ranks"),
+    ("co_rft_chunked", "--batch-size 66 --sft-batch-size 64", "--sft-batch-size 64 is shared by 3 ranks"),
     ("bc", "--batch-size 63 --num-envs 0", "--num-envs must be at least 1"),
     ("bc", "--batch-size 63 --sim-backend physx_cuda", "leave torchrun out|no CUDA device"),
     ("conrft", "--batch-size 63 --sft-batch-size 63 --intervention oracle", "one operator"),
