@@ -340,7 +340,7 @@ def test_flags_that_ranks_can_not_have(script, flags, message, undisturbed, comm
 
 
 def test_torchrun_says_a_fault_once(tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = ["--obs-mode", "state", "--sft-batch-size", "63", "--runs", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run([*words, str(SCRIPT), *flags], capture_output=True, text=True, cwd=ROOT, env=environment)
