@@ -54,6 +54,7 @@ from plumbing import (
     load_demos,
     or_robot,
     parse_flags,
+    per_rank,
     prepare_process,
     run_script,
     simulator_errors,
@@ -467,7 +468,7 @@ def main(args: Args) -> Path:
             for step in run.updates_until(args.updates, f"BC, {args.head} head"):
                 lr = args.lr * warmup_cosine(step, args.updates)
                 optimizer.param_groups[0]["lr"] = lr
-                rows = chunks.draw(args.batch_size, run.rng["batch"])
+                rows = chunks.draw(per_rank(args.batch_size), run.rng["batch"])
                 if args.finetune == "full":
                     obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])
                     feature = agent.feature(obs)

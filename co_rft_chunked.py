@@ -78,8 +78,10 @@ from plumbing import (
     lighten,
     load_demos,
     load_sft_weights,
+    mean_over_ranks,
     or_robot,
     parse_flags,
+    per_rank,
     prepare_process,
     run_script,
     simulator_errors,
@@ -546,7 +548,7 @@ def td_target(batch: Batch, next_q: Tensor, return_mix: float, high: float) -> T
 def td_loss(q: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Eq. (6): mean over critics and valid prefixes. Shapes: q [2, B, K], target [B, K], valid [B, K] -> scalar."""
     error = valid * (q - target).square()
-    return error.sum() / (len(q) * valid.sum())
+    return error.sum() / (len(q) * mean_over_ranks(valid.sum()))
 
 
 def calql_gap(q_data: Tensor, q_policy: Tensor, mc_return: Tensor, valid: Tensor, calibrate: bool) -> Tensor:
@@ -557,13 +559,13 @@ def calql_gap(q_data: Tensor, q_policy: Tensor, mc_return: Tensor, valid: Tensor
     if calibrate:
         q_policy = torch.maximum(q_policy, mc_return[:, None, None])
     on_data = (valid * q_data).sum()
-    count = len(q_data) * valid.sum()
+    count = len(q_data) * mean_over_ranks(valid.sum())
     return q_policy.mean() - on_data / count
 
 
 def q_loss(q: Tensor, normalise: bool) -> Tensor:
     """Eq. (9): minus the mean Q over prefixes, optionally over the mean |Q| (as TD3+BC). q [.., K] -> scalar."""
-    scale = q.abs().mean().detach() + 1e-6 if normalise else 1.0
+    scale = mean_over_ranks(q.abs().mean().detach()) + 1e-6 if normalise else 1.0
     return -q.mean() / scale
 
 
@@ -705,7 +707,7 @@ def embed_demonstrations(data: ChunkData, demos: Demos, agent: Agent) -> None:
 
 def draw(data: ChunkData, rows: Tensor, agent: Agent, args: Args, generator, noise: torch.Generator) -> Batch:
     """A batch of decisions at some of the rows, proprio noisy beside a camera."""
-    chosen = data.draw(rows, args.batch_size, generator)
+    chosen = data.draw(rows, per_rank(args.batch_size), generator)
     batch = data.gather(chosen)
     batch.feature = agent.perturb(batch.feature, args.proprio_noise, noise)
     after = batch.next_feature.flatten(0, 1)  # [B*K, F]
@@ -774,7 +776,8 @@ def main(args: Args) -> Path:
             for step in run.updates_until(args.sft_updates, "[1/2] SFT"):
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
                 sft_optimizer.param_groups[0]["lr"] = lr
-                rows = data.draw(data.cloned_rows, args.sft_batch_size, run.rng["batch"])
+                size = per_rank(args.sft_batch_size)
+                rows = data.draw(data.cloned_rows, size, run.rng["batch"])
                 obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])
                 feature = agent.perturb(agent.feature(obs), args.proprio_noise, noise)
                 chunk = data.chunk(rows)

@@ -77,8 +77,10 @@ from plumbing import (
     lighten,
     load_demos,
     load_sft_weights,
+    mean_over_ranks,
     or_robot,
     parse_flags,
+    per_rank,
     prepare_process,
     run_script,
     simulator_errors,
@@ -86,7 +88,6 @@ from plumbing import (
     success_metrics,
     task_of,
     threads,
-    training_seeds,
 )  # fmt: skip
 
 
@@ -606,7 +607,9 @@ def q_loss(q: Tensor, scale: str) -> Tensor:
 
     Shapes: q [E, B] -> scalar.
     """
-    size = q.abs().mean().detach() + 1e-6 if scale == "mean-abs" else 1.0
+    size = 1.0
+    if scale == "mean-abs":
+        size = mean_over_ranks(q.abs().mean().detach()) + 1e-6
     return -q.mean() / size
 
 
@@ -680,7 +683,7 @@ def actor_loss(
         bc = bc + args.onestep_mse * error
         logs["losses/onestep"] = error.mean()
     imitated = batch.expert if args.bc_demo_only else torch.ones_like(batch.expert)
-    loss_bc = (imitated * bc).sum() / imitated.sum()
+    loss_bc = (imitated * bc).sum() / mean_over_ranks(imitated.sum())
     loss = bc_weight * loss_bc
     if q_weight:
         q = fixed(agent.critic)(batch.feature, own)  # [E, B]
@@ -828,10 +831,8 @@ def collect(
     Raises: UserError when the operator has gone, after a checkpoint.
     """
     watched = slots.env
-    begun = run.episodes + slots.busy
-    seeds = training_seeds(args.seed)[begun:most]
     try:
-        ended = slots.turn(seeds)
+        ended = slots.turn(run.next_seeds(slots, most))
     except Gone as reason:  # in the middle of an episode, which is begun again
         run.save()
         raise UserError(f"{reason}; go on with --resume {run.folder}") from reason
@@ -849,16 +850,13 @@ def collect(
             if args.record_demos and episode.success.any():
                 helped.record(played.seed, executed)
         add_episode(replay, episode, agent, args)
-        run.ended(episode.success.any(), T)
         helped.ended(taken, failed)
-        run.episodes += 1
-    run.env_steps += slots.steps
-    return slots.steps
+    return run.played(slots, ended)
 
 
 def draw(demo: ReplayBuffer, replay: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> Batch:
     """Half demo buffer, half replay buffer; the demo buffer only while there are no rollouts."""
-    size = args.batch_size
+    size = per_rank(args.batch_size)
     own = size // 2 if replay.starts.rows else 0
     rows = demo.draw(size - own, rng["batch"])
     batch = demo.gather(rows)
@@ -920,7 +918,7 @@ def main(args: Args) -> Path:
             for step in run.updates_until(args.sft_updates, "[0/2] SFT"):
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
                 sft_optimizer.param_groups[0]["lr"] = lr
-                rows = demos.draw(args.sft_batch_size, run.rng["batch"])
+                rows = demos.draw(per_rank(args.sft_batch_size), run.rng["batch"])
                 batch = demo.gather(rows)
                 obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])
                 feature = agent.feature(obs)

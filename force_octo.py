@@ -72,9 +72,11 @@ from plumbing import (
     lighten,
     load_demos,
     load_sft_weights,
+    mean_over_ranks,
     moving,
     or_robot,
     parse_flags,
+    per_rank,
     prepare_process,
     run_script,
     simulator_errors,
@@ -82,7 +84,6 @@ from plumbing import (
     success_metrics,
     task_of,
     threads,
-    training_seeds,
     windows,
 )  # fmt: skip
 
@@ -624,12 +625,13 @@ def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
 
     Shapes: bc [B], success [B] in {0, 1} -> scalar, 0 if nothing succeeded.
     """
-    return (success * bc).sum() / success.sum().clamp_min(1.0)
+    successes = mean_over_ranks(success.sum())
+    return (success * bc).sum() / successes.clamp_min(1e-6)
 
 
 def q_loss(q: Tensor, normalise: bool) -> Tensor:
     """- mean Q(s, pi(s)) over critics and batch, optionally over mean |Q| (as TD3+BC). Shapes: q [E, B] -> scalar."""
-    scale = q.abs().mean().detach() + 1e-6 if normalise else 1.0
+    scale = mean_over_ranks(q.abs().mean().detach()) + 1e-6 if normalise else 1.0
     return -q.mean() / scale
 
 
@@ -884,17 +886,13 @@ def collect(
 
     What ends goes into the policy buffer, successes into the expert buffer too.
     """
-    begun = run.episodes + slots.busy
-    seeds = training_seeds(args.seed)[begun:most]
-    for played in slots.turn(seeds):
+    ended = slots.turn(run.next_seeds(slots, most))
+    for played in ended:
         episode = embedded(played, agent)
         add_episode(policy, episode, agent, args)
         if episode.success.any():
             add_episode(expert, without_idle(episode, agent, args), agent, args)
-        run.ended(episode.success.any(), len(episode.success))
-        run.episodes += 1
-    run.env_steps += slots.steps
-    return slots.steps
+    return run.played(slots, ended)
 
 
 def collect_round(
@@ -935,7 +933,7 @@ def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
 
 def draw(expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> Batch:
     """Half expert, half policy buffer; demonstrations only while there are no rollouts."""
-    size = args.batch_size
+    size = per_rank(args.batch_size)
     own = size // 2 if policy.starts.rows else 0
     rows = expert.draw(size - own, rng["batch"])
     batch = expert.gather(rows)
@@ -1031,7 +1029,7 @@ def main(args: Args) -> Path:
             for step in run.updates_until(args.sft_updates, "[0/3] SFT"):
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
                 sft_optimizer.param_groups[0]["lr"] = lr
-                rows = demos.draw(args.sft_batch_size, run.rng["batch"])
+                rows = demos.draw(per_rank(args.sft_batch_size), run.rng["batch"])
                 batch = expert.gather(rows)
                 feature = batch.feature
                 if args.finetune == "full":

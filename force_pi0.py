@@ -78,9 +78,11 @@ from plumbing import (
     lighten,
     load_demos,
     load_sft_weights,
+    mean_over_ranks,
     moving,
     or_robot,
     parse_flags,
+    per_rank,
     prepare_process,
     run_script,
     simulator_errors,
@@ -88,7 +90,6 @@ from plumbing import (
     success_metrics,
     task_of,
     threads,
-    training_seeds,
 )  # fmt: skip
 
 
@@ -652,12 +653,13 @@ def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
 
     Shapes: bc [B], success [B] in {0, 1} -> scalar, 0 if nothing succeeded.
     """
-    return (success * bc).sum() / success.sum().clamp_min(1.0)
+    successes = mean_over_ranks(success.sum())
+    return (success * bc).sum() / successes.clamp_min(1e-6)
 
 
 def q_loss(q: Tensor, normalise: bool) -> Tensor:
     """- mean Q(s, pi(s)) over critics and batch, optionally over mean |Q| (as TD3+BC). Shapes: q [E, B] -> scalar."""
-    scale = q.abs().mean().detach() + 1e-6 if normalise else 1.0
+    scale = mean_over_ranks(q.abs().mean().detach()) + 1e-6 if normalise else 1.0
     return -q.mean() / scale
 
 
@@ -902,17 +904,13 @@ def collect(
 
     What ends goes into the policy buffer, successes into the expert buffer too.
     """
-    begun = run.episodes + slots.busy
-    seeds = training_seeds(args.seed)[begun:most]
-    for played in slots.turn(seeds):
+    ended = slots.turn(run.next_seeds(slots, most))
+    for played in ended:
         episode = embedded(played, agent)
         add_episode(policy, episode, agent, args)
         if episode.success.any():
             add_episode(expert, without_idle(episode, agent, args), agent, args)
-        run.ended(episode.success.any(), len(episode.success))
-        run.episodes += 1
-    run.env_steps += slots.steps
-    return slots.steps
+    return run.played(slots, ended)
 
 
 def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
@@ -932,7 +930,7 @@ def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
 
 def draw(expert: ReplayBuffer, policy: ReplayBuffer, agent: Agent, args: Args, rng: dict) -> Batch:
     """Half expert, half policy buffer; demonstrations only while there are no rollouts."""
-    size = args.batch_size
+    size = per_rank(args.batch_size)
     own = size // 2 if policy.starts.rows else 0
     rows = expert.draw(size - own, rng["batch"])
     batch = expert.gather(rows)
@@ -1008,7 +1006,7 @@ def main(args: Args) -> Path:
     if run.enter("sft"):
         with threads(args, many="primary" in demos.obs):
             for step in run.updates_until(args.sft_updates, "[0/3] SFT"):
-                rows = demos.draw(args.sft_batch_size, run.rng["batch"])
+                rows = demos.draw(per_rank(args.sft_batch_size), run.rng["batch"])
                 chunk = expert.gather(rows).chunk
                 obs = random_shift(demos.at(rows, 1), run.rng["batch"])
                 losses = clone_losses(agent, obs, chunk, args, noise)
@@ -1022,7 +1020,7 @@ def main(args: Args) -> Path:
     # ... then of the head alone, on cached rows: a flow from demonstrations, a one-step head from what pi0's flow does
     if run.enter("sft-head"):
         for step in run.updates_until(args.sft_head_updates, "[0/3] SFT, head alone"):
-            rows = demos.draw(args.sft_batch_size, run.rng["batch"])
+            rows = demos.draw(per_rank(args.sft_batch_size), run.rng["batch"])
             batch = expert.gather(rows)
             target = teacher.draw(rows, run.rng["batch"]) if taught else batch.chunk
             feature = agent.perturb(batch.feature, args.proprio_noise, noise)

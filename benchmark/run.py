@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -34,6 +35,7 @@ class Job:
     runs: Path
     process: subprocess.Popen | None = None
     error: str = ""
+    gpu: str = ""  # the one that it has for itself, or shares with as few others as can be
 
     def __post_init__(self):
         self.name = f"{self.row.name}-{self.seed}"
@@ -74,10 +76,13 @@ class Job:
         if "--resume" not in command and self.folder.exists():  # killed before its first checkpoint
             self.folder.rename(self.folder.with_name(f"{self.name}.unfinished-{time.time_ns()}"))
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        if self.gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpu
         with self.log.open("a") as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
             self.process = subprocess.Popen(
-                [sys.executable, *command[1:]], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                [sys.executable, *command[1:]], cwd=ROOT, env=environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
@@ -117,9 +122,17 @@ def stop(jobs: list[Job], patience: float = 20.0) -> None:
             time.sleep(0.05)
 
 
+def gpus() -> list[str]:
+    """Names of the GPUs here, or of those that CUDA_VISIBLE_DEVICES leaves."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
 def run_here(jobs: list[Job], workers: int) -> list[Job]:
-    """Run the jobs, `workers` at a time; returns the failed ones."""
+    """Run the jobs, `workers` at a time, GPUs taking turns; returns the failed ones."""
     waiting = list(jobs)
+    cards = gpus()
     started: list[Job] = []
     bar = tqdm(total=len(jobs), desc="benchmark", unit="run", mininterval=0.1 if sys.stderr.isatty() else 60)
     try:
@@ -131,6 +144,8 @@ def run_here(jobs: list[Job], workers: int) -> list[Job]:
             unfinished = {job.folder for job in [*waiting, *started]}
             for job in [job for job in waiting if job.needs not in unfinished][: workers - len(started)]:
                 waiting.remove(job)
+                busy = [other.gpu for other in started]
+                job.gpu = min(cards, key=busy.count, default="")
                 started.append(job)
                 tqdm.write(f"{job.name}: {shlex.join(job.command())}")
                 job.start()

@@ -19,6 +19,7 @@ from plumbing.evaluation import EVAL_SEED, FILM, TRAIN_SEED, film, success_metri
 from plumbing.flags import RunArgs, UserError, check_flags, fill, parse_flags, run_script
 from plumbing.idle import moving
 from plumbing.meshes import lighten
+from plumbing.ranks import mean_over_ranks, per_rank
 from plumbing.robot import or_robot
 from plumbing.run import Run, threads
 from plumbing.slots import Played, Slots
@@ -31,7 +32,7 @@ imports.end()
 __all__ = [
     "EVAL_SEED", "FILM", "SPAWN", "TASKS", "TRAIN_SEED", "Demos", "Evaluator", "ObsWrapper", "Played", "Run", "RunArgs",
     "Slots", "Spawn", "Table", "Task", "UserError", "camera_configs", "check_flags", "check_sft", "compiled", "cut",
-    "drawn", "fill", "film", "fixed", "joined", "lighten", "load_demos", "load_sft_weights", "moving", "or_robot",
-    "parse_flags", "prepare_process", "run_script", "simulator_errors", "stored_args", "success_metrics", "task_of",
-    "threads", "training_seeds", "windows",
+    "drawn", "fill", "film", "fixed", "joined", "lighten", "load_demos", "load_sft_weights", "mean_over_ranks",
+    "moving", "or_robot", "parse_flags", "per_rank", "prepare_process", "run_script", "simulator_errors", "stored_args",
+    "success_metrics", "task_of", "threads", "training_seeds", "windows",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from plumbing import stop
+from plumbing import ranks, stop
 from plumbing.errors import UserError
 from plumbing.evaluation import EVAL_SEED
 from plumbing.help import as_flag, flags_help, wrapped
@@ -106,7 +106,7 @@ def check_flags(args, limits: dict) -> None:
         args.max_episode_steps = round(seconds * args.control_freq)
     if ":" in args.env_id and args.env_id not in TASKS:
         what = f"TASKS has no {args.env_id!r}: its instruction is {Task().instruction!r}, and its camera the usual one"
-        print(f"warning: {what} (docs/new-task.md)", file=sys.stderr)
+        ranks.say(f"warning: {what} (docs/new-task.md)")
     if args.max_episode_steps < args.chunk_len:
         raise UserError(f"--max-episode-steps {args.max_episode_steps} is shorter than --chunk-len {args.chunk_len}")
     share = getattr(args, "holdout", 0.0)
@@ -118,6 +118,7 @@ def check_flags(args, limits: dict) -> None:
         raise UserError("--compile graphs is for CUDA: give --compile on")
     if "cuda" in args.device + args.sim_backend and not torch.cuda.is_available():
         raise UserError("no CUDA device found: use --device cpu --sim-backend physx_cpu")
+    ranks.check(args)
 
 
 def fill(cls, tables: dict[str, dict], **explicit):
@@ -183,10 +184,11 @@ def run_script(main, args) -> None:
     """Call main(args); what the user can put right ends the program with one line and exit code 2."""
     stop.listen()
     try:
+        ranks.join()
         main(args)
+        ranks.leave()
     except stop.Stopped as end:
-        resume = f"; go on with --resume {end.folder}" if end.folder else ""
-        finish(f"{end}{resume}", 128 + end.number)
+        finish_stopped(end)
     except UserError as error:
         finish(f"error: {error}", 2)
     except (EOFError, BrokenPipeError, ConnectionError, BrokenProcessPool) as error:
@@ -194,6 +196,8 @@ def run_script(main, args) -> None:
             finish("error: nobody reads what this prints any more (broken pipe); go on with --resume", 2)
         finish(f"error: a worker process died (out of memory? numpy 2?); start again or --resume ({error!r})", 2)
     except (MemoryError, RuntimeError) as error:
+        if ranks.lost(error):
+            finish_lost()
         if "either `inf`, `nan`" in str(error):  # torch can't draw from such probabilities
             finish("error: a probability is no longer finite: try a lower learning rate or Q weight", 2)
         if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|overflow", str(error)):
@@ -205,6 +209,19 @@ def run_script(main, args) -> None:
         if full:
             what = "the disk is full; free space, then start again or --resume RUN_DIR"
         finish(f"error: {what} ({error})", 2)
+
+
+def finish_stopped(end: stop.Stopped) -> None:
+    resume = f"; go on with --resume {end.folder}" if end.folder else ""
+    finish(f"{end}{resume}", 128 + end.number)
+
+
+def finish_lost() -> None:
+    """Another rank has ended: of the same signal as this one, or nobody here knows why."""
+    if stop.asked:
+        finish_stopped(stop.Stopped(stop.asked))
+    resume = f"--resume {stop.folder}" if stop.folder else "the same command"
+    finish(f"error: another rank has ended (killed? out of memory?); go on with {resume}, as many ranks", 2)
 
 
 def unheard() -> bool:
@@ -220,9 +237,11 @@ def finish(line: str, code: int) -> None:
     with contextlib.suppress(OSError):
         for bar in list(getattr(tqdm, "_instances", ())):  # the line isn't one more word of a progress bar
             bar.close()
-        print(" ".join(line.split()), file=sys.stderr)
+        if ranks.speaks_for_all():
+            print(" ".join(line.split()), file=sys.stderr)
     if unheard():  # what is left to print would be one more error, at the very end
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
+    ranks.exit_now(code)
     sys.exit(code)

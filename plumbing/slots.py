@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plumbing import ranks
 from plumbing.table import windows
 
 AT_A_TIME = 64  # states that go through a backbone together: a prefix's cache is large
@@ -78,14 +79,15 @@ class Slots:
     def turn(self, seeds: Iterable[int]) -> list[Played]:
         """Begin the next of `seeds` in all free slots, as far as there are any, then play on for one decision.
 
-        A single environment plays its whole episode: a robot must not wait in the middle of one.
+        A single environment plays its whole episode: a robot must not wait in the middle of one. So do those of several
+        ranks, which count their episodes together.
         Returns: the episodes that have ended.
         """
         self.begin(seeds)
         before = self.running.copy()
         self.steps = 0
         self.play_chunk()
-        while self.busy and len(self.running) == 1:
+        while self.busy and (len(self.running) == 1 or ranks.world() > 1):
             self.play_chunk()
         return [self.played(slot) for slot in np.flatnonzero(before & ~self.running)]
 

@@ -27,6 +27,7 @@ class Stopped(KeyboardInterrupt):
 asked = 0  # signal that came while a run can end at its next update
 since = 0.0  # when it came, by the monotonic clock
 PATIENCE = 15.0  # seconds: clusters give 30 before they kill
+echo = 0.0  # seconds within which a second signal is the first one, passed on: torchrun does that
 can_wait = False  # a run is between its first and its last update
 folder = ""  # its folder, once that holds a checkpoint
 
@@ -39,6 +40,8 @@ def listen() -> None:
 
 def receive(number: int, frame) -> None:
     global asked, since
+    if asked and time.monotonic() - since < echo:
+        return
     if asked or not can_wait:
         raise Stopped(number)
     asked = number

@@ -96,6 +96,8 @@ class Checkpoints:
     NAME/sums.json                  checksums of these two
     rows/BUFFER-VERSION-COLUMN.bin  raw rows; a checkpoint knows how many of them belong to it
 
+    Each rank writes the rows of its buffers, as "rank1-BUFFER-..." from rank 1 on. Rank 0 writes everything else.
+
     A buffer has `version` and a state_dict of tensors that only grow along their first dimension; it raises its
     version where earlier rows change. Each step of `save` is on the disk before the next one begins, so a crash at any
     time leaves a checkpoint that can be read.
@@ -105,17 +107,17 @@ class Checkpoints:
         self.root = folder / "checkpoints"
         self.written: dict[str, tuple[int, int]] = {}  # rows in each table, and their checksum
         self.tables: dict[str, set[str]] = {}  # of each checkpoint that this process wrote or read
+        self.loaded = ""  # the checkpoint that `load` has read
 
     def save(self, name: str, weights: dict[str, Tensor], state: dict, buffers: dict) -> None:
         """Raises: OSError, with the last checkpoint as it was."""
-        (self.root / "rows").mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(parents=True, exist_ok=True)
         same = [place_in_order(known)[1] for known in self.names() if known.rstrip("+") == name]
         if same:  # never over one that is good
             name += "+" * (max(same) + 1)
         temporary = self.root / f".{name}.tmp"
         try:
-            state = state | {"buffers": {key: self.append(key, buffer) for key, buffer in buffers.items()}}
-            sync(self.root / "rows")
+            state = state | {"buffers": self.write_rows(buffers)}
             shutil.rmtree(temporary, ignore_errors=True)  # left half-written by a kill
             temporary.mkdir()
             self.fill(temporary, weights, state)
@@ -139,6 +141,13 @@ class Checkpoints:
             sums[name] = zlib.crc32(content)
         write(folder / "sums.json", json.dumps(sums).encode())
         sync(folder)
+
+    def write_rows(self, buffers: dict, prefix: str = "") -> dict:
+        """Onto the disk, what is new of all buffers. Returns what `read` needs to find each."""
+        (self.root / "rows").mkdir(parents=True, exist_ok=True)
+        known = {key: self.append(prefix + key, buffer) for key, buffer in buffers.items()}
+        sync(self.root / "rows")
+        return known
 
     def append(self, key: str, buffer) -> dict:
         """Write what is new of a buffer's columns. Returns what `read` needs to find them."""
@@ -182,7 +191,7 @@ class Checkpoints:
         return sorted(known, key=place_in_order, reverse=True)
 
     def load(self, resume: bool) -> tuple[dict[str, Tensor], dict]:
-        """Weights and training state, with buffers, of the last checkpoint that can be read.
+        """Weights and training state, with buffers, of the last checkpoint that can be read: `loaded`.
 
         With `resume`, damaged ones after it are put aside until the next is written: the run will write these updates
         again. Raises: UserError.
@@ -197,6 +206,7 @@ class Checkpoints:
                 damaged[name] = error
                 continue
             self.tables[name] = tables_of(state)
+            self.loaded = name
             for bad, error in damaged.items():
                 reason = " ".join(str(error).split())[:200]
                 print(f"checkpoint {bad} is damaged ({reason}); going on from {name}", file=sys.stderr, flush=True)
@@ -207,8 +217,8 @@ class Checkpoints:
         error = next(iter(damaged.values()), "none is there")
         raise UserError(f"{self.root.parent} holds no readable checkpoint ({str(error)[:200]}); {hint}")
 
-    def load_one(self, name: str) -> tuple[dict[str, Tensor], dict, dict]:
-        """Weights, training state and buffers of a checkpoint. Raises: all sorts, if something is wrong with it."""
+    def load_one(self, name: str, rank: int = 0) -> tuple[dict[str, Tensor], dict, dict]:
+        """Weights, training state and a rank's buffers. Raises: all sorts, if something is wrong with any of them."""
         folder = self.root / name
         self.written = {}  # what a damaged one after it said of the tables is not to be relied on
         if (folder / "sums.json").exists():
@@ -216,7 +226,10 @@ class Checkpoints:
                 if checksum_of(folder / file) != checksum:
                     raise ValueError(f"{file} isn't as it was written")
         state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-        tables = {key: self.read(known) for key, known in state["buffers"].items()}
+        for number, owner in enumerate(owners(state)):
+            read = {key: self.read(known) for key, known in owner["buffers"].items()}
+            if number == rank:
+                tables = read
         return load_file(folder / "weights.safetensors"), state, tables
 
     def read(self, known: dict) -> dict:
@@ -241,6 +254,12 @@ def place_in_order(name: str) -> tuple[int, int]:
     return int(name.rstrip("+").removeprefix("update-")), name.count("+")
 
 
+def owners(state: dict) -> list[dict]:
+    """What each rank has of its own: "buffers", "rng" and some of the "parts"."""
+    return [state, *state.get("others", [])]
+
+
 def tables_of(state: dict) -> set[str]:
     """Files that a checkpoint's buffers are in."""
-    return {column["file"] for buffer in state["buffers"].values() for column in buffer["columns"].values()}
+    buffers = [buffer for owner in owners(state) for buffer in owner["buffers"].values()]
+    return {column["file"] for buffer in buffers for column in buffer["columns"].values()}

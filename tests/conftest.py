@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import force_octo
 import plumbing.replay
 from plumbing import Demos, Run, fill, load_demos
-from plumbing.storage import Checkpoints
+from plumbing.storage import Checkpoints, owners
 
 torch.set_num_threads(1)
 
@@ -200,13 +200,16 @@ def differences(one: Path, two: Path) -> list[str]:
     for folder in (one, two):
         state = torch.load(latest(folder) / "training.pt", weights_only=True)
         del state["seconds"], state["log_size"]
-        buffers = {name: Checkpoints(folder).read(known) for name, known in state["buffers"].items()}
-        states.append(state | {"weights": weights(folder), "buffers": buffers})
+        for owner in owners(state):
+            owner["buffers"] = {name: Checkpoints(folder).read(known) for name, known in owner["buffers"].items()}
+        states.append(state | {"weights": weights(folder)})
     return found + unequal("checkpoint", *states)
 
 
 def unequal(name: str, one, two) -> list[str]:
     """Paths of the leaves in which two nested states differ."""
+    if isinstance(one, list) and isinstance(two, list):
+        return unequal(name, dict(enumerate(one)), dict(enumerate(two)))
     if isinstance(one, dict) and isinstance(two, dict):
         keys = sorted(one.keys() | two.keys(), key=str)
         return [path for key in keys for path in unequal(f"{name}/{key}", one.get(key), two.get(key))]

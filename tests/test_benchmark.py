@@ -48,6 +48,7 @@ if __name__ == "__main__":
     folder = Path(args.resume or f"{args.runs}/{args.run_name}")
     folder.mkdir(parents=True, exist_ok=True)
     config = {"script": "benchmark_stub.py", "args": asdict(args), "threads": os.environ["OMP_NUM_THREADS"]}
+    config["gpu"] = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not args.resume:
         (folder / "config.json").write_text(json.dumps(config))
     if args.mode == "fail":
@@ -276,6 +277,33 @@ def test_interrupt_stops_the_runs_and_their_workers(suite, tmp_path):
     while stat.exists() and stat.read_text().split()[2] != "Z":  # Z: dead and not yet reaped
         assert time.time() < deadline, "the worker lives on"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("visible, count, wanted", [
+    (None, 0, [None, None, None]), (None, 2, ["0", "1", "0"]), ("5,7", 2, ["5", "7", "5"]), ("", 2, ["", "", ""]),
+])  # fmt: skip
+def test_gpus_take_turns(visible, count, wanted, suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    path = suite("one", "two", "three")
+    assert run.main(path, workers=3, runs=tmp_path) == 0
+    found = [json.loads((tmp_path / f"{name}-1" / "config.json").read_text())["gpu"] for name in ("one", "two", "three")]
+    assert found == wanted
+
+
+def test_a_free_gpu_is_taken_first(suite, tmp_path, monkeypatch):
+    """Of three workers on two GPUs, the one that comes later goes to where nobody is."""
+    monkeypatch.setattr(run, "gpus", lambda: ["a", "b"])
+    path = suite("hold --mode hang", "short", "next")
+    jobs = [run.Job(row, seed, tmp_path) for row, seed in rows.read_commands(path)]
+    for job in jobs:
+        job.start = lambda: None
+    jobs[0].running = iter([True, True, False]).__next__
+    jobs[1].running = jobs[2].running = lambda: False
+    run.run_here(jobs, workers=2)
+    assert [job.gpu for job in jobs] == ["a", "b", "b"]
 
 
 def test_runner_rejects_what_it_does_not_know(suite, tmp_path, capsys):

@@ -239,10 +239,25 @@ def slots_of(watched, t) -> Slots:
     return Slots(watched, t.agent, t.args, partial(script.decide, t.agent), training=True)
 
 
+class FakeRun:
+    """Counts episodes and steps."""
+
+    folder = "runs/NAME"
+
+    def __init__(self):
+        self.ends = []  # a success or not, and steps
+
+    def next_seeds(self, slots, most):
+        return [len(self.ends)]
+
+    def played(self, slots, ended):
+        self.ends += [(played.success.any(), len(played.success)) for played in ended]
+        return slots.steps
+
+
 def test_interventions_go_to_both_buffers():
     t = toy(record_demos="x.h5", intervention="oracle")
-    ends, helped = [], Interventions()
-    run = SimpleNamespace(episodes=0, env_steps=0, ended=lambda *episode: ends.append(episode))
+    run, helped = FakeRun(), Interventions()
 
     def collect(own: dict) -> script.WatchedEnv:
         watched = script.WatchedEnv(FakeEnv(), Script(own))
@@ -252,7 +267,7 @@ def test_interventions_go_to_both_buffers():
     own = {i: t.agent.clip(np.full(4, 0.1 * i, np.float32)) for i in (0, 1, 2, 3, 5)}
     starts, demo_rows = t.demo.starts.rows, t.demo.steps.rows
     watched = collect(own)
-    assert run.env_steps == 7 and run.episodes == 1 and ends == [(True, 7)]
+    assert run.ends == [(True, 7)]
     assert (t.demo.starts["row"][starts:] - demo_rows).tolist() == [0, 1]  # chunks of three that are all the operator's
     assert t.replay.starts["row"].tolist() == list(range(7))  # all of the episode
     for buffer, first in ((t.demo, demo_rows), (t.replay, 0)):
@@ -270,18 +285,14 @@ def test_interventions_go_to_both_buffers():
     assert t.demo.starts.rows == starts and len(helped.recorded) == 1 and helped.recent[-1] == (0.0, 0)
     t.args.max_episode_steps = 2
     collect(own)  # cut off before its first chunk ends
-    assert t.demo.starts.rows == starts and ends[-1] == (False, 2)
+    assert t.demo.starts.rows == starts and run.ends[-1] == (False, 2)
 
 
 def test_a_run_without_its_operator_ends_with_a_checkpoint():
     """In the second episode, of which nothing is kept."""
     t = toy(intervention="gamepad")
-    saves, helped = [], Interventions()
-
-    def save():
-        saves.append((run.episodes, run.env_steps, t.replay.starts.rows))
-
-    run = SimpleNamespace(episodes=0, env_steps=0, ended=lambda *episode: None, save=save, folder="runs/NAME")
+    saves, helped, run = [], Interventions(), FakeRun()
+    run.save = lambda: saves.append((run.ends, t.replay.starts.rows))
     watched = script.WatchedEnv(FakeEnv(), Script({}))
     slots = slots_of(watched, t)
     script.collect(slots, t.agent, t.args, run, t.demo, t.replay, helped, most=None)
@@ -289,7 +300,7 @@ def test_a_run_without_its_operator_ends_with_a_checkpoint():
     watched.operator = Leaving({})
     with pytest.raises(UserError, match="pulled out; go on with --resume runs/NAME"):
         script.collect(slots, t.agent, t.args, run, t.demo, t.replay, helped, most=None)
-    assert saves == [(1, 7, 7)] and len(helped.recent) == 1
+    assert saves == [([(True, 7)], 7)] and len(helped.recent) == 1
 
 
 @pytest.mark.parametrize("own, planned", [((), True), ((0, 5), True), ((6,), False)])
