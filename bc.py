@@ -177,23 +177,25 @@ class Chunks:
         for end in ends:  # chunks that reach past the recording's end are filled up with the action that keeps still
             action[end] = agent.hold_action(action[end - 1])
         self.H = agent.H
-        device = demos.device
-        self.action = torch.from_numpy(action).to(device)  # [M, A] normalised
-        self.last = torch.from_numpy(np.repeat(ends, demos.lengths + 1)).to(device)  # [M]
+        last = np.repeat(ends, demos.lengths + 1)
+        self.action = torch.from_numpy(action).to(demos.device)  # [M, A] normalised
+        self.last = torch.from_numpy(last).to(demos.device)  # [M]
         held = math.ceil(holdout * len(ends))  # episodes
         first_held = starts[-held] if held else len(action)
         rows = np.delete(np.arange(len(action)), ends)
-        self.train = torch.from_numpy(rows[rows < first_held]).to(device)
-        self.held = torch.from_numpy(rows[rows >= first_held]).to(device)
+        self.train = torch.from_numpy(rows[rows < first_held]).to(demos.device)
+        self.held = torch.from_numpy(rows[rows >= first_held]).to(demos.device)
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` training pairs, uniform with replacement: [size] int64."""
-        chosen = torch.randint(len(self.train), (size,), generator=generator, device=self.train.device)
-        return self.train[chosen]
+        rows = self.train
+        chosen = torch.randint(len(rows), (size,), generator=generator, device=rows.device)
+        return rows[chosen]
 
     def at(self, rows: Tensor) -> Tensor:
         """Chunks that start at rows [B]: [B, H*A] normalised, time-major."""
-        steps = rows[:, None] + torch.arange(self.H, device=rows.device)  # [B, H]
+        offsets = torch.arange(self.H, device=rows.device)
+        steps = rows[:, None] + offsets  # [B, H]
         steps = torch.minimum(steps, self.last[rows][:, None])
         return self.action[steps].flatten(1)
 
@@ -419,7 +421,8 @@ def held_out(agent: Agent, demos: Demos, chunks: Chunks) -> dict[str, Tensor]:
         loss += part * len(rows) / len(chunks.held)
         action = agent.act(feature, generator)
         predicted.append(torch.from_numpy(action))
-    chunk = chunks.at(chunks.held).cpu().unflatten(1, (agent.H, -1))  # [B, H, A]
+    shown = chunks.at(chunks.held).cpu()
+    chunk = shown.unflatten(1, (agent.H, -1))  # [B, H, A]
     spread = SIGMA_DATA * agent.chunk_unit[: agent.action_dim].cpu()
     error = action_error(torch.cat(predicted), chunk, spread)
     logs = {"val/loss": loss, "val/action_error": error.mean()}

@@ -361,7 +361,8 @@ class ChunkData:
     def chunk(self, rows: Tensor) -> Tensor:
         """The chunks recorded from rows [B] on: [B, H*A]."""
         last = self.last[rows][:, None]
-        steps = rows[:, None] + torch.arange(self.H, device=rows.device)
+        offsets = torch.arange(self.H, device=rows.device)
+        steps = rows[:, None] + offsets
         steps = torch.minimum(steps, last)
         return self.action[steps].flatten(1)
 
@@ -587,7 +588,7 @@ def batch_target(agent: Agent, batch: Batch, args: Args, noise: float, generator
 
 
 @compiled
-def critic_loss(agent: Agent, batch: Batch, args: Args, generator) -> tuple[Tensor, dict[str, Tensor]]:
+def critic_loss(agent: Agent, batch: Batch, args: Args, generator) -> tuple[Tensor, dict]:
     """Eq. (8)."""
     with torch.no_grad():
         target = batch_target(agent, batch, args, args.target_noise, generator)
@@ -623,7 +624,7 @@ def update_critic(agent: Agent, optimizer, batch: Batch, args: Args, generator) 
 
 
 @compiled
-def actor_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+def actor_loss(agent: Agent, batch: Batch, args: Args) -> tuple[Tensor, dict]:
     """Eq. (9), and imitation."""
     chunk = agent.actor(batch.feature)
     q = fixed(agent.critic)(batch.feature, chunk[:, None], 1)  # [1, B, 1, K], critic 1 as in TD3

@@ -395,7 +395,8 @@ class ReplayBuffer:
     def gather(self, rows: Tensor) -> Batch:
         """The transitions that start at rows [B]."""
         steps = self.steps
-        ahead = rows[:, None] + torch.arange(self.chunk_len, device=rows.device)  # [B, H]
+        offsets = torch.arange(self.chunk_len, device=rows.device)
+        ahead = rows[:, None] + offsets  # [B, H]
         last = steps["last"][rows][:, None]
         following = steps["next"][rows]
         return Batch(

@@ -380,7 +380,8 @@ class ReplayBuffer:
     def gather(self, rows: Tensor) -> Batch:
         """The transitions that start at rows [B]."""
         steps = self.steps
-        ahead = rows[:, None] + torch.arange(self.chunk_len, device=rows.device)  # [B, H]
+        offsets = torch.arange(self.chunk_len, device=rows.device)
+        ahead = rows[:, None] + offsets  # [B, H]
         last = steps["last"][rows][:, None]
         following = steps["next"][rows]
         return Batch(
@@ -789,7 +790,10 @@ def update_actor(
     bc_weight: float, q_weight: float, successes_only: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One step on `actor_loss`, and on pi_old's average."""
-    loss, logs = actor_loss(agent, batch, target, args, generator, bc_weight, q_weight, successes_only)
+    loss, logs = actor_loss(
+        agent, batch, target, args, generator,
+        bc_weight=bc_weight, q_weight=q_weight, successes_only=successes_only,
+    )  # fmt: skip
     grad_norm = descend(optimizer, loss, max_norm=1.0)
     polyak_update(agent.actor, agent.actor_ema, 1 - args.actor_ema)
     return logs | {"grad_norm/actor": grad_norm}

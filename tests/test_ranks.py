@@ -65,7 +65,7 @@ def toy_demos(rows=12, episodes=3) -> Demos:
 
 
 def random_batch(script, agent, args, seed: int):
-    """Samples of all ranks, each rank's after the other: half expert, half policy; successes and prefixes differ."""
+    """Samples of all ranks: half expert, half policy; successes and prefixes differ."""
     g = torch.Generator().manual_seed(seed)
     N, F, H = WORLD * B, agent.feature_dim, args.chunk_len
     K = (getattr(args, "critic_len", None),) if script.__name__ == "co_rft_chunked" else ()
@@ -78,36 +78,43 @@ def random_batch(script, agent, args, seed: int):
         next_feature=torch.randn(N, *K, F, generator=g),
         mc_return=torch.rand(N, generator=g),
         success=(torch.arange(N) % B < torch.arange(1, N + 1) // 5).float(),
-        expert=torch.arange(N) % B < B // 2,
+        expert=torch.arange(N) < N // 2,
         row=torch.arange(N),
         valid=(torch.rand(N, *K, generator=g) < torch.linspace(0.3, 1, N)[:, None]).float() if K else None,
         terminated=torch.arange(N) % 3 == 0,
     )
 
 
-def part(draw, rank: int, world: int):
+def share(script, size: int, rank: int, world: int) -> torch.Tensor:
+    """Which of `size` samples of all ranks are this rank's; where the policy's are the second half, a part of either."""
+    by_halves = hasattr(script, "self_distilled") and size == WORLD * B
+    halves = torch.arange(size).chunk(2 if by_halves else 1)
+    return torch.cat([half.chunk(world)[rank] for half in halves])
+
+
+def part(script, draw, rank: int, world: int):
     """A function that draws [B, ...] numbers, for this rank's part of what one process would draw."""
 
     def drawn(*front, **more):
         *front, shape = front
         whole = draw(*front, (shape[0] * world, *shape[1:]), **more)
-        return whole[rank * shape[0] :][: shape[0]].clone()
+        return whole[share(script, len(whole), rank, world)]
 
     return drawn
 
 
 @contextlib.contextmanager
-def parts_of_noise(rank: int, world: int):
-    rand = part(torch.rand, rank, world)
+def parts_of_noise(script, rank: int, world: int):
+    rand = part(script, torch.rand, rank, world)
 
-    def multinomial(weight, n, generator=None):
-        return (weight / -rand(weight.shape, generator=generator).log()).argmax(-1, keepdim=True)
+    def choose(weight, generator):
+        return (weight / -rand(weight.shape, generator=generator).log()).argmax(-1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", multinomial)
+        patch.setattr(script, "drawn", choose, raising=False)
         patch.setattr(torch, "rand", rand)
         for name in ("randn", "randint"):
-            patch.setattr(torch, name, part(getattr(torch, name), rank, world))
+            patch.setattr(torch, name, part(script, getattr(torch, name), rank, world))
         yield
 
 
@@ -133,14 +140,14 @@ def updates(name: str, rank: int, world: int, rounds: int = 4, **flags) -> tuple
         "actor": torch.optim.Adam(agent.actor.parameters(), lr=1e-3),
     }
     ranks.average_gradients(weight for one in optimizers.values() for weight in one.param_groups[0]["params"])
-    mine = slice(rank * B, (rank + 1) * B) if world > 1 else slice(None)
+    mine = share(script, WORLD * B, rank, world)
     found = []
     for i in range(rounds):
         batch = random_batch(script, agent, args, i) if hasattr(script, "Batch") else None
         rows = torch.arange(i, i + WORLD * B)[mine]
         known = dict(agent=agent, args=args, generator=g, cql_alpha=0.1, cql_weight=0.1)
         known["observed"] = lambda batch: shown.at(batch.row, 1)
-        with parts_of_noise(rank, world):
+        with parts_of_noise(script, rank, world):
             logs = clone(script, known, body, optimizers["clone"], shown.at(rows, 1), agent.normalise(shown.action)[rows])
             if batch is not None:
                 batch = script.Batch(*(value[mine] for value in vars(batch).values()))
@@ -270,15 +277,16 @@ def state_of(folder: Path) -> dict:
 def test_ranks_share_the_work(undisturbed):
     args, folder = undisturbed
     state = state_of(folder)
-    assert state["episodes"] % WORLD == 0 and state["episodes"] >= 4  # whole rounds
-    assert state["env_steps"] == 10 * state["episodes"] and state["stage_start"] == 40
+    assert state["env_steps"] == 10 * state["episodes"] and state["stage_start"] == 30  # three episodes of warm-up
     (other,) = state["others"]
-    for own in (state, other):  # what each has seen itself
-        assert own["buffers"]["policy_steps"]["columns"]["reward"]["shape"] == [13 * state["episodes"] // WORLD]
+    rounds = (state["episodes"] - 3) // WORLD
+    assert rounds >= 1 and state["episodes"] == 3 + WORLD * rounds
+    for own, warmup in ((state, 2), (other, 1)):  # what each has seen itself
+        assert own["buffers"]["policy_steps"]["columns"]["reward"]["shape"] == [13 * (warmup + rounds)]
     sums = [own["buffers"]["policy_steps"]["columns"]["action"]["sum"] for own in (state, other)]
     assert sums[0] != sums[1]
     assert not torch.equal(state["rng"]["batch"], other["rng"]["batch"]) and other["parts"] == {}
-    assert state["updates"] == 6 + 5 + 6 + int(0.3 * (state["env_steps"] - 40))
+    assert state["updates"] == 6 + 5 + 6 + int(0.3 * (state["env_steps"] - 30))
 
 
 def test_ranks_that_end_go_on_as_if_nothing_had_been(undisturbed, command):
