@@ -183,8 +183,9 @@ class Chunks:
         held = math.ceil(holdout * len(ends))  # episodes
         first_held = starts[-held] if held else len(action)
         rows = np.delete(np.arange(len(action)), ends)
-        self.train = torch.from_numpy(rows[rows < first_held]).to(demos.device)
-        self.held = torch.from_numpy(rows[rows >= first_held]).to(demos.device)
+        rows = torch.from_numpy(rows).to(demos.device)
+        self.train = rows[rows < first_held]
+        self.held = rows[rows >= first_held]
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
         """Rows of `size` training pairs, uniform with replacement: [size] int64."""
