@@ -54,9 +54,11 @@ def join() -> None:
         what = f"{' and '.join(missing)} missing beside RANK or WORLD_SIZE"
         raise UserError(f"{what}: start ranks with torchrun --nproc-per-node N, or unset these variables")
     try:
-        number, count, local = (int(os.environ[name]) for name in FROM_TORCHRUN[:3])
+        number = int(os.environ["RANK"])
+        count = int(os.environ["WORLD_SIZE"])
+        local = int(os.environ["LOCAL_RANK"])
     except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: start ranks with torchrun ({error})") from error
+        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK must be numbers: start ranks with torchrun ({error})") from error
     if not 0 <= number < count:
         raise UserError(f"RANK={number} must be in 0..{count - 1} with WORLD_SIZE={count}: start ranks with torchrun")
     if count == 1:

@@ -23,6 +23,7 @@ from plumbing import Demos, Run, demos, ranks, run_script
 
 WORLD = 2
 B, D = 8, 4  # a rank's samples; numbers of an action
+BAR = re.compile(r"it/s|s/it|\?it")  # progress
 
 
 def launch(work, *about) -> list:
@@ -30,7 +31,8 @@ def launch(work, *about) -> list:
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives all ranks
     pipes = [FORKS.Pipe() for _ in range(WORLD)]
     processes = [
-        FORKS.Process(target=as_rank, args=(rank, store.port, theirs, work, about)) for rank, (_, theirs) in enumerate(pipes)
+        FORKS.Process(target=as_rank, args=(rank, store.port, theirs, work, about))
+        for rank, (_, theirs) in enumerate(pipes)
     ]
     for process in processes:
         process.start()
@@ -133,7 +135,9 @@ def updates(name: str, rank: int, world: int, rounds: int = 4, **flags) -> tuple
     torch.manual_seed(0)
     agent = script.Agent(args, shown)
     g = torch.Generator().manual_seed(1)
-    body = nn.ModuleList([*agent.trained_parts(), agent.actor] if name == "force_pi0" else [agent.backbone, agent.actor])
+    body = nn.ModuleList(
+        [*agent.trained_parts(), agent.actor] if name == "force_pi0" else [agent.backbone, agent.actor]
+    )
     optimizers = {
         "clone": torch.optim.AdamW(body.parameters(), lr=1e-3),
         "critic": torch.optim.Adam(getattr(agent, "critic", agent.actor).parameters(), lr=1e-3),
@@ -148,7 +152,9 @@ def updates(name: str, rank: int, world: int, rounds: int = 4, **flags) -> tuple
         known = dict(agent=agent, args=args, generator=g, cql_alpha=0.1, cql_weight=0.1)
         known["observed"] = lambda batch: shown.at(batch.row, 1)
         with parts_of_noise(script, rank, world):
-            logs = clone(script, known, body, optimizers["clone"], shown.at(rows, 1), agent.normalise(shown.action)[rows])
+            logs = clone(
+                script, known, body, optimizers["clone"], shown.at(rows, 1), agent.normalise(shown.action)[rows]
+            )
             if batch is not None:
                 batch = script.Batch(*(value[mine] for value in vars(batch).values()))
                 logs |= by_name(script.update_critic, optimizer=optimizers["critic"], batch=batch, **known)
@@ -209,7 +215,9 @@ def halves():
     return answers
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=[" ".join([name, *flags.values()][:2]) for name, flags in CASES])
+@pytest.mark.parametrize(
+    "case", range(len(CASES)), ids=[" ".join([name, *flags.values()][:2]) for name, flags in CASES]
+)
 def test_two_half_batches_are_a_whole_one(case, halves):
     name, flags = CASES[case]
     whole, weights = updates(name, 0, 1, **flags)
@@ -255,7 +263,7 @@ def lives(name: str, args, end: tuple | None = None) -> tuple[list[int], list[st
     """Exit codes of both ranks, and the lines that they said, without progress."""
     _, codes = launch(live, name, args, end)
     said = [(Path(args.demo_dir).parent / f"stderr-{rank}").read_text().replace("\r", "\n") for rank in range(WORLD)]
-    lines = [line for text in said for line in text.splitlines() if line.strip() and "/s]" not in line and "?it" not in line]
+    lines = [line for text in said for line in text.splitlines() if line.strip() and not BAR.search(line)]
     return codes, lines
 
 
@@ -306,7 +314,9 @@ def test_ranks_that_end_go_on_as_if_nothing_had_been(undisturbed, command):
     assert line.startswith("error: another rank has ended") and f"--resume {folder}" in line
 
     code, _, said = command("--resume", folder)
-    assert code == 2 and said.count("\n") == 1 and "is a run of 2 ranks" in said and "torchrun --nproc-per-node 2" in said
+    assert (
+        code == 2 and said.count("\n") == 1 and "is a run of 2 ranks" in said and "torchrun --nproc-per-node 2" in said
+    )
 
     codes, lines = lives("force_octo", again)
     assert codes == [0, 0] and not [line for line in lines if "error" in line]
