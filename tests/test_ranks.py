@@ -310,8 +310,9 @@ def test_ranks_that_end_go_on_as_if_nothing_had_been(undisturbed, command):
     again = tiny_args(Path(args.demo_dir).parent, script, resume=str(folder))
     codes, lines = lives("force_octo", again, (1, signal.SIGKILL, "online", 2))
     assert codes == [2, -signal.SIGKILL]
-    (line,) = [line for line in lines if "env steps" not in line]
-    assert line.startswith("error: another rank has ended") and f"--resume {folder}" in line
+    said = [line for line in lines if "env steps" not in line]
+    assert len(said) == 1, said
+    assert said[0].startswith("error: another rank has ended") and f"--resume {folder}" in said[0]
 
     code, _, said = command("--resume", folder)
     assert (
