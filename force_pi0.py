@@ -1049,6 +1049,7 @@ def main(args: Args) -> Path:
             cloned.load_state_dict(averaged.module.state_dict())
             embed_demonstrations(expert, demos, agent, teacher, args, noise)
         forget(sft_optimizer)
+        torch.cuda.empty_cache()  # evaluations, in a process of their own, need memory too
         averaged.n_averaged.zero_()  # the average starts anew
 
     # ... then of the head alone, on cached rows: a flow from demonstrations, a one-step head from what pi0's flow does
