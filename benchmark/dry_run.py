@@ -113,17 +113,16 @@ def measure_cloning(agent: Agent, args: Args) -> dict[str, int | float]:
         cloned, optimizer, averaged = script.cloning(agent, args)
         averages = memory.now - weights
         losses = script.clone_losses(agent, *toy_batch(agent, args, 1), args, None)
-        script.update_clone(cloned, optimizer, averaged, losses, args.sft_lr)  # now there are gradients and moments
-        stays = memory.now
-        memory.most = stays  # a step works in place, but fake tensors are copied for it
+        work = flops(lambda: script.update_clone(cloned, optimizer, averaged, losses, args.sft_lr))
+        stays = memory.now  # with gradients and Adam's moments
+        memory.most = stays  # a step works in place, but fake tensors are copied for it, and `flops` keeps some
         if size == B:
             optimizer.zero_grad()  # otherwise a micro-batch before this one has left gradients
-        losses = script.clone_losses(agent, *toy_batch(agent, args, size), args, None)
-        work = flops(lambda: accumulate(losses))
+        accumulate(script.clone_losses(agent, *toy_batch(agent, args, size), args, None))
         with torch.no_grad():  # as the demonstrations are embedded, at the end
             agent.feature(toy_batch(agent, args, args.micro_batch or 256)[0])
     return {
-        "flops_sft_update": work * B // size,
+        "flops_sft_update": work * B,
         "gpu_bytes_weights": weights,
         "gpu_bytes_gradients_and_adam": stays - weights - averages,
         "gpu_bytes_averages": averages,
