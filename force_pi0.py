@@ -654,12 +654,12 @@ def clone_losses(agent: Agent, obs: dict, chunk: Tensor, args: Args, generator) 
     """
     for part in micro_batches(obs, chunk, args.micro_batch):
         seen = agent.observe(part.obs, args.proprio_noise, generator)
-        flow = flow_loss(agent.flow_policy, seen.context, part.chunk, generator, args.flow_times).mean()
+        flow = flow_loss(agent.flow_policy, seen.context, part.chunk, generator, args.flow_times)  # [b]
         if args.head == "flow":
-            yield {"losses/bc": part.share * flow}
+            yield {"losses/bc": part.mean(flow)}
         else:
-            bc = bc_loss(agent, seen.feature, part.chunk, args, generator).mean()
-            yield {"losses/flow": part.share * flow, "losses/bc": part.share * bc}
+            bc = bc_loss(agent, seen.feature, part.chunk, args, generator)
+            yield {"losses/flow": part.mean(flow), "losses/bc": part.mean(bc)}
 
 
 def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:

@@ -63,6 +63,10 @@ class MicroBatch(NamedTuple):
     chunk: Tensor
     share: float
 
+    def mean(self, loss: Tensor) -> Tensor:
+        """What losses [b] add to the mean over the batch."""
+        return self.share * loss.mean()
+
 
 def micro_batches(obs: dict[str, Tensor], chunk: Tensor, size: int) -> Iterator[MicroBatch]:
     """The rows of a batch, `size` at a time, the last ones fewer; 0: all at once."""

@@ -328,7 +328,8 @@ def cloning_batch(args, rows):
 
 def medium_agent(args):
     torch.manual_seed(0)
-    demos = Demos(program.toy_observations(args, 2), np.eye(2, 4, dtype=np.float32), np.ones(1, int), np.ones(1, int), "")
+    one = np.ones(1, int)
+    demos = Demos(program.toy_observations(args, 2), np.eye(2, 4, dtype=np.float32), one, one, "")
     return script.Agent(args, demos)
 
 
@@ -440,7 +441,7 @@ def test_low_rank_layers_make_no_second_matrix():
     assert low.weight.grad is None and low.B.grad.any()
     with program.LiveBytes() as memory:
         x @ (linear.weight + low.B @ low.A).T
-    assert memory.most > 2 * linear.weight.nbytes
+    assert memory.most >= 2 * linear.weight.nbytes  # what the bound above would notice
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora", "expert"])
