@@ -43,6 +43,7 @@ import plumbing  # noqa: F401  first: it sets how OpenMP's threads wait, which t
 import copy
 import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,9 +54,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from backbones.octo_policy import random_shift
-from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher, check_pi0
+from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher, accumulate, check_pi0, micro_batches
 from backbones.units import SIGMA_DATA, gaussian
 from plumbing import (
     FILM,
@@ -114,7 +116,7 @@ class Args(RunArgs):
     checkpoint: str | None = None  # released weights to start from: a folder or file, or hf://lerobot/pi0_base
     head: Literal["consistency", "flow"] = "consistency"  # the policy: a one-step head, or pi0's own action expert
     flow_times: int = 2  # times drawn per sample in the flow's loss: each is a pass of the expert, on one prefix
-    bf16: bool = False  # keep the vision-language part in bfloat16 (with --finetune expert or head, which freeze it)
+    bf16: bool = False  # layers multiply in bfloat16, and their weights that aren't trained are held in it
     hidden_dim: int = 256  # width of actor and critic
     num_critics: int = 2  # critics in the ensemble; TD targets take the minimum of two random ones
     noise_levels: int = 8  # noise levels drawn per sample in the policy's loss
@@ -127,6 +129,7 @@ class Args(RunArgs):
     finetune: Literal["full", "lora", "expert", "head"] = "full"  # stage 0: what is trained of pi0; head: projections
     sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
+    micro_batch: int = 0  # transitions that pass the model at once in stage 0; gradients add up (0: the whole batch)
     proprio_noise: float = 0.1  # noise on proprio in every update, in standard deviations of the demonstrations
 
     # --- stages 1 to 3 ---
@@ -179,6 +182,8 @@ BY_TASK = {  # as in the benchmark
     ("PushCube-v1", "state"): dict(gamma=0.95, q_weight=0.05, explore_noise=0.1, candidate_noise=0.1),
     ("PickCube-v1", "state"): dict(online_steps=5000),
 }
+RELEASED = dict(bf16=True, micro_batch=8, sft_lr=2.5e-5)  # what fits, and openpi's learning rate
+BY_BACKBONE = {"pi0": RELEASED, "pi05": RELEASED}
 BY_PRESET = {
     "paper": dict(
         control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99,
@@ -189,7 +194,7 @@ BY_PRESET = {
         sft_updates=6000,
     ),
 }  # fmt: skip
-TABLES = {"obs_mode": BY_OBS_MODE, "env_id obs_mode": BY_TASK, "preset": BY_PRESET}
+TABLES = {"obs_mode": BY_OBS_MODE, "env_id obs_mode": BY_TASK, "backbone": BY_BACKBONE, "preset": BY_PRESET}
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
     "at least 1": (lambda x: x >= 1, """K control_freq noise_levels hidden_dim num_critics chunk_len
@@ -639,14 +644,19 @@ def bc_loss(agent: Agent, feature: Tensor, chunk: Tensor, args: Args, generator)
     return flow_loss(agent.actor, agent.actor.unpack(feature), chunk, generator, args.flow_times)
 
 
-def clone_losses(agent: Agent, obs: dict, chunk: Tensor, args: Args, generator) -> dict:
-    """Stage 0's losses on observations of B states and chunks [B, D], each a scalar; they are added."""
-    seen = agent.observe(obs, args.proprio_noise, generator)
-    flow = flow_loss(agent.flow_policy, seen.context, chunk, generator, args.flow_times).mean()
-    if args.head == "flow":
-        return {"losses/bc": flow}
-    bc = bc_loss(agent, seen.feature, chunk, args, generator).mean()
-    return {"losses/flow": flow, "losses/bc": bc}
+def clone_losses(agent: Agent, obs: dict, chunk: Tensor, args: Args, generator) -> Iterator[dict]:
+    """Stage 0's losses on observations of B states and chunks [B, D], of one micro-batch after another.
+
+    Each is a scalar, its share of the batch's mean: all are added. A micro-batch's are computed when they are asked for.
+    """
+    for part in micro_batches(obs, chunk, args.micro_batch):
+        seen = agent.observe(part.obs, args.proprio_noise, generator)
+        flow = flow_loss(agent.flow_policy, seen.context, part.chunk, generator, args.flow_times)  # [b]
+        if args.head == "flow":
+            yield {"losses/bc": part.mean(flow)}
+        else:
+            bc = bc_loss(agent, seen.feature, part.chunk, args, generator)
+            yield {"losses/flow": part.mean(flow), "losses/bc": part.mean(bc)}
 
 
 def success_weighted_bc(bc: Tensor, success: Tensor) -> Tensor:
@@ -681,12 +691,22 @@ def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool)
 
 
 # === Updates =========================================================================================================
-def update_clone(cloned: nn.Module, optimizer, averaged, losses: dict, lr: float) -> dict:
-    """One step on the sum of `losses`, and on the average of the weights, which stage 0 ends with."""
+def cloning(agent: Agent, args: Args) -> tuple:
+    """The weights that stage 0 trains, their optimizer, and their average, which stage 0 ends with."""
+    cloned = nn.ParameterList(agent.cloned_weights())
+    optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4, fused=True)
+    return cloned, optimizer, AveragedModel(cloned, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+
+
+def update_clone(cloned: nn.Module, optimizer, averaged, losses: Iterable[dict], lr: float) -> dict:
+    """One step on the sum of the micro-batches' losses, and on the average of the weights."""
     optimizer.param_groups[0]["lr"] = lr
-    grad_norm = descend(optimizer, sum(losses.values()), max_norm=1.0)
+    optimizer.zero_grad()
+    logs = accumulate(losses)
+    grad_norm = nn.utils.clip_grad_norm_(cloned.parameters(), 1.0)
+    optimizer.step()
     averaged.update_parameters(cloned)
-    return losses | {"grad_norm/sft": grad_norm, "lr/sft": lr}
+    return logs | {"grad_norm/sft": grad_norm, "lr/sft": lr}
 
 
 @compiled
@@ -888,13 +908,15 @@ def add_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, args: A
 
 
 @torch.no_grad()
-def embed_demonstrations(buffer: ReplayBuffer, demos: Demos, agent: Agent, teacher: Teacher, generator) -> None:
+def embed_demonstrations(
+    buffer: ReplayBuffer, demos: Demos, agent: Agent, teacher: Teacher, args: Args, generator
+) -> None:
     """Each observation of the demonstrations goes through the backbone once, into the expert buffer.
 
     On the same pass pi0's flow shows the one-step head what it would do there.
     """
     features = []
-    for rows in torch.arange(len(demos.action)).split(256):
+    for rows in torch.arange(len(demos.action)).split(args.micro_batch or 256):
         seen = agent.observe(demos.at(rows, 1))
         features.append(seen.feature)
         teacher.watch(rows, agent.flow_policy, seen.context, generator)
@@ -985,10 +1007,7 @@ def main(args: Args) -> Path:
     slots = Slots(env, agent, args, partial(decide, agent, args.explore_noise), training=True)
     taught = args.head == "consistency" and args.sft_head_updates
     teacher = Teacher(agent.actor.unit, rows=len(demos.action) if taught else 0)
-    cloned = nn.ModuleList([*agent.trained_parts(), agent.actor])
-    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4, fused=True)
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-    averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
+    cloned, sft_optimizer, averaged = cloning(agent, args)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr, fused=True)
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr, fused=True)
 
@@ -1017,8 +1036,9 @@ def main(args: Args) -> Path:
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
                 run.tick(update_clone(cloned, sft_optimizer, averaged, losses, lr))
             cloned.load_state_dict(averaged.module.state_dict())
-            embed_demonstrations(expert, demos, agent, teacher, noise)
+            embed_demonstrations(expert, demos, agent, teacher, args, noise)
         forget(sft_optimizer)
+        torch.cuda.empty_cache()  # evaluations, in a process of their own, need memory too
         averaged.n_averaged.zero_()  # the average starts anew
 
     # ... then of the head alone, on cached rows: a flow from demonstrations, a one-step head from what pi0's flow does
@@ -1030,7 +1050,7 @@ def main(args: Args) -> Path:
             feature = agent.perturb(batch.feature, args.proprio_noise, noise)
             loss = bc_loss(agent, feature, target, args, noise).mean()
             lr = args.sft_lr * warmup_cosine(step, args.sft_head_updates)
-            run.tick(update_clone(cloned, sft_optimizer, averaged, {"losses/bc": loss}, lr))
+            run.tick(update_clone(cloned, sft_optimizer, averaged, [{"losses/bc": loss}], lr))
         cloned.load_state_dict(averaged.module.state_dict())
         agent.actor_ema.load_state_dict(agent.actor.state_dict())
         run.drop("sft_optimizer", "averaged", "teacher")

@@ -228,6 +228,7 @@ class HashText(nn.Module):
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # backward passes keep them
 def word_ids(texts: tuple[str, ...], vocabulary: int, max_words: int, device) -> Tensor:
     """Hashes of the first words of N texts: [N, max_words] int64 below `vocabulary`, 0 where a text has ended."""
     rows = []

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from backbones.octo import SpatialPoints
 from plumbing.flags import UserError
@@ -53,6 +53,8 @@ class Pi0Config:
     action_dim, state_dim   width of an action and of the state vector (pi0), padded with zeros by the user
     lowdim_dim, lowdim_tokens   privileged state as tokens of the prefix (ours; 0 = none, as released)
     points           spatial soft-arg-max points per camera, as one more token and beside the embedding (ours)
+    recompute        the backward pass computes the inside of a layer anew: only what goes in is kept
+    bf16             layers multiply in bfloat16, and their weights that aren't trained are held in it
     """
 
     pi05: bool
@@ -79,6 +81,8 @@ class Pi0Config:
     lowdim_dim: int = 0
     lowdim_tokens: int = 0
     points: int = 0
+    recompute: bool = False
+    bf16: bool = False
 
     @property
     def embedding_dim(self) -> int:
@@ -94,7 +98,7 @@ _RELEASED = Pi0Config(
     pi05=False, vlm_width=2048, vlm_mlp=16384, expert_width=1024, expert_mlp=4096, depth=18, heads=8, kv_heads=1,
     head_dim=256, vocabulary=257152, vit_width=1152, vit_mlp=4304, vit_depth=27, vit_heads=16, patch=14,
     cameras=("base", "left_wrist", "right_wrist"), image_size=224, text="paligemma", max_tokens=48, action_dim=32,
-    state_dim=32,
+    state_dim=32, recompute=True,
 )  # fmt: skip
 PRESETS = {
     "pi0-compact": _COMPACT,
@@ -111,6 +115,21 @@ class Prefix:
     cache: Tensor  # [B, depth, 2, P, kv_heads, head_dim] rotated keys and values of each layer
     valid: Tensor  # [B, P] bool, False: padding or a missing camera
     embedding: Tensor  # [B, embedding_dim] mean of the valid output tokens, beside the cameras' points
+
+
+# === Layers: how they are run ========================================================================================
+def compute(layer: nn.Module, config: Pi0Config, *inputs):
+    """What a transformer layer makes of its inputs, in the config's precision and with its memory.
+
+    What goes from layer to layer stays float32: with bf16, autocast is on inside of a layer only.
+    """
+    if config.recompute and torch.is_grad_enabled():
+        once = dataclasses.replace(config, recompute=False)
+        return checkpoint(compute, layer, once, *inputs, use_reentrant=False, preserve_rng_state=False)
+    if not config.bf16:
+        return layer(*inputs)
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        return layer(*inputs)
 
 
 # === Image encoder ===================================================================================================
@@ -149,6 +168,7 @@ class SigLIP(nn.Module):
 
     def __init__(self, c: Pi0Config):
         super().__init__()
+        self.config = c
         self.patch_embedding = nn.Conv2d(3, c.vit_width, c.patch, stride=c.patch)
         self.position_embedding = nn.Embedding((c.image_size // c.patch) ** 2, c.vit_width)
         self.layers = nn.ModuleList(VisionLayer(c.vit_width, c.vit_heads, c.vit_mlp) for _ in range(c.vit_depth))
@@ -156,10 +176,10 @@ class SigLIP(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=c.vit_width**-0.5)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.patch_embedding(image.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        x = self.patch_embedding(image).flatten(2).transpose(1, 2)
         x = x + self.position_embedding.weight
         for layer in self.layers:
-            x = layer(x)
+            x = compute(layer, self.config, x)
         return self.post_layernorm(x)
 
 
@@ -175,7 +195,7 @@ class Points(nn.Module):
         self.where = SpatialPoints(channels, points)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = F.relu(self.conv1(image.to(self.conv1.weight.dtype)))
+        x = F.relu(self.conv1(image))
         return self.where(F.relu(self.conv2(x)))
 
 
@@ -388,19 +408,19 @@ class PaliGemma(nn.Module):
             tokens.append(self.lowdim(lowdim).unflatten(1, (c.lowdim_tokens, -1)))
         own = sum(x.shape[1] for x in tokens[len(shown) :])
         masks.append(torch.ones(B, own, dtype=torch.bool, device=device))
-        tokens.append((self.embed_tokens(ids) * math.sqrt(c.vlm_width)).expand(B, -1, -1))
+        tokens.append((self.embed_tokens(ids).float() * math.sqrt(c.vlm_width)).expand(B, -1, -1))
         masks.append(valid.expand(B, -1))
-        x, mask = torch.cat([t.to(tokens[-1].dtype) for t in tokens], 1), torch.cat(masks, 1)  # [B, P, width], [B, P]
+        x, mask = torch.cat(tokens, 1), torch.cat(masks, 1)  # [B, P, width], [B, P]
 
         angles = rope(mask.cumsum(1) - 1, c.head_dim)  # padding doesn't advance the position
         bias = torch.zeros(mask.shape, device=device).masked_fill(~mask, HIDDEN)[:, None, None]  # [B, 1, 1, P]
         cache = []
         for layer in self.layers:
-            x, keys_and_values = layer(x, angles, bias)
+            x, keys_and_values = compute(layer, c, x, angles, bias)
             cache.append(torch.stack(keys_and_values, 1))  # [B, 2, P, kv_heads, head_dim]
         x = self.norm(x)[0] * mask[..., None]
         mean = x.sum(1) / mask.sum(1, keepdim=True)
-        return Prefix(torch.stack(cache, 1), mask, torch.cat([mean.float(), *(p.float() for p in points)], -1))
+        return Prefix(torch.stack(cache, 1), mask, torch.cat([mean, *points], -1))
 
 
 # === Suffix: the action expert =======================================================================================
@@ -448,8 +468,8 @@ class ActionExpert(nn.Module):
         own[: S - H, S - H :] = False  # the state doesn't see the actions
         visible = torch.cat([valid[:, None].expand(-1, S, -1), own.expand(B, -1, -1)], 2)  # [B, S, P + S]
         bias = torch.zeros(visible.shape, device=x.device).masked_fill(~visible, HIDDEN)[:, None, None, None]
-        for layer, cached in zip(self.layers, cache.to(x.dtype).unbind(1)):
-            tokens, _ = layer(tokens, angles, bias, cond, cached.unbind(1))
+        for layer, cached in zip(self.layers, cache.unbind(1)):
+            tokens, _ = compute(layer, c, tokens, angles, bias, cond, cached.unbind(1))
         return self.action_out_proj(self.norm(tokens[:, :, S - H :], cond)[0])
 
     def sample(self, cache: Tensor, valid: Tensor, state: Tensor, noise: Tensor, steps: int = 10) -> Tensor:
@@ -469,20 +489,27 @@ class Pi0(nn.Module):
         self.config, self.prefix, self.expert = config, PaliGemma(config), ActionExpert(config)
 
 
-class LowRank(nn.Module):
-    """LoRA as a parametrisation: weight + B A, of which only B and A are trained. [out, in] -> [out, in]."""
+class LowRank(nn.Linear):
+    """LoRA (arXiv:2106.09685): x W^T + x A^T B^T, of which A and B are trained, in float32. [..., in] -> [..., out].
 
-    def __init__(self, out: int, fan_in: int, rank: int):
-        super().__init__()
-        self.A, self.B = nn.Parameter(torch.randn(rank, fan_in) * fan_in**-0.5), nn.Parameter(torch.zeros(out, rank))
+    The matrix B A is never made.
+    """
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.B @ self.A
+    def __init__(self, frozen: nn.Linear, rank: int):
+        super().__init__(frozen.in_features, frozen.out_features, bias=False, device="meta")
+        self.weight = frozen.weight
+        self.A = nn.Parameter(torch.randn(rank, frozen.in_features) * frozen.in_features**-0.5)
+        self.B = nn.Parameter(torch.zeros(frozen.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(F.linear(x, self.A), self.B)
 
 
 def choose_trainable(model: Pi0, finetune: str) -> None:
     """Freeze all but: "full" everything, "expert" the action expert, "head" its projections, "lora" the projections and
     low-rank updates of all attention and MLP weights (rank 16 and 32, scale 1, as openpi). Our own parts always train.
+
+    With the config's bf16, what is frozen of layers and prompt embedding is held in bfloat16 from here on.
     """
     prefix, expert = model.prefix, model.expert
     if finetune == "full":
@@ -496,5 +523,22 @@ def choose_trainable(model: Pi0, finetune: str) -> None:
         expert.norm.requires_grad_(False)
     if finetune == "lora":
         for layers, rank in ((prefix.layers, 16), (expert.layers, 32)):
-            for linear in (m for layer in layers for part in (layer.self_attn, layer.mlp) for m in part.values()):
-                parametrize.register_parametrization(linear, "weight", LowRank(*linear.weight.shape, rank))
+            for part in (part for layer in layers for part in (layer.self_attn, layer.mlp)):
+                for name, linear in part.items():
+                    part[name] = LowRank(linear, rank)
+    if model.config.bf16:
+        hold_frozen_in_bf16(model)
+
+
+def hold_frozen_in_bf16(model: Pi0) -> None:
+    """Matrices of the layers, which `compute` multiplies in bfloat16 anyway, and the prompt's embedding.
+
+    Norms, biases, positions and projections stay float32: they are small, and openpi keeps norms and positions so too.
+    """
+    stacks = [model.prefix.layers, model.expert.layers]
+    if model.config.cameras:
+        stacks.append(model.prefix.vision.layers)
+    matrices = [module for stack in stacks for module in stack.modules() if isinstance(module, nn.Linear)]
+    for module in (model.prefix.embed_tokens, *matrices):
+        if not module.weight.requires_grad:
+            module.weight.data = module.weight.data.bfloat16()

@@ -5,6 +5,7 @@ pi0's own flow head.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.pi0 import PRESETS, ActionExpert, Pi0, Prefix, choose_trainable
+from backbones.pi0 import PRESETS, ActionExpert, Pi0, Pi0Config, Prefix, choose_trainable
 from backbones.pi0_weights import check_pi0_weights, load_pi0
 from backbones.units import SIGMA_DATA, Units, action_box, gaussian
 from plumbing.flags import UserError
@@ -53,6 +54,41 @@ class Seen:
             return torch.cat(tail, -1)
         cache = self.prefix.cache.flatten(1).float()
         return torch.cat([cache, self.prefix.valid.float(), *tail], -1)
+
+
+class MicroBatch(NamedTuple):
+    """A part of a batch of B: b states, their chunks [b, D], and the share b / B."""
+
+    obs: dict[str, Tensor]
+    chunk: Tensor
+    share: float
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """What losses [b] add to the mean over the batch."""
+        return self.share * loss.mean()
+
+
+def micro_batches(obs: dict[str, Tensor], chunk: Tensor, size: int) -> Iterator[MicroBatch]:
+    """The rows of a batch, `size` at a time, the last ones fewer; 0: all at once."""
+    B = len(chunk)
+    size = size or B
+    for first in range(0, B, size):
+        rows = slice(first, first + size)
+        part = {name: value[rows] for name, value in obs.items()}
+        yield MicroBatch(part, chunk[rows], len(chunk[rows]) / B)
+
+
+def accumulate(losses: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Add up the gradients of micro-batches' losses, each a share of the batch's. Returns the losses' sums.
+
+    `losses` computes them one micro-batch after another, so that one graph at a time exists.
+    """
+    sums = {}
+    for part in losses:
+        sum(part.values()).backward()
+        for name, loss in part.items():
+            sums[name] = sums.get(name, 0) + loss.detach()
+    return sums
 
 
 class FlowActor(nn.Module):
@@ -147,7 +183,7 @@ class Pi0Policy(Units):
         chunk_len            H, actions per decision
         relative             the controller takes differences, within [-1, 1]
         finetune             what is trained, for `choose_trainable`
-        bf16                 the vision-language model in bfloat16
+        bf16                 as in `Pi0Config`
         gripper              the last number of an action is a gripper's command
 
         Raises: UserError, one line, if the weights or the tokenizer can't be had, or are too small.
@@ -155,6 +191,7 @@ class Pi0Policy(Units):
         super().__init__(obs["proprio"], action, relative, gripper)
         self.H = chunk_len
         self.instruction = instruction
+        self.prompts: dict[torch.device, tuple[Tensor, Tensor]] = {}  # pi0's
         low, high = np.quantile(obs["proprio"], (0.01, 0.99), axis=0)  # what pi0.5's digits span
         self.register_buffer("proprio_low", torch.as_tensor(low, dtype=torch.float32))
         self.register_buffer("proprio_high", torch.as_tensor(high, dtype=torch.float32))
@@ -165,16 +202,16 @@ class Pi0Policy(Units):
         # At most a quarter of the box: the gripper's two positions have to count for more than their spread says.
         spread = spread.clamp(0.02, 0.25)
         self.chunk_unit = spread / SIGMA_DATA  # [H*A]; networks see chunk / unit
-        model = self.build(preset, None if resumed else checkpoint, obs)
+        config = dataclasses.replace(PRESETS[preset], bf16=bf16)
+        model = self.build(config, None if resumed else checkpoint, obs)
         choose_trainable(model, finetune)
-        self.backbone = model.prefix.bfloat16() if bf16 else model.prefix
+        self.backbone = model.prefix
         tail = (model.config.embedding_dim, self.proprio_dim)
         self.flow = nn.ModuleList([FlowActor(model.expert, mean, spread, tail, self.H)])
         self.tail_dim = sum(tail)  # the end of each row, which critic and one-step head read
 
-    def build(self, preset: str, checkpoint: str | None, obs: dict[str, np.ndarray]) -> Pi0:
+    def build(self, config: Pi0Config, checkpoint: str | None, obs: dict[str, np.ndarray]) -> Pi0:
         """The model for these observations. Raises: UserError if it can't be had."""
-        config = PRESETS[preset]
         P = self.proprio_dim
         A = self.action_dim
         seen = tuple(name for name in CAMERAS if name in obs)
@@ -186,7 +223,7 @@ class Pi0Policy(Units):
             config = dataclasses.replace(config, cameras=config.cameras[: len(seen)])  # leaving out is masking
         if P > config.state_dim or A > config.action_dim:
             room = f"{config.state_dim} numbers of proprio and {config.action_dim} of actions"
-            raise UserError(f"{preset} has room for {room}; this robot and task have {P} and {A}")
+            raise UserError(f"this model has room for {room}; this robot and task have {P} and {A}")
         self.weights = "random"
         if checkpoint:
             loaded = load_pi0(checkpoint, config)
@@ -203,10 +240,10 @@ class Pi0Policy(Units):
         """pi0's own policy: the flow head, or the one-step head's teacher."""
         return self.flow[0] if len(self.flow) else self.actor
 
-    def trained_parts(self) -> list[nn.Module]:
-        """What stage 0 trains beside the actor: the vision-language model, and pi0's flow beside a one-step head."""
-        trains = any(weight.requires_grad for weight in self.backbone.parameters())
-        return [self.backbone, *self.flow] if trains else [*self.flow]
+    def cloned_weights(self) -> list[nn.Parameter]:
+        """What stage 0 trains: of the vision-language model, of pi0's flow beside a one-step head, and of the actor."""
+        parts = (self.backbone, *self.flow, self.actor)
+        return [weight for part in parts for weight in part.parameters() if weight.requires_grad]
 
     @cached_property
     def feature_dim(self) -> int:
@@ -224,11 +261,20 @@ class Pi0Policy(Units):
         span = (self.proprio_high - self.proprio_low).clamp_min(1e-6)
         metres = proprio * self.proprio_std + self.proprio_mean
         digits = 2 * (metres - self.proprio_low) / span - 1  # for pi0.5
-        ids, valid = self.backbone.prompt(self.instruction, digits)
+        ids, valid = self.prompt(digits)
         names = zip(self.backbone.config.cameras, CAMERAS, strict=False)  # the model's and ours
         images = {camera: obs[name].flatten(0, -4) for camera, name in names}  # W = 1
         prefix = self.backbone(images, ids, valid, lowdim=None if images else proprio)
         return Seen(prefix, proprio, self.backbone.config.state_dim, flow_reads=not len(self.flow))
+
+    def prompt(self, digits: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of the instruction, as `Prefix.prompt`: pi0's are the same in all states, and stay on the device."""
+        if self.backbone.config.pi05:
+            return self.backbone.prompt(self.instruction, digits)
+        if digits.device not in self.prompts:
+            with torch.inference_mode(False):  # backward passes keep it
+                self.prompts[digits.device] = self.backbone.prompt(self.instruction)
+        return self.prompts[digits.device]
 
     def feature(self, obs: dict[str, np.ndarray]) -> Tensor:
         """Observations of N states to rows [N, F]."""
@@ -261,6 +307,5 @@ def check_sizes(args) -> None:
         raise UserError(f"--backbone {name} needs --obs-mode rgb: privileged state is for compact models")
     if released and args.image_size < 224:
         raise UserError(f"--backbone {name} sees 224 pixels: give --image-size 224, not {args.image_size}")
-    frozen = args.finetune in ("expert", "head")
-    if args.bf16 and not (released and frozen):
-        raise UserError("--bf16 needs a frozen, released model: --backbone pi0 or pi05, --finetune expert or head")
+    if args.bf16 and not released:
+        raise UserError("--bf16 needs a released model: --backbone pi0 or pi05")

@@ -124,7 +124,7 @@ OWN_FLAGS = {  # of scripts that have them
     "--K 0": "--K must be at least 1",
     "--K": "Missing value for argument '--K'",
     "--finetune none": "invalid choice 'none'",
-    "--bf16": "--bf16 needs a frozen, released model",
+    "--bf16": "--bf16 needs a released model",
     "--lr 0": "--lr must be positive",
 }  # fmt: skip
 PI0_FLAGS = {

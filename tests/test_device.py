@@ -89,7 +89,7 @@ class Setting:
         chunk = self.buffer.gather(rows).chunk
         if script is force_pi0:
             losses = script.clone_losses(agent, script.random_shift(demos.at(rows, 1), None), chunk, args, None)
-            script.descend(self.actor_optimizer, sum(losses.values()), 1.0)
+            script.accumulate(losses)
         else:
             feature = agent.feature(script.random_shift(demos.at(rows, agent.window), None))
             script.update_clone(agent, self.actor_optimizer, feature, chunk, args, None)
@@ -144,6 +144,16 @@ def test_an_update_stays_on_the_device(script, obs_mode):
         with Elsewhere() as elsewhere:
             update()
         assert elsewhere.found == []
+
+
+@pytest.mark.parametrize("script", [force_octo, force_pi0], ids=lambda script: script.__name__)
+def test_what_rollouts_have_brought_there_serves_training_too(script):
+    """Tensors that are made in inference mode can't be kept for a backward pass."""
+    setting = Setting(script)
+    setting.agent.instruction = f"an instruction that {script.__name__} alone has seen"
+    with torch.inference_mode():
+        setting.agent.feature(setting.demos.at(torch.arange(3), setting.agent.window))
+    setting.clone()
 
 
 def test_what_leaves_the_device_is_found():

@@ -3,7 +3,10 @@
 The stages themselves are those of force_octo.py, which test_losses.py and test_training.py look at.
 """
 
+import copy
 import dataclasses
+import functools
+import gc
 import json
 import sys
 from types import SimpleNamespace
@@ -17,10 +20,12 @@ from torch import nn
 import force_octo
 import force_pi0 as script
 from backbones import pi0, pi0_policy
+from backbones.pi0_policy import accumulate
 from backbones.pi0_weights import load_pi0
 from plumbing import Demos, Run, UserError, fill, parse_flags
 
 sys.path.insert(0, str(ROOT / "benchmark"))
+import dry_run as program  # noqa: E402
 from dry_run import dry_run  # noqa: E402
 
 SMALL = dataclasses.replace(
@@ -254,7 +259,7 @@ def test_released_weights(monkeypatch):
         assert agent.flow_policy.flow(agent.observe(toy_demos(camera=True).obs).context, 2, rng()).shape == (6, 2, 6)
         half = toy_agent(**flags, checkpoint=str(FIXTURES / "pi0_tiny"), env_id="PushCube-v1", bf16=True)
         other = half.feature(toy_demos(camera=True).obs)
-        assert half.backbone.norm.weight.dtype == torch.bfloat16 and other.dtype == torch.float32
+        assert half.backbone.embed_tokens.weight.dtype == torch.bfloat16 and other.dtype == torch.float32
         assert 0 < (row - other).abs().max() < 0.05 * row.abs().max()
         assert half.flow_policy.flow(half.observe(toy_demos(camera=True).obs).context, 2, rng()).dtype == torch.float32
     assert row.shape == (6, agent.feature_dim)
@@ -299,13 +304,193 @@ def test_dry_run_at_the_released_size():
 
 
 def test_dry_run_takes_the_flags_of_the_script(monkeypatch, capsys):
-    import dry_run as program
-
-    flags = parse_flags(script.Args, "", script.TABLES, ["--backbone", "pi05", "--image-size", "224", "--device", "cpu"])
+    words = ["--backbone", "pi05", "--image-size", "224", "--device", "cpu", "--finetune", "head"]
+    flags = parse_flags(script.Args, "", script.TABLES, words)
+    assert flags.bf16 and flags.micro_batch
     program.main(flags)
     assert json.loads(capsys.readouterr().out)["parameters_pi0"] == 3_353_433_872
     with pytest.raises(UserError, match="give --image-size 224"):
         dry_run(script.Args(backbone="pi0", device="cpu"))
+
+
+# --- memory of stage 0 ---
+MEDIUM = dataclasses.replace(  # activations weigh about as much as weights, gradients and moments together
+    SMALL, vlm_width=64, vlm_mlp=256, expert_width=32, expert_mlp=64, depth=4, head_dim=32, vit_width=32, vit_mlp=64,
+    vit_depth=4, patch=8, points=0, max_tokens=7,
+)  # fmt: skip
+
+
+def cloning_batch(args, rows):
+    obs = {name: torch.from_numpy(value) for name, value in program.toy_observations(args, rows).items()}
+    actions = 4 * args.chunk_len
+    return obs, torch.linspace(-0.5, 0.5, rows * actions).view(rows, actions)
+
+
+def medium_agent(args):
+    torch.manual_seed(0)
+    one = np.ones(1, int)
+    demos = Demos(program.toy_observations(args, 2), np.eye(2, 4, dtype=np.float32), one, one, "")
+    return script.Agent(args, demos)
+
+
+def medium_args(**flags):
+    return script.Args(**dict(env_id="PushCube-v1", cameras="primary", device="cpu", hidden_dim=32) | flags)
+
+
+def set_medium(monkeypatch, recompute):
+    monkeypatch.setitem(pi0.PRESETS, "pi0-compact", dataclasses.replace(MEDIUM, recompute=recompute))
+
+
+def gradients(agent, args, rows=8):
+    """Of a batch, after a step that moves what starts at zero; noise is that of a new generator."""
+    for weight in agent.cloned_weights():
+        weight.data += 0.02 * torch.randn(weight.shape, generator=rng(weight.numel()))
+    accumulate(script.clone_losses(agent, *cloning_batch(args, rows), args, rng()))
+    return {name: weight.grad for name, weight in agent.named_parameters() if weight.grad is not None}
+
+
+def assert_close(found, expected):
+    """Within 1e-6 of the whole gradient; and of each tensor, but for those that are rounding errors (a key's bias)."""
+    assert found.keys() == expected.keys() and len(found) > 50
+    errors = {name: (found[name] - grad).norm() for name, grad in expected.items()}
+    sizes = {name: grad.norm() for name, grad in expected.items()}
+    whole = torch.stack([*sizes.values()]).norm()
+    assert torch.stack([*errors.values()]).norm() <= 1e-6 * whole
+    seen = [name for name, size in sizes.items() if size > 1e-4 * whole]
+    assert len(seen) > 0.8 * len(sizes)
+    for name in seen:
+        assert errors[name] <= 1e-4 * sizes[name], name
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recomputed_layers_have_the_same_gradients(finetune, bf16, monkeypatch):
+    args = medium_args(finetune=finetune, bf16=bf16)
+    entered = []
+    original = pi0.checkpoint
+    monkeypatch.setattr(pi0, "checkpoint", lambda *rest, **more: entered.append(rest[1]) or original(*rest, **more))
+    set_medium(monkeypatch, recompute=False)
+    kept = gradients(medium_agent(args), args)
+    assert not entered
+    set_medium(monkeypatch, recompute=True)
+    agent = medium_agent(args)
+    assert_close(gradients(agent, args), kept)
+    layers = [*agent.backbone.vision.layers, *agent.backbone.layers, *agent.flow_policy.expert.layers]
+    assert [id(layer) for layer in entered] == [id(layer) for layer in layers]
+    with torch.no_grad():
+        agent.feature(cloning_batch(args, 2)[0])
+    assert len(entered) == len(layers)  # without gradients there is nothing to compute anew
+
+
+@HEADS
+def test_micro_batches_add_up_to_the_batch(head, monkeypatch):
+    """With the same noise in each row: then it doesn't depend on how rows are drawn."""
+    for name in ("randn", "rand"):
+        draw = getattr(torch, name)
+        monkeypatch.setattr(torch, name, functools.partial(alike_in_rows, draw))
+    choose = torch.randint
+    monkeypatch.setattr(
+        torch, "randint", lambda high, shape, **more: alike_in_rows(functools.partial(choose, high), shape, **more)
+    )
+    set_medium(monkeypatch, recompute=True)
+    args = medium_args(head=head, proprio_noise=0.0)
+    whole = gradients(medium_agent(args), args)
+    for size in (3, 4):
+        part = dataclasses.replace(args, micro_batch=size)  # 3: the last one is smaller
+        assert_close(gradients(medium_agent(args), part), whole)
+    losses = [
+        accumulate(script.clone_losses(medium_agent(args), *cloning_batch(args, 8), dataclasses.replace(args, micro_batch=n), rng()))
+        for n in (0, 3)
+    ]  # fmt: skip
+    for name, loss in losses[0].items():
+        assert losses[1][name].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def alike_in_rows(draw, shape, *rest, generator=None, **more):
+    """Numbers that depend on the shape of a row alone; those of weights, without a generator, as ever."""
+    if generator is None:
+        return draw(shape, *rest, **more)
+    return draw((1, *shape[1:]), generator=rng(len(shape)), **more).expand(shape).contiguous()
+
+
+def low_rank_layer():
+    torch.manual_seed(0)
+    linear = nn.Linear(240, 400, bias=False).requires_grad_(False)
+    return linear, pi0.LowRank(linear, 4), torch.randn(2, 3, 240)
+
+
+def test_low_rank_layers_multiply_by_the_sum():
+    """x W^T + x A^T B^T is x (W + B A)^T, also on a W in bfloat16, with A and B in float32."""
+    linear, low, x = low_rank_layer()
+    assert torch.equal(low(x), linear(x))  # it starts as the layer that it was
+    low.B.data.normal_()
+    torch.testing.assert_close(low(x), x @ (linear.weight + low.B @ low.A).T, rtol=1e-4, atol=1e-4)
+    linear.weight.data = linear.weight.data.bfloat16()
+    expected = x @ (linear.weight.float() + low.B @ low.A).T
+    with torch.autocast("cpu", torch.bfloat16):
+        found = low(x)
+    assert found.dtype == torch.bfloat16 and low.A.dtype == low.B.dtype == torch.float32
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_low_rank_layers_make_no_second_matrix():
+    linear, low, x = low_rank_layer()
+    with program.LiveBytes() as memory:
+        low(x).sum().backward()
+    assert linear.weight.nbytes < memory.most < 1.5 * linear.weight.nbytes  # W itself, seen as a view
+    assert low.weight.grad is None and low.B.grad.any()
+    with program.LiveBytes() as memory:
+        x @ (linear.weight + low.B @ low.A).T
+    assert memory.most >= 2 * linear.weight.nbytes  # what the bound above would notice
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora", "expert"])
+def test_what_is_held_in_bf16(finetune):
+    """Matrices of layers that aren't trained, and the prompt's embedding; norms and all that is trained are float32."""
+    agent = toy_agent(camera=True, finetune=finetune, bf16=True, head="flow")
+    stacks = [agent.backbone.vision.layers, agent.backbone.layers, agent.actor.expert.layers]
+    weights = [weight for stack in stacks for weight in stack.parameters()]
+    weights.append(agent.backbone.embed_tokens.weight)
+    held = [weight for weight in weights if weight.dim() == 2 and not weight.requires_grad]
+    assert all(weight.dtype == torch.bfloat16 for weight in held) and bool(held) == (finetune != "full")
+    others = {id(weight) for weight in agent.parameters()} - {id(weight) for weight in held}
+    if finetune == "lora":
+        others -= {id(weight) for weight in agent.actor_ema.parameters()}  # a copy
+    assert all(weight.dtype == torch.float32 for weight in agent.parameters() if id(weight) in others)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_dry_run_counts_the_memory_that_a_run_takes(finetune, recompute, monkeypatch):
+    """Against the allocator: what it hands out and gets back in two updates, and while an agent and all else is made."""
+    set_medium(monkeypatch, recompute)
+    monkeypatch.setattr(program, "check_sizes", lambda args: None)  # it refuses --bf16 here
+    args = medium_args(finetune=finetune, bf16=True, sft_batch_size=32, micro_batch=16)
+    found = dry_run(dataclasses.replace(args))
+    counted = {name: size for name, size in found.items() if name.startswith("gpu_bytes")}
+    built = medium_agent(args)
+    assert built.backbone.prompt(built.instruction)[0].shape[1] == MEDIUM.max_tokens  # which the dry run counts
+    obs, chunk = cloning_batch(args, 32)
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        agent = copy.deepcopy(built)
+        state = script.cloning(agent, args)
+        for _ in range(2):
+            script.update_clone(*state, script.clone_losses(agent, obs, chunk, args, rng()), 1e-4)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    alive = np.cumsum([event.nbytes() for event in events])
+    assert sum(counted.values()) == pytest.approx(alive.max(), rel=0.1)
+    assert counted["gpu_bytes_activations"] > 0.25 * alive.max()  # so that it matters that they are right
+
+
+@pytest.mark.parametrize("finetune, gib", [("full", 80), ("lora", 24)])
+def test_stage_0_fits_a_gpu(finetune, gib):
+    """At the released size and the default batch."""
+    words = ["--backbone", "pi0", "--image-size", "224", "--device", "cpu", "--finetune", finetune]
+    found = dry_run(parse_flags(script.Args, "", script.TABLES, words))
+    assert found["parameters_pi0"] > 3.2e9
+    assert 0.25 * gib < found["gpu_gib_stage_0"] <= gib
 
 
 # --- runs ---
@@ -418,7 +603,8 @@ def test_eval_only_and_a_start_from_the_run(both, place, tmp_path, capsys):
     (dict(checkpoint="x"), "--backbone pi0-compact none"),
     (dict(backbone="pi05", checkpoint="x"), "needs --obs-mode rgb"),
     (dict(backbone="pi05", checkpoint="x", obs_mode="rgb"), "pi05 sees 224 pixels: give --image-size 224, not 64"),
-    (dict(bf16=True), "--bf16 needs a frozen, released model"),
+    (dict(bf16=True), "--bf16 needs a released model"),
+    (dict(micro_batch=-1), "--micro-batch must be at least 0"),
     (dict(flow_times=0), "--flow-times must be at least 1"),
     (dict(backbone="pi0", checkpoint="nowhere", obs_mode="rgb", image_size=224, finetune="head"), "no weights at nowhere"),
 ], ids=str)  # fmt: skip

@@ -136,7 +136,7 @@ def updates(name: str, rank: int, world: int, rounds: int = 4, **flags) -> tuple
     agent = script.Agent(args, shown)
     g = torch.Generator().manual_seed(1)
     body = nn.ModuleList(
-        [*agent.trained_parts(), agent.actor] if name == "force_pi0" else [agent.backbone, agent.actor]
+        [agent.backbone, *getattr(agent, "flow", []), agent.actor]
     )
     optimizers = {
         "clone": torch.optim.AdamW(body.parameters(), lr=1e-3),
