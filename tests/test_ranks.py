@@ -135,9 +135,7 @@ def updates(name: str, rank: int, world: int, rounds: int = 4, **flags) -> tuple
     torch.manual_seed(0)
     agent = script.Agent(args, shown)
     g = torch.Generator().manual_seed(1)
-    body = nn.ModuleList(
-        [agent.backbone, *getattr(agent, "flow", []), agent.actor]
-    )
+    body = nn.ModuleList([agent.backbone, *getattr(agent, "flow", []), agent.actor])
     optimizers = {
         "clone": torch.optim.AdamW(body.parameters(), lr=1e-3),
         "critic": torch.optim.Adam(getattr(agent, "critic", agent.actor).parameters(), lr=1e-3),
