@@ -659,7 +659,7 @@ def update_clone(agent: Agent, optimizer, feature: Tensor, chunk: Tensor, args: 
     feature = agent.perturb(feature, args.proprio_noise, generator)
     loss = consistency_loss(agent.actor, feature, chunk, generator, args.noise_levels).mean()
     grad_norm = descend(optimizer, loss, max_norm=1.0)
-    return {"losses/bc": loss, "grad_norm/sft": grad_norm}
+    return {"losses/bc": loss, "grad_norm/sft": grad_norm, "lr/sft": optimizer.param_groups[0]["lr"]}
 
 
 @compiled

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, differences, rows, tiny_args, weights
+from conftest import FIXTURES, ROOT, rows, tiny_args, weights
 from torch import nn
 
 import force_octo
@@ -149,7 +149,11 @@ def test_rows_hold_all_that_the_flow_reads():
 
 @pytest.mark.parametrize("head", ["flow", "consistency"])
 def test_the_heads_draw_numbers_of_levels_of_their_own(head):
-    agent, args, chunk = toy_agent(head=head), script.Args(head=head, flow_times=3, noise_levels=5), torch.full((6, 6), 0.2)
+    agent, args, chunk = (
+        toy_agent(head=head),
+        script.Args(head=head, flow_times=3, noise_levels=5),
+        torch.full((6, 6), 0.2),
+    )
     row = agent.feature({"proprio": toy_demos().obs["proprio"]})
     loss = script.bc_loss(agent, row, chunk, args, rng())
     if head == "flow":
@@ -288,27 +292,27 @@ def test_dry_run(head):
     assert found["gpu_bytes_activations"] > 0
 
 
-def test_dry_run_at_the_released_size():
-    """Linear layers count twice their weights per token: the prefix' tokens and the samples give the bounds."""
+def test_parameters_at_the_released_size():
     flags = dict(backbone="pi0", head="flow", finetune="expert", device="cpu", chunk_len=10, image_size=224)
-    found = dry_run(script.Args(**flags))
-    assert found["parameters_pi0"] == 3_238_048_528
+    args = script.Args(**flags)
+    one = np.ones(1, int)
+    demos = Demos(program.toy_observations(args, 2), np.eye(2, 4, dtype=np.float32), one, one, "none")
+    with torch.device("meta"):
+        agent = script.Agent(args, demos)
+    models = program.count(agent.backbone.parameters()) + program.count(agent.flow_policy.parameters())
+    assert models == 3_238_048_528
     layer = 2 * 1024 * 2048 + 2 * 1024 * 256 + 3 * 1024 * 4096 + 2 * 1024  # attention, MLP, norms
     projections = 3 * 1024 * 32 + 2 * 1024 + 32 + 3 * 1024 * 1024 + 2 * 1024  # of actions and state; the time MLP
-    assert found["trained_in_stage_0"] == found["trained_online"] == 18 * layer + 1024 + projections
-    steps, tokens, cache = pi0_policy.FLOW_STEPS, 2 * 256 + 48, 2 * 18 * 256  # two cameras and the instruction
-    assert found["replay_bytes_per_step"] == 4 * (tokens * (cache + 1) + 2048 + 25) + 16 + 40
-    vit, vlm = 2 * 256 * 411e6, tokens * 1.98e9
-    assert found["flops_action_K1"] == pytest.approx(2 * (vit + vlm + steps * 11 * 311e6), rel=0.15)
-    assert found["flops_action_K"] - found["flops_action_K1"] == pytest.approx(19 * 2 * steps * 11 * 311e6, rel=0.15)
+    assert program.count(agent.cloned_weights()) == 18 * layer + 1024 + projections
 
 
 def test_dry_run_takes_the_flags_of_the_script(monkeypatch, capsys):
     words = ["--backbone", "pi05", "--image-size", "224", "--device", "cpu", "--finetune", "head"]
     flags = parse_flags(script.Args, "", script.TABLES, words)
     assert flags.bf16 and flags.micro_batch
-    program.main(flags)
-    assert json.loads(capsys.readouterr().out)["parameters_pi0"] == 3_353_433_872
+    words = ["--backbone", "pi05-compact", "--obs-mode", "state", "--device", "cpu"]
+    program.main(parse_flags(script.Args, "", script.TABLES, words))
+    assert json.loads(capsys.readouterr().out)["gpu_gib_stage_0"] > 0
     with pytest.raises(UserError, match="give --image-size 224"):
         dry_run(script.Args(backbone="pi0", device="cpu"))
 
@@ -551,25 +555,6 @@ def test_metrics_and_config(both):
         assert np.isfinite(float(row[3])) or row[2] == "calib/correlation", row
     config = json.loads((both.folder / "config.json").read_text())
     assert config["script"] == "force_pi0.py" and config["weights"] == "random" and config["args"]["head"] == both.head
-
-
-def test_a_killed_run_ends_as_an_undisturbed_one(both, place, monkeypatch):
-    """Killed in stage 0, in its head's part and online, off a checkpoint, and gone on with."""
-    kills, tick = [("sft", 5), ("sft-head", 2), ("online", 5)], Run.tick
-
-    def killed_tick(self, *rest, **more):
-        tick(self, *rest, **more)
-        if kills and kills[0] == (self.stage, self.stage_updates):
-            raise Killed
-
-    monkeypatch.setattr(Run, "tick", killed_tick)
-    args = tiny_args(place, script, runs=str(both.folder.parent), run_name="killed", head=both.head)
-    while kills:
-        with pytest.raises(Killed):
-            script.main(args)
-        kills.pop(0)
-        args = script.Args(resume=str(both.folder.with_name("killed")), device="cpu")
-    assert differences(both.folder, script.main(args)) == []
 
 
 def test_eval_only_and_a_start_from_the_run(both, place, tmp_path, capsys):

@@ -75,7 +75,7 @@ def test_the_package_holds_all_modules():
 def test_the_version_is_one_everywhere():
     version = PROJECT["project"]["version"]
     assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == version
-    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
+    assert re.search(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
 
 
 def test_containers_copy_what_there_is():
