@@ -6,12 +6,12 @@ is trained by Cal-QL with an N-step target per prefix, and the policy follows th
 No environment step is taken for training.
 
 Equations (numbers of the paper)                                             where
-  (1-2)   Cal-QL: TD + alpha * (max(Q(s, pi), V_mu) - Q(data))                 calql_gap, update_critic
+  (1-2)   Cal-QL: TD + alpha * (max(Q(s, pi), V_mu) - Q(data))                 calql_gap, critic_loss
   (3-5)   N-step returns within a chunk, bootstrapped by the whole chunk       ChunkData.gather, td_target
   (6)     squared error of every prefix against its target                     td_loss
   (7)     stage 1: squared error of the chunk                                  mse_loss
-  (8)     (6) with Cal-QL's regulariser, for every prefix                      update_critic
-  (9)     actor: minus the mean Q over prefixes                                q_loss, update_actor
+  (8)     (6) with Cal-QL's regulariser, for every prefix                      critic_loss
+  (9)     actor: minus the mean Q over prefixes                                q_loss, actor_loss
 
 Commands
   python co_rft_chunked.py --env-id PickCube-v1 --obs-mode state                 # privileged state: minutes on one core

@@ -5,10 +5,10 @@ head and a critic on the same data (stage I); online, HIL-ConRFT goes on with a 
 over (stage II). The Octo backbone is trained in stage 0 only; afterwards an observation is embedded once.
 
 Equations (numbers of the paper)                                             where
-  (1)     stage I critic: TD + alpha * (LSE over max(Q, V_mu) - Q(data))       td_target, calql_loss, update_critic
-  (3)     stage I actor: beta * BC + eta * L_Q                                 consistency_loss, q_loss, update_actor
-  (4)     stage II critic: plain TD, on demonstrations and replay by halves    td_target, update_critic, draw
-  (5)     stage II actor: as (3), with other weights                           update_actor
+  (1)     stage I critic: TD + alpha * (LSE over max(Q, V_mu) - Q(data))       td_target, calql_loss, critic_loss
+  (3)     stage I actor: beta * BC + eta * L_Q                                 consistency_loss, q_loss, actor_loss
+  (4)     stage II critic: plain TD, on demonstrations and replay by halves    td_target, critic_loss, draw
+  (5)     stage II actor: as (3), with other weights                           actor_loss
   intervention: the operator's action in the place of the policy's             WatchedEnv, collect, add_intervention
 
 Commands

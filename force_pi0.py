@@ -11,10 +11,10 @@ Two policies, by --head:
 
 Equations (numbers of the paper)                                             where
   (1)     critic: TD + alpha * (LSE over sampled actions - Q(data)), Cal-QL    td_target, calql_loss
-  (2-4)   stage 1 actor: bc_weight * BC + offline_q_weight * L_Q               bc_loss, q_loss, update_actor
+  (2-4)   stage 1 actor: bc_weight * BC + offline_q_weight * L_Q               bc_loss, q_loss, actor_loss
   (5-7)   stage 2 actor: BC on successful trajectories only (1{y=1} / rho)     success_weighted_bc
-  (8)     stage 3 critic: TD (and returns)                                      td_target, update_critic
-  (9)     stage 3 actor: q_weight * L_Q + distill_weight * L_distill           update_actor
+  (8)     stage 3 critic: TD (and returns)                                      td_target, critic_loss
+  (9)     stage 3 actor: q_weight * L_Q + distill_weight * L_distill           actor_loss
   (10-11) pi* ~ pi_old exp(Q / temperature), projected by weighted BC          vgpd_target, self_distilled
   (12)    expert half of the batch: BC                                         self_distilled
   (13-15) mean baseline, gate zeta, candidate weights                          vgpd_target
