@@ -155,7 +155,7 @@ class Args(RunArgs):
     offline_q_weight: float = 0.0  # weight of the Q loss in stages 1 and 2, where the critic isn't calibrated yet
     distill_weight: float = 1.0  # stage 3: weight of the distillation loss
     q_weight: float = 0.0  # stage 3: weight of the Q loss (more: faster, less safe)
-    q_weight_end: float | None = None  # the same at the end of stage 3, reached evenly; default: --q-weight throughout
+    q_growth: float = 1.0  # stage 3: --q-weight grows evenly, to so many times its value at the end
     q_normalize: bool = True  # divide the Q loss by the batch mean of |Q|
     vgpd: bool = True  # --no-vgpd replaces distillation by BC on both halves (the paper's ablation)
     by_chance: bool = False  # --by-chance: VGPD's candidates by chance, not by Q: the control for what the critic adds
@@ -187,9 +187,9 @@ BY_BACKBONE = {"pi0": RELEASED, "pi05": RELEASED}
 BY_PRESET = {
     "paper": dict(
         control_mode="pd_ee_delta_pose", reward="conrft", return_mix=0.0, tau=0.005, batch_size=256, gamma=0.99,
-        chunk_len=1, noise_levels=1, flow_times=1, sft_lr=2.5e-5, q_weight=1.0, offline_q_weight=0.1,
-        q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0,
-        candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, success_filter=False, cql_samples=10,
+        chunk_len=1, noise_levels=1, flow_times=1, sft_lr=2.5e-5, q_weight=1.0, q_growth=1.0,
+        offline_q_weight=0.1, q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False,
+        candidate_sigma=0.0, candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, success_filter=False, cql_samples=10,
         offline_updates=20_000, warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50, stay=False,
         sft_updates=6000,
     ),
@@ -209,8 +209,6 @@ LIMITS = {  # what a number must be: the test for it, and the flags; all other n
 
 def validate(args: Args) -> None:
     """Fill in and check the flags before anything is built. Raises: UserError naming the flag and what it may be."""
-    if args.q_weight_end is None:
-        args.q_weight_end = args.q_weight
     check_flags(args, LIMITS)
     check_pi0(args)
     if args.warmup and args.warmup_updates and not args.warmup_episodes:
@@ -1099,7 +1097,7 @@ def main(args: Args) -> Path:
             if not policy.starts.rows:  # no episode has ended yet
                 continue
             done = min(run.stage_env_steps / args.online_steps, 1.0)
-            q_weight = args.q_weight + done * (args.q_weight_end - args.q_weight)
+            q_weight = args.q_weight * (1 + done * (args.q_growth - 1))
             for _ in run.updates_until(int(args.utd_ratio * run.stage_env_steps)):
                 batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, 0.0)
                 logs |= update_online(agent, actor_optimizer, batch, args, noise, q_weight)

@@ -301,9 +301,9 @@ def test_a_run_goes_on_where_it_was_begun(run):
 
 def test_a_run_of_a_version_with_fewer_flags_is_not_gone_on_with(run):
     """A new flag's default would change the algorithm half-way; looking at the policy does no harm."""
-    change_config(run, lambda config: config["args"].pop("q_weight_end"))
+    change_config(run, lambda config: config["args"].pop("q_growth"))
     before = snapshot(run)
-    with pytest.raises(UserError, match="begun by a version without q_weight_end"):
+    with pytest.raises(UserError, match="begun by a version without q_growth"):
         script.main(script.Args(resume=str(run)))
     script.main(script.Args(eval_only=str(run), device="cpu", eval_episodes=1))
     assert snapshot(run) == before

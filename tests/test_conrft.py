@@ -473,5 +473,5 @@ def test_starting_from_bc_and_with_a_fresh_head(place, tmp_path, monkeypatch):
 
 def test_the_header_names_what_there_is():
     text = (ROOT / "conrft.py").read_text()
-    for name in ("td_target", "calql_loss", "q_loss", "update_actor", "update_critic", "draw", "add_intervention"):
+    for name in ("td_target", "calql_loss", "q_loss", "critic_loss", "actor_loss", "draw", "add_intervention"):
         assert name in script.__doc__ and f"\ndef {name}(" in text

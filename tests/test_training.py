@@ -256,7 +256,7 @@ def test_weights_of_the_actor_s_losses(place, monkeypatch):
         return update_actor(*inputs, bc_weight=bc_weight, q_weight=q_weight, successes_only=successes_only, **others)
 
     monkeypatch.setattr(script, "update_actor", watched)
-    weights = dict(bc_weight=0.9, offline_q_weight=0.2, distill_weight=0.7, q_weight=0.5, q_weight_end=0.1)
+    weights = dict(bc_weight=0.9, offline_q_weight=0.2, distill_weight=0.7, q_weight=0.5, q_growth=0.2)
     folder, _ = short(place, "weights", online_steps=40, success_filter=True, **weights)
     result = json.loads((folder / "summary.json").read_text())
     start = result["env_steps"] - result["online_env_steps"]

@@ -4,7 +4,7 @@
 for seed in 1 2 3; do
   python bc.py --env-id PushCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name bc-push-state-50-$seed
   python force_octo.py --env-id PushCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --seed $seed --runs runs/benchmark --run-name force-push-state-$seed
-  python force_octo.py --env-id PushCube-v1 --obs-mode state --gamma 0.98 --sft-updates 4000 --online-steps 7000 --num-envs 2 --warmup-episodes 60 --warmup-updates 800 --actor-ema 0.998 --q-weight 0.25 --q-weight-end 1.5 --seed $seed --runs runs/benchmark --run-name force-push-state-ramp-$seed
+  python force_octo.py --env-id PushCube-v1 --obs-mode state --gamma 0.98 --sft-updates 4000 --online-steps 7000 --num-envs 2 --warmup-episodes 60 --warmup-updates 800 --actor-ema 0.998 --q-weight 0.25 --q-growth 6 --seed $seed --runs runs/benchmark --run-name force-push-state-ramp-$seed
   python bc.py --env-id PickCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name bc-pick-state-50-$seed
   python force_octo.py --env-id PickCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --seed $seed --runs runs/benchmark --run-name force-pick-state-$seed
   python bc.py --env-id StackCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name bc-stack-state-50-$seed
