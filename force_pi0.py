@@ -57,7 +57,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from backbones.octo_policy import random_shift
-from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher, accumulate, check_pi0, micro_batches
+from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher, accumulate, check_pi0, micro_batches, trained
+from backbones.shards import Cloning, shared_out, whole
 from backbones.units import SIGMA_DATA, gaussian
 from plumbing import (
     FILM,
@@ -689,22 +690,23 @@ def vgpd_target(q: Tensor, q_buffer: Tensor, temperature: float, adaptive: bool)
 
 
 # === Updates =========================================================================================================
-def cloning(agent: Agent, args: Args) -> tuple:
-    """The weights that stage 0 trains, their optimizer, and their average, which stage 0 ends with."""
-    cloned = nn.ParameterList(agent.cloned_weights())
+def cloning(weights: Iterable[nn.Parameter], args: Args) -> Cloning:
+    """AdamW on these weights, and their average."""
+    cloned = nn.ParameterList(weights)
     optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4, fused=True)
-    return cloned, optimizer, AveragedModel(cloned, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    return Cloning(cloned, optimizer, AveragedModel(cloned, multi_avg_fn=get_ema_multi_avg_fn(0.998)))
 
 
-def update_clone(cloned: nn.Module, optimizer, averaged, losses: Iterable[dict], lr: float) -> dict:
+def update_clone(cloning: Cloning, losses: Iterable[dict], lr: float) -> dict:
     """One step on the sum of the micro-batches' losses, and on the average of the weights."""
+    optimizer = cloning.optimizer
     optimizer.param_groups[0]["lr"] = lr
     optimizer.zero_grad()
     logs = accumulate(losses)
-    grad_norm = nn.utils.clip_grad_norm_(cloned.parameters(), 1.0)
+    grad_norm = nn.utils.clip_grad_norm_(cloning.weights.parameters(), 1.0)
     optimizer.step()
-    averaged.update_parameters(cloned)
-    return logs | {"grad_norm/sft": grad_norm, "lr/sft": lr}
+    cloning.averaged.update_parameters(cloning.weights)
+    return logs | {"grad_norm/sft": whole(grad_norm), "lr/sft": lr}
 
 
 @compiled
@@ -1005,7 +1007,9 @@ def main(args: Args) -> Path:
     slots = Slots(env, agent, args, partial(decide, agent, args.explore_noise), training=True)
     taught = args.head == "consistency" and args.sft_head_updates
     teacher = Teacher(agent.actor.unit, rows=len(demos.action) if taught else 0)
-    cloned, sft_optimizer, averaged = cloning(agent, args)
+    learner = shared_out(agent, Agent.blocks)  # what stage 0 trains: the agent, or with several ranks a part of a copy
+    sft = cloning(learner.cloned_weights(), args)
+    sft_head = cloning(trained(agent.actor), args)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr, fused=True)
     actor_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.reinforce_lr, fused=True)
 
@@ -1015,7 +1019,7 @@ def main(args: Args) -> Path:
     run = Run(args, __file__, stages, about, evaluator)
     run.keep(  # what a checkpoint holds; a resumed run loads it here
         agent, expert=expert, policy=policy, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
-        sft_optimizer=sft_optimizer, averaged=averaged, teacher=teacher,
+        teacher=teacher, **sft.parts("sft"), **sft_head.parts("sft_head"),
     )  # fmt: skip
     noise = run.rng["update"]
     next_batch = partial(draw, expert, policy, agent, args, run.rng)
@@ -1030,14 +1034,14 @@ def main(args: Args) -> Path:
                 rows = demos.draw(per_rank(args.sft_batch_size), run.rng["batch"])
                 chunk = expert.gather(rows).chunk
                 obs = random_shift(demos.at(rows, 1), run.rng["batch"])
-                losses = clone_losses(agent, obs, chunk, args, noise)
+                losses = clone_losses(learner, obs, chunk, args, noise)
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
-                run.tick(update_clone(cloned, sft_optimizer, averaged, losses, lr))
-            cloned.load_state_dict(averaged.module.state_dict())
+                run.tick(update_clone(sft, losses, lr))
+            sft.end(agent.cloned_weights())
             embed_demonstrations(expert, demos, agent, teacher, args, noise)
-        forget(sft_optimizer)
-        torch.cuda.empty_cache()  # evaluations, in a process of their own, need memory too
-        averaged.n_averaged.zero_()  # the average starts anew
+        run.drop(*sft.parts("sft"))
+    del learner, sft
+    torch.cuda.empty_cache()  # evaluations, in a process of their own, need memory too
 
     # ... then of the head alone, on cached rows: a flow from demonstrations, a one-step head from what pi0's flow does
     if run.enter("sft-head"):
@@ -1048,10 +1052,10 @@ def main(args: Args) -> Path:
             feature = agent.perturb(batch.feature, args.proprio_noise, noise)
             loss = bc_loss(agent, feature, target, args, noise).mean()
             lr = args.sft_lr * warmup_cosine(step, args.sft_head_updates)
-            run.tick(update_clone(cloned, sft_optimizer, averaged, [{"losses/bc": loss}], lr))
-        cloned.load_state_dict(averaged.module.state_dict())
+            run.tick(update_clone(sft_head, [{"losses/bc": loss}], lr))
+        sft_head.end(trained(agent.actor))
         agent.actor_ema.load_state_dict(agent.actor.state_dict())
-        run.drop("sft_optimizer", "averaged", "teacher")
+        run.drop("teacher", *sft_head.parts("sft_head"))
         run.evaluate()  # each episode ends at its first success
 
     # Stage 1: Cal-QL and BC on demonstrations, Eqs. (1-4)

@@ -91,6 +91,10 @@ def accumulate(losses: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     return sums
 
 
+def trained(part: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in part.parameters() if weight.requires_grad]
+
+
 class FlowActor(nn.Module):
     """pi0's action expert as a policy over action chunks: noise flows to a chunk along the predicted velocity.
 
@@ -243,7 +247,18 @@ class Pi0Policy(Units):
     def cloned_weights(self) -> list[nn.Parameter]:
         """What stage 0 trains: of the vision-language model, of pi0's flow beside a one-step head, and of the actor."""
         parts = (self.backbone, *self.flow, self.actor)
-        return [weight for part in parts for weight in part.parameters() if weight.requires_grad]
+        return [weight for part in parts for weight in trained(part)]
+
+    def blocks(self) -> dict[nn.Module, str]:
+        """Of stage 0's weights, what is computed as a whole, inner before outer, and the method that does it."""
+        expert = self.flow_policy.expert
+        stacks = [*self.backbone.layers, self.backbone.embed_tokens, *expert.layers]
+        if self.backbone.config.cameras:
+            stacks += self.backbone.vision.layers
+        found = dict.fromkeys([*stacks, self.backbone, expert], "forward")
+        if len(self.flow):
+            found[self.actor] = "denoise"  # a one-step head
+        return found
 
     @cached_property
     def feature_dim(self) -> int:

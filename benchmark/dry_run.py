@@ -108,24 +108,25 @@ def measure_cloning(agent: Agent, args: Args) -> dict[str, int | float]:
     with LiveBytes() as memory:
         agent.to_empty(device="cpu")
         weights = memory.now
-        cloned, optimizer, averaged = script.cloning(agent, args)
+        sft = script.cloning(agent.cloned_weights(), args)
         averages = memory.now - weights
         losses = script.clone_losses(agent, *toy_batch(agent, args, 1), args, None)
-        work = flops(lambda: script.update_clone(cloned, optimizer, averaged, losses, args.sft_lr))
+        work = flops(lambda: script.update_clone(sft, losses, args.sft_lr))
         stays = memory.now  # with gradients and Adam's moments
         memory.most = stays  # a step works in place, but fake tensors are copied for it, and `flops` keeps some
         if size == B:
-            optimizer.zero_grad()  # otherwise a micro-batch before this one has left gradients
+            sft.optimizer.zero_grad()  # otherwise a micro-batch before this one has left gradients
         accumulate(script.clone_losses(agent, *toy_batch(agent, args, size), args, None))
         with torch.no_grad():  # as the demonstrations are embedded, at the end
             agent.feature(toy_batch(agent, args, args.micro_batch or 256)[0])
+    of_head = sum(weight.nbytes for weight in script.trained(agent.actor))  # which has an average of its own
     return {
         "flops_sft_update": work * B,
         "gpu_bytes_weights": weights,
         "gpu_bytes_gradients_and_adam": stays - weights - averages,
-        "gpu_bytes_averages": averages,
+        "gpu_bytes_averages": averages + of_head,
         "gpu_bytes_activations": memory.most - stays,
-        "gpu_gib_stage_0": round(memory.most / 2**30, 2),
+        "gpu_gib_stage_0": round((memory.most + of_head) / 2**30, 2),
     }
 
 

@@ -478,9 +478,10 @@ def test_dry_run_counts_the_memory_that_a_run_takes(finetune, recompute, monkeyp
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         agent = copy.deepcopy(built)
-        state = script.cloning(agent, args)
+        sft = script.cloning(agent.cloned_weights(), args)
+        sft_head = script.cloning(script.trained(agent.actor), args)  # noqa: F841  its average is there already
         for _ in range(2):
-            script.update_clone(*state, script.clone_losses(agent, obs, chunk, args, rng()), 1e-4)
+            script.update_clone(sft, script.clone_losses(agent, obs, chunk, args, rng()), 1e-4)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     alive = np.cumsum([event.nbytes() for event in events])
@@ -488,13 +489,12 @@ def test_dry_run_counts_the_memory_that_a_run_takes(finetune, recompute, monkeyp
     assert counted["gpu_bytes_activations"] > 0.25 * alive.max()  # so that it matters that they are right
 
 
-@pytest.mark.parametrize("finetune, gib", [("full", 80), ("lora", 24)])
-def test_stage_0_fits_a_gpu(finetune, gib):
-    """At the released size and the default batch."""
-    words = ["--backbone", "pi0", "--image-size", "224", "--device", "cpu", "--finetune", finetune]
+def test_stage_0_fits_a_gpu():
+    """All of pi0, at the released size and the default batch."""
+    words = ["--backbone", "pi0", "--image-size", "224", "--device", "cpu", "--finetune", "full"]
     found = dry_run(parse_flags(script.Args, "", script.TABLES, words))
     assert found["parameters_pi0"] > 3.2e9
-    assert 0.25 * gib < found["gpu_gib_stage_0"] <= gib
+    assert 20 < found["gpu_gib_stage_0"] <= 80
 
 
 # --- runs ---

@@ -1,6 +1,7 @@
 """Ranks: two processes do what one does with the whole batch, end and go on together, and faults are one line."""
 
 import contextlib
+import dataclasses
 import importlib
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from test_alike import by_name
 from test_resume import FORKS
 from torch import nn
 
+from backbones import shards
 from plumbing import Demos, Run, demos, ranks, run_script
 
 WORLD = 2
@@ -167,8 +169,9 @@ def clone(script, known: dict, body, optimizer, obs: dict, action: np.ndarray) -
     chunk = torch.as_tensor(action).repeat(1, args.chunk_len)
     if script.__name__ == "force_pi0":
         losses = by_name(script.clone_losses, obs=obs, chunk=chunk, **known)
-        averaged = torch.optim.swa_utils.AveragedModel(body)
-        return by_name(script.update_clone, cloned=body, optimizer=optimizer, averaged=averaged, losses=losses, lr=1e-3)
+        weights = nn.ParameterList(body.parameters())
+        cloning = script.Cloning(weights, optimizer, torch.optim.swa_utils.AveragedModel(weights))
+        return by_name(script.update_clone, cloning=cloning, losses=losses, lr=1e-3)
     feature = agent.feature(obs)
     if hasattr(script, "update_clone"):
         return by_name(script.update_clone, optimizer=optimizer, feature=feature, chunk=chunk, **known)
@@ -227,6 +230,78 @@ def test_two_half_batches_are_a_whole_one(case, halves):
         losses = {key: value for key, value in one.items() if "losses/" in key}
         assert losses and {key: two[key] for key in losses} == pytest.approx(losses, rel=1e-6, abs=1e-6)
     assert any(not torch.equal(value, weights[key]) for key, value in updates(name, 0, 1, 0, **flags)[1].items())
+
+
+# --- weights that are shared out ---
+SHARED = [dict(head="consistency"), dict(head="flow", micro_batch=4), dict(finetune="lora", bf16=True)]
+
+
+def cloned(rank: int, world: int, flags: dict, rounds: int, state=None) -> tuple:
+    """Stage 0 of force_pi0 for so many updates: losses, the weights that it ends with, and its state before the end."""
+    script = importlib.import_module("force_pi0")
+    known = {field: value for field, value in (FLAGS | flags).items() if hasattr(script.Args, field)}
+    args, shown = script.Args(**known), toy_demos()
+    torch.manual_seed(0)
+    agent = script.Agent(args, shown)
+    learner = script.shared_out(agent, script.Agent.blocks)
+    sft = script.cloning(learner.cloned_weights(), args)
+    first = 0
+    if state:
+        first, parts = state
+        for name, part in sft.parts("sft").items():
+            part.load_state_dict(parts[name])
+    mine = share(script, WORLD * B, rank, world) if "micro_batch" not in flags else slice(None)
+    g = torch.Generator().manual_seed(first)
+    found = []
+    for i in range(first, rounds):
+        g.manual_seed(i)
+        rows = torch.arange(i, i + WORLD * B)[mine]
+        chunk = torch.as_tensor(agent.normalise(shown.action))[rows].repeat(1, args.chunk_len)
+        noisy = parts_of_noise(script, rank, world) if "micro_batch" not in flags else contextlib.nullcontext()
+        with noisy:
+            logs = script.update_clone(sft, script.clone_losses(learner, shown.at(rows, 1), chunk, args, g), 1e-3)
+        found.append({key: torch.as_tensor(value).item() for key, value in ranks.means(logs).items()})
+    held = sum(weight.numel() for weight in map(shards.own, sft.weights))
+    parts = {name: part.state_dict() for name, part in sft.parts("sft").items()}
+    kept = pickle.loads(pickle.dumps((rounds, parts)))  # as a checkpoint would
+    sft.end(agent.cloned_weights())
+    return found, [weight.detach() for weight in agent.cloned_weights()], kept, held
+
+
+def shared_clones(rank: int) -> list:
+    ranks.join()
+    found = []
+    for flags in SHARED:
+        whole = cloned(rank, WORLD, flags, 4)
+        half_way = cloned(rank, WORLD, flags, 2)
+        rest = cloned(rank, WORLD, flags, 4, half_way[2])
+        found.append((*whole[:2], whole[3], rest[0], rest[1]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def shares():
+    answers, codes = launch(shared_clones)
+    assert codes == [0] * WORLD
+    return answers
+
+
+@pytest.mark.parametrize("case", range(len(SHARED)), ids=[" ".join(map(str, flags.values())) for flags in SHARED])
+def test_weights_shared_out_learn_what_whole_ones_do(case, shares):
+    """Losses and weights of one rank; each of two holds half of the numbers; a checkpoint goes on with the same bits."""
+    losses, weights, _, _ = cloned(0, 1, SHARED[case], 4)
+    (first, first_weights, one, rest, rest_weights), (second, second_weights, two, *_) = (half[case] for half in shares)
+    assert first == second and rest == first[2:]
+    rough = SHARED[case].get("bf16", False)  # halves are rounded otherwise than the whole, and step by step it grows
+    for found, expected in list(zip(first, losses, strict=True))[: 1 if rough else None]:
+        assert found == pytest.approx(expected, rel=1e-3 if rough else 1e-5, abs=1e-6)
+    numbers = sum(weight.numel() for weight in weights)
+    assert one + two == numbers and 0.4 * numbers < one < 0.6 * numbers
+    for ours, theirs, again, alone in zip(first_weights, second_weights, rest_weights, weights, strict=True):
+        assert torch.equal(ours, theirs) and torch.equal(ours, again)
+        if not rough:
+            torch.testing.assert_close(ours, alone, rtol=1e-3, atol=2e-4)  # four steps of 1e-3
+    assert any(not torch.equal(ours, start) for ours, start in zip(weights, cloned(0, 1, SHARED[case], 0)[1]))
 
 
 # --- whole runs ---
@@ -320,6 +395,24 @@ def test_ranks_that_end_go_on_as_if_nothing_had_been(undisturbed, command):
     codes, lines = lives("force_octo", again)
     assert codes == [0, 0] and not [line for line in lines if "error" in line]
     assert differences(whole, folder) == []
+
+
+def test_ranks_that_share_weights_go_on_with_them(tmp_path):
+    """pi0's stage 0 alone: ended within it, and gone on with, it leaves what an undisturbed run does."""
+    script = importlib.import_module("force_pi0")
+    few = dict(warmup=False, offline_updates=0, online_steps=0, sft_updates=4, sft_head_updates=1)
+    args = tiny_args(tmp_path, script, run_name="whole", **few)
+    toy_cache(args)
+    assert lives("force_pi0", args)[0] == [0, 0]
+    ended = dataclasses.replace(args, run_name="ended")
+    assert lives("force_pi0", ended, (1, signal.SIGTERM, "sft", 2))[0] == [143, 143]
+    state = state_of(tmp_path / "runs/ended")
+    halves = [own["parts"]["sft_shards"]["weights"]["0"] for own in (state, *state["others"])]
+    assert not torch.equal(*halves)
+    again = tiny_args(tmp_path, script, resume=str(tmp_path / "runs/ended"))
+    assert lives("force_pi0", again)[0] == [0, 0]
+    assert differences(tmp_path / "runs/whole", tmp_path / "runs/ended") == []
+    assert "sft_shards" not in state_of(tmp_path / "runs/whole")["parts"]
 
 
 # --- bad input ---
