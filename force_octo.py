@@ -903,21 +903,20 @@ def collect(
 def collect_round(
     slots: Slots, agent: Agent, args: Args, run: Run, expert: ReplayBuffer, policy: ReplayBuffer, bar
 ) -> int:
-    """Collect the steps of a round, and end its episodes; with --round-steps 1: one turn, once there are episodes.
+    """Play the steps of a round, and its episodes to their end; with --round-steps 1 a turn of the slots.
 
     Returns: the number of episodes that have ended.
     """
     known = run.episodes
-    goal = min(run.stage_env_steps + args.round_steps, args.online_steps)
-    while True:
-        rest = run.stage_env_steps >= goal
-        if args.round_steps == 1:
-            rest = run.rest_due(args.online_steps)
-        most = 0 if slots.busy and rest else None
+    if args.round_steps == 1:
+        most = 0 if slots.busy and run.rest_due(args.online_steps) else None
         bar.update(collect(slots, agent, args, run, expert, policy, most))
-        whole = run.stage_env_steps >= goal and not slots.busy
-        if whole or (args.round_steps == 1 and policy.starts.rows):
-            return run.episodes - known
+        return run.episodes - known
+    goal = min(run.stage_env_steps + args.round_steps, args.online_steps)
+    while slots.busy or run.stage_env_steps < goal:
+        most = None if run.stage_env_steps < goal else 0
+        bar.update(collect(slots, agent, args, run, expert, policy, most))
+    return run.episodes - known
 
 
 def without_idle(episode: Episode, agent: Agent, args: Args) -> Episode:
@@ -1087,6 +1086,8 @@ def main(args: Args) -> Path:
             if not slots.busy:
                 run.evaluate_if_due()
             ended = collect_round(slots, agent, args, run, expert, policy, bar)
+            if not policy.starts.rows:  # no episode has ended yet
+                continue
             done = min(run.stage_env_steps / args.online_steps, 1.0)
             q_weight = args.q_weight * (1 + done * (args.q_growth - 1))
             first = run.stage_updates

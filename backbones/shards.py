@@ -31,7 +31,8 @@ def shared_out(model: nn.Module, blocks: Callable[[nn.Module], dict[nn.Module, s
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     for block, method in blocks(part).items():
         fully_shard(block, mesh=mesh)
-        register_fsdp_forward_method(block, method)
+        if method != "forward":
+            register_fsdp_forward_method(block, method)
     return part
 
 

@@ -47,8 +47,9 @@ PAIRS = (
     Pair("ConRFT offline, actions of 7", "calql 7 1", "conrft", CONRFT, "conrft_jax.py", "calql", True),
     Pair("ConRFT online, actions of 7", "td 7 1", "conrft", CONRFT, "conrft_jax.py", "td", True),
     Pair("ConRFT online, --compile on", "td 7 1 compiled", "conrft", CONRFT, "conrft_jax.py", "td", True),
-    Pair("TD and Q loss, chunks of 4 x 4", "td 4 4", "qc", QC, "qc.py", "4 4", True),
-    Pair("TD and Q loss, --compile on", "td 4 4 compiled", "qc", QC, "qc.py", "4 4", True),
+    Pair("TD and Q loss, chunks of 4 x 4; QC-FQL", "td 4 4", "qc", QC, "qc.py", "acfql 4 4", True),
+    Pair("TD and Q loss, chunks of 4 x 4; ACRLPD", "td 4 4", "qc", QC, "qc.py", "acrlpd 4 4", True),
+    Pair("the same, --compile on", "td 4 4 compiled", "qc", QC, "qc.py", "acrlpd 4 4", True),
 )
 
 

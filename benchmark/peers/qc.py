@@ -1,5 +1,10 @@
-"""One update by Q-chunking's ACRLPD (agents/acrlpd.py, JAX), with the sizes of timed.py: qc.py REPO ACTION_DIM CHUNK_LEN."""
+"""One update by an agent of Q-chunking (JAX), with the sizes of timed.py: qc.py REPO acrlpd|acfql ACTION_DIM CHUNK_LEN.
 
+acrlpd is RLPD on chunks: a Gaussian policy. acfql is QC-FQL: a flow policy, and a one-step policy that is distilled from
+it and goes up Q.
+"""
+
+import importlib
 import sys
 
 import jax
@@ -7,11 +12,10 @@ import numpy as np
 from timed import BATCH, CRITICS, FEATURES, HIDDEN, serve
 
 
-def main(repo: str, action_dim: int, chunk_len: int) -> None:
+def main(repo: str, name: str, action_dim: int, chunk_len: int) -> None:
     sys.path.insert(0, repo)
-    from agents.acrlpd import ACRLPDAgent, get_config
-
-    config = get_config()
+    module = importlib.import_module(f"agents.{name}")
+    config = module.get_config()
     sizes = (HIDDEN, HIDDEN)
     config.update(actor_hidden_dims=sizes, value_hidden_dims=sizes, num_qs=CRITICS, horizon_length=chunk_len)
     rng = np.random.default_rng(0)
@@ -26,7 +30,7 @@ def main(repo: str, action_dim: int, chunk_len: int) -> None:
         "masks": ones,
         "valid": ones,
     }
-    agent = ACRLPDAgent.create(0, observations, actions[:, 0], config)
+    agent = getattr(module, f"{name.upper()}Agent").create(0, observations, actions[:, 0], config)
 
     def update() -> None:
         nonlocal agent
@@ -37,4 +41,4 @@ def main(repo: str, action_dim: int, chunk_len: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
