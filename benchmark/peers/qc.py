@@ -30,7 +30,7 @@ def main(repo: str, name: str, action_dim: int, chunk_len: int) -> None:
         "masks": ones,
         "valid": ones,
     }
-    agent = getattr(module, f"{name.upper()}Agent").create(0, observations, actions[:, 0], config)
+    agent = getattr(module, f"{name.upper()}Agent").create(0, observations[0], actions[0, 0], config)
 
     def update() -> None:
         nonlocal agent
