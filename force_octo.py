@@ -1086,12 +1086,10 @@ def main(args: Args) -> Path:
             if not slots.busy:
                 run.evaluate_if_due()
             ended = collect_round(slots, agent, args, run, expert, policy, bar)
-            if not policy.starts.rows:  # no episode has ended yet
-                continue
             done = min(run.stage_env_steps / args.online_steps, 1.0)
             q_weight = args.q_weight * (1 + done * (args.q_growth - 1))
             first = run.stage_updates
-            last = int(args.utd_ratio * run.stage_env_steps)
+            last = int(args.utd_ratio * run.stage_env_steps) if policy.starts.rows else 0  # no episode has ended yet
             with threads(args, many="primary" in kept):
                 for step in run.updates_until(last):
                     lr = online_lr(step - first, last - first, args)

@@ -68,7 +68,7 @@ def planned(place) -> Path:
 
 # --- runs ---
 # Long enough to reach and push the cube, so that an episode depends on all that the simulator remembers.
-REACHING = dict(max_episode_steps=40, online_steps=150, eval_freq=60, q_growth=4.0)
+REACHING = dict(max_episode_steps=40, online_steps=150, eval_freq=60, q_weight=0.05, q_growth=4.0)
 
 
 def reaching_args(place: Path, script, **changes):
