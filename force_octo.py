@@ -1089,7 +1089,7 @@ def main(args: Args) -> Path:
             done = min(run.stage_env_steps / args.online_steps, 1.0)
             q_weight = args.q_weight * (1 + done * (args.q_growth - 1))
             first = run.stage_updates
-            last = int(args.utd_ratio * run.stage_env_steps) if policy.starts.rows else 0  # no episode has ended yet
+            last = int(args.utd_ratio * run.stage_env_steps) if policy.starts.rows else 0  # 0: no episode yet
             with threads(args, many="primary" in kept):
                 for step in run.updates_until(last):
                     lr = online_lr(step - first, last - first, args)

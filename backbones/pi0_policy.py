@@ -92,6 +92,7 @@ def accumulate(losses: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def trained(part: nn.Module) -> list[nn.Parameter]:
+    """Its weights but for frozen ones."""
     return [weight for weight in part.parameters() if weight.requires_grad]
 
 
