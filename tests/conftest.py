@@ -24,6 +24,20 @@ from plumbing.storage import Checkpoints, owners
 
 torch.set_num_threads(1)
 
+LONGEST = "test_resume test_demos test_force_pi0 test_released test_reliability test_cli test_ranks".split()
+
+
+def pytest_configure(config):
+    """`-n 2 --dist loadfile` hands files out in our order, not by their number of tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one of them in the end."""
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 ROOT = Path(force_octo.__file__).parent
 SCRIPT = ROOT / "force_octo.py"
 SCRIPTS = ("bc", "co_rft_chunked", "conrft", "force_octo", "force_pi0")

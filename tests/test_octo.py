@@ -526,12 +526,9 @@ def test_diffusion_head_learns_and_samples_reproducibly():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "preset, size, limit", [("octo-small", 546_696_551, 2.5e9), ("octo-base", 809_848_679, 3.5e9)]
-)  # fmt: skip
-def test_full_size_checkpoint(preset, size, limit, tmp_path):
-    """A random checkpoint of the released byte layout loads strictly, in bounded memory, and runs."""
-    layout = json.loads((FIXTURES / "octo_layout.json").read_text())[preset]
+def test_full_size_checkpoint(tmp_path):
+    """A random checkpoint of octo-small's byte layout loads strictly, in bounded memory."""
+    layout = json.loads((FIXTURES / "octo_layout.json").read_text())["octo-small"]
     rng = np.random.default_rng(0)
     tree = {}
     for path in layout:
@@ -555,7 +552,7 @@ def test_full_size_checkpoint(preset, size, limit, tmp_path):
                 stream.write(msgpack.packb(msgpack.ExtType(1, raw)))
 
         write(tree, "")
-    assert file.stat().st_size == size
+    assert file.stat().st_size == 546_696_551  # the released file's
     shutil.copy(TINY / "dataset_statistics.json", tmp_path)
     config = json.loads((TINY / "config.json").read_text())
     del config["model"]["heads"]["action"]["kwargs"]["hidden_dim"]
@@ -565,7 +562,7 @@ import torch; torch.set_num_threads(1)
 from backbones.octo import PRESETS
 from backbones.octo_weights import check_weights, load_octo
 loaded = load_octo({str(tmp_path)!r})
-assert loaded.model.config == PRESETS[{preset!r}]
+assert loaded.model.config == PRESETS["octo-small"]
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print("peak", int(peak.split()[1]) * 1024)
 del loaded
@@ -575,7 +572,7 @@ check_weights({str(tmp_path)!r})
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
-    assert int(re.search(r"peak (\d+)", done.stdout)[1]) < limit
+    assert int(re.search(r"peak (\d+)", done.stdout)[1]) < 2.5e9
     assert "366 arrays, all used" in done.stdout and "109,628,544 in the frozen text encoder" in done.stdout
 
 
