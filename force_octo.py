@@ -914,7 +914,8 @@ def collect_round(
         most = 0 if slots.busy and run.rest_due(args.online_steps) else None
         bar.update(collect(slots, agent, args, run, expert, policy, most))
         return run.episodes - known
-    goal = min(run.stage_env_steps + args.round_steps, args.online_steps)
+    rounds = run.stage_env_steps // args.round_steps  # so far; episodes overshoot, and yet the last one is whole
+    goal = min((rounds + 1) * args.round_steps, args.online_steps)
     while slots.busy or run.stage_env_steps < goal:
         most = None if run.stage_env_steps < goal else 0
         bar.update(collect(slots, agent, args, run, expert, policy, most))

@@ -361,6 +361,27 @@ def test_a_run_with_many_environments_resumes_as_an_undisturbed_one(name, many, 
     assert differences(whole, tmp_path / "killed") == []
 
 
+def test_rounds_end_past_multiples_of_their_steps(monkeypatch):
+    """Episodes overshoot a round. The next one doesn't begin later for that, or the last would be a short one."""
+    script = importlib.import_module("force_octo")
+    run = SimpleNamespace(stage_env_steps=0, episodes=0)
+    slots = SimpleNamespace(busy=0)
+    bar = SimpleNamespace(update=lambda steps: None)
+
+    def collect(*_):
+        run.stage_env_steps += 70
+        run.episodes += 1
+        return 70
+
+    monkeypatch.setattr(script, "collect", collect)
+    args = script.Args(round_steps=100, online_steps=400)
+    ends = []
+    while run.stage_env_steps < args.online_steps:
+        episodes = script.collect_round(slots, None, args, run, None, None, bar)
+        ends.append((run.stage_env_steps, episodes))
+    assert ends == [(140, 2), (210, 1), (350, 2), (420, 1)]
+
+
 def test_a_round_ends_its_episodes_before_its_updates(place, fake, monkeypatch, tmp_path):
     """FORCE's rounds: pi_old collects on and on, then all updates at once."""
     script = importlib.import_module("force_octo")
