@@ -202,7 +202,10 @@ class Chunks:
 
 
 # === Networks ========================================================================================================
-SIGMA_MIN, SIGMA_MAX, RHO, NUM_SIGMAS = 0.002, 80.0, 7.0, 40  # ConRFT, as EDM; SIGMA_DATA: the spread of actions
+SIGMA_MIN = 0.002  # ConRFT, as EDM; SIGMA_DATA: the spread of actions
+SIGMA_MAX = 80.0
+RHO = 7.0
+NUM_SIGMAS = 40
 
 
 def karras_sigmas(device: torch.device | str = "cpu") -> Tensor:

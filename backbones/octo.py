@@ -30,7 +30,10 @@ from backbones.t5 import T5_SIZES, T5Encoder, t5_token_ids
 from backbones.units import gaussian
 from plumbing.hub import from_hub
 
-LANGUAGE, OBSERVATION, READOUT = 0, 1, 2  # token kinds, ordered: a token may look at its own kind and at lower ones
+# Token kinds, ordered: a token may look at its own kind and at lower ones.
+LANGUAGE = 0
+OBSERVATION = 1
+READOUT = 2
 # Added to a score, hides the key. Finite, so that a row which may look at nothing becomes a uniform average as in the
 # original, instead of NaN; and not the most negative float, which overflows where a GPU kernel rescales scores.
 HIDDEN = -1e30
@@ -179,9 +182,14 @@ class Block(nn.Module):
     def __init__(self, dim: int, heads: int, mlp_dim: int):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.q, self.k, self.v, self.out = (_linear(dim, dim, xavier=True) for _ in range(4))
-        self.fc1, self.fc2 = _linear(dim, mlp_dim, xavier=True), _linear(mlp_dim, dim, xavier=True)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.q = _linear(dim, dim, xavier=True)
+        self.k = _linear(dim, dim, xavier=True)
+        self.v = _linear(dim, dim, xavier=True)
+        self.out = _linear(dim, dim, xavier=True)
+        self.fc1 = _linear(dim, mlp_dim, xavier=True)
+        self.fc2 = _linear(mlp_dim, dim, xavier=True)
         for fc in (self.fc1, self.fc2):
             nn.init.normal_(fc.bias, std=1e-6)
 
@@ -190,14 +198,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None, prefix: Tensor | None = None, last: int | None = None) -> Tensor:
         h = self.norm1(x)  # [B, S, d]
-        k, v = self.k(h), self.v(h)
+        k = self.k(h)
+        v = self.v(h)
         if prefix is not None:
             p = self.norm1(prefix)
             k = torch.cat([self.k(p).expand(len(x), -1, -1), k], 1)  # [B, P + S, d]
             v = torch.cat([self.v(p).expand(len(x), -1, -1), v], 1)
         if last is not None:
-            x, h, bias = x[:, -last:], h[:, -last:], bias[..., -last:, :]
-        q, k, v = self.split(self.q(h)), self.split(k), self.split(v)  # [B, heads, last or P + S, d/heads]
+            x = x[:, -last:]
+            h = h[:, -last:]
+            bias = bias[..., -last:, :]
+        q = self.split(self.q(h))  # [B, heads, last, d/heads]
+        k = self.split(k)  # [B, heads, P + S, d/heads]
+        v = self.split(v)
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, heads, last, d/heads]
         x = x + self.out(a.transpose(1, 2).flatten(2))  # [B, last, d]
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
@@ -214,10 +227,13 @@ class HashText(nn.Module):
 
     def __init__(self, tokens: int, dim: int, vocabulary: int = 1024, max_words: int = 16):
         super().__init__()
-        self.tokens, self.vocabulary, self.max_words = tokens, vocabulary, max_words
+        self.tokens = tokens
+        self.vocabulary = vocabulary
+        self.max_words = max_words
         self.embedding = nn.Embedding(vocabulary, dim)  # id 0 is padding
         self.position = nn.Parameter(0.02 * torch.randn(1, tokens + max_words, dim))
-        self.block, self.norm = Block(dim, 4, 4 * dim), nn.LayerNorm(dim, eps=1e-6)
+        self.block = Block(dim, 4, 4 * dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, instructions: list[str]) -> Tensor:
         ids = word_ids(tuple(instructions), self.vocabulary, self.max_words, self.position.device)  # [N, max_words]
@@ -327,13 +343,17 @@ class Octo(nn.Module):
                 raise ValueError(f"lowdim must be {(B, W, config.lowdim_dim)}, got {shape}")
             x = self.lowdim_projection(lowdim).view(B, W, config.lowdim_tokens, d)
             groups["lowdim"] = (OBSERVATION, x + self.positions["lowdim"][:, :W], real_step)
-        prefix, T, told = None, 0, present[:, 0]
+        prefix = None
+        T = 0
+        told = present[:, 0]
         if language is not None:
             if language.shape[1:] != (config.language_tokens, config.language_dim):
                 wanted = ("B or 1", config.language_tokens, config.language_dim)
                 raise ValueError(f"language must be {wanted}, got {tuple(language.shape)}")
             prefix = self.language_projection(language) + self.positions["language"]  # [1 or B, T, d]
-            T, told = prefix.shape[1], told if language_mask is None else language_mask.bool()  # [B]
+            T = prefix.shape[1]
+            if language_mask is not None:
+                told = language_mask.bool()  # [B]
             if config.repeat_task_tokens:  # the same tokens in every step, without an embedding of the step
                 groups["language again"] = (OBSERVATION, prefix[:, None].expand(B, W, -1, -1), told[:, None] & present)
         groups["readout"] = (READOUT, self.positions["readout"][:, :W].expand(B, -1, -1, -1), present)
@@ -411,10 +431,14 @@ class DiffusionHead(nn.Module):
             embedding_dim=embedding_dim, action_horizon=action_horizon, action_dim=action_dim, hidden=hidden,
             num_blocks=num_blocks, time_dim=time_dim, num_steps=num_steps, max_action=max_action,
         )  # fmt: skip
-        self.action_horizon, self.action_dim, self.max_action = action_horizon, action_dim, max_action
-        self.num_steps, flat = num_steps, action_horizon * action_dim
+        self.action_horizon = action_horizon
+        self.action_dim = action_dim
+        self.max_action = max_action
+        self.num_steps = num_steps
+        flat = action_horizon * action_dim
         self.fourier = nn.Parameter(0.2 * torch.randn(time_dim // 2, 1))
-        self.time1, self.time2 = _linear(time_dim, 2 * time_dim, xavier=True), _linear(2 * time_dim, time_dim, True)
+        self.time1 = _linear(time_dim, 2 * time_dim, xavier=True)
+        self.time2 = _linear(2 * time_dim, time_dim, xavier=True)
         self.input = _linear(time_dim + embedding_dim + flat, hidden, xavier=True)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden, eps=1e-6) for _ in range(num_blocks))
         self.fc1 = nn.ModuleList(_linear(hidden, 4 * hidden) for _ in range(num_blocks))
@@ -422,7 +446,8 @@ class DiffusionHead(nn.Module):
         self.output = _linear(hidden, flat, xavier=True)
         # Cosine schedule as Octo writes it, s added to the fraction and divided by 1 + s, and in float32 as there: the
         # last steps divide by sqrt(1 - beta), about 0.03, so a rounding more or less shows in the samples.
-        s, t = 0.008, torch.arange(num_steps + 1) / num_steps
+        s = 0.008
+        t = torch.arange(num_steps + 1) / num_steps
         signal = torch.cos((t + s) / (1 + s) * math.pi * 0.5) ** 2
         signal = signal / signal[0]
         betas = (1 - signal[1:] / signal[:-1]).clamp(0, 0.999)  # [num_steps]
@@ -443,9 +468,9 @@ class DiffusionHead(nn.Module):
 
         Shapes: embedding [B, d], actions [B, H, A] normalised -> scalar.
         """
-        clean, B, device = actions.flatten(1).clamp(-self.max_action, self.max_action), len(actions), actions.device
-        step = torch.randint(self.num_steps, (B, 1), generator=generator, device=device)
-        noise = torch.randn(clean.shape, generator=generator, device=device)
+        clean = actions.flatten(1).clamp(-self.max_action, self.max_action)
+        step = torch.randint(self.num_steps, (len(actions), 1), generator=generator, device=actions.device)
+        noise = torch.randn(clean.shape, generator=generator, device=actions.device)
         alpha_bar = self.alpha_bars[step]  # [B, 1]
         predicted = self(embedding, alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise, step)
         return F.mse_loss(predicted, noise) * self.action_dim
@@ -460,7 +485,8 @@ class DiffusionHead(nn.Module):
         embedding = embedding[:, None].expand(-1, K, -1)
         x = gaussian(shape, embedding, generator)
         for t in reversed(range(self.num_steps)):
-            beta, alpha_bar = self.betas[t], self.alpha_bars[t]
+            beta = self.betas[t]
+            alpha_bar = self.alpha_bars[t]
             noise = self(embedding, x, torch.full((*shape[:2], 1), t, device=x.device))
             x = (x - beta / (1 - alpha_bar).sqrt() * noise) / (1 - beta).sqrt()
             if t > 0:

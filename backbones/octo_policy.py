@@ -33,15 +33,19 @@ class OctoPolicy(Units):
         Raises: UserError, one line, if the weights or the tokenizer can't be had.
         """
         super().__init__(obs["proprio"], action, relative, gripper)
-        self.H, self.instruction = chunk_len, instruction
+        self.H = chunk_len
+        self.instruction = instruction
         images = tuple((k, v.shape[1]) for k, v in obs.items() if k != "proprio")
         # Privileged state goes through the transformer; beside a camera, proprio goes to the heads only, as in Octo 1.5.
         config = dataclasses.replace(PRESETS[preset], image_sizes=images, lowdim_dim=0 if images else self.proprio_dim)
-        self.window, self.feature_dim = config.window, config.embedding_dim + self.proprio_dim
-        self.backbone, self.weights = Octo(config), "random"
+        self.window = config.window
+        self.feature_dim = config.embedding_dim + self.proprio_dim
+        self.backbone = Octo(config)
+        self.weights = "random"
         if checkpoint and not resumed:
             loaded = load_octo(checkpoint, config)
-            self.backbone, self.weights = loaded.model, f"{checkpoint}, sha256 {loaded.sha256}"
+            self.backbone = loaded.model
+            self.weights = f"{checkpoint}, sha256 {loaded.sha256}"
             self.register_buffer("language", self.backbone.encode_text([instruction]))
         elif checkpoint:
             self.register_buffer("language", torch.zeros(1, config.language_tokens, config.language_dim))
@@ -58,7 +62,8 @@ class OctoPolicy(Units):
         the start of the episode. `recent` makes them.
         """
         obs = {k: torch.as_tensor(v, device=self.proprio_mean.device) for k, v in obs.items()}
-        proprio, real = self.normalise_proprio(obs.pop("proprio")), obs.pop("real", None)  # [N, P], [N, W]
+        proprio = self.normalise_proprio(obs.pop("proprio"))  # [N, P]
+        real = obs.pop("real", None)  # [N, W]
         language = self.language if hasattr(self, "language") else self.backbone.encode_text([self.instruction])
         embedding = self.backbone(obs, language, None if obs else proprio[:, None], real if self.window > 1 else None)
         return torch.cat([embedding, proprio], -1)

@@ -87,11 +87,13 @@ def flax_layout(model: Octo, head: DiffusionHead) -> Iterator[tuple[str, tuple[i
     for prefix, module in nn.ModuleDict({"octo": model, "head": head}).named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             bare = isinstance(module, (nn.ParameterDict, DiffusionHead))  # parameters that belong to no layer
-            ours, shape = (f"{prefix}.{leaf}" if bare else prefix), tuple(parameter.shape)
+            ours = f"{prefix}.{leaf}" if bare else prefix
+            shape = tuple(parameter.shape)
             if "lowdim" in ours:
                 continue
             names = (re.sub(rule, name, ours) for rule, name in FLAX_NAMES.items() if re.fullmatch(rule, ours))
-            if (path := next(names, None)) is None:
+            path = next(names, None)
+            if path is None:
                 raise UserError(f"{ours} isn't part of the released models; base the config on octo-small or octo-base")
             transposed = leaf == "weight" and isinstance(module, (nn.Linear, nn.Conv2d))
             if transposed:  # [out, in, h, w] here, [h, w, in, out] there
@@ -231,7 +233,10 @@ def _load_released(folder: Path, config: OctoConfig | None) -> LoadedOcto:
     layout = list(flax_layout(model, head))
     missing = [path for path, *_ in layout if path not in leaves]
     camera = re.compile(r"octo_transformer/(?:observation_tokenizers|obs)_(\w+?)(?:/|_pos_embedding|_projection)")
-    dropped = {path for path in leaves if kept is not None and (hit := camera.match(path)) and hit[1] not in kept}
+    dropped = set()
+    if kept is not None:
+        matches = filter(None, map(camera.match, leaves))
+        dropped = {hit.string for hit in matches if hit[1] not in kept}
     unused = list(leaves.keys() - {path for path, *_ in layout} - dropped)
     if missing or unused:
         raise UserError(f"{file} doesn't fit: missing {_one_line(missing)}, unused {_one_line(unused)}")
@@ -313,7 +318,9 @@ def check_weights(source: str) -> None:
     """Load strictly, print what was found and a fingerprint of one fixed forward pass, the same on every machine up to
     rounding of the last digit shown."""
     loaded = load_octo(source)
-    model, head, config = loaded.model.eval(), loaded.head, loaded.model.config
+    model = loaded.model.eval()
+    head = loaded.head
+    config = model.config
     print(f"{source}: {loaded.file}\nsha256 {loaded.sha256}\n{config}")
     leaves = list(flax_layout(model, head))
     trained = sum(p.numel() for _, _, p, _ in leaves if p.requires_grad)

@@ -152,7 +152,8 @@ class VisionLayer(nn.Module):
     def __init__(self, width: int, heads: int, mlp: int):
         super().__init__()
         self.heads = heads
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.layer_norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.layer_norm2 = nn.LayerNorm(width, eps=1e-6)
         self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp), "fc2": nn.Linear(mlp, width)})
 
@@ -257,12 +258,15 @@ class GemmaLayer(nn.Module):
 
     def __init__(self, width: int, mlp: int, c: Pi0Config, adaptive: bool):
         super().__init__()
-        self.head_dim, inner, kv = c.head_dim, c.heads * c.head_dim, c.kv_heads * c.head_dim
+        self.head_dim = c.head_dim
+        inner = c.heads * c.head_dim
+        kv = c.kv_heads * c.head_dim
         shapes = dict(q_proj=(width, inner), k_proj=(width, kv), v_proj=(width, kv), o_proj=(inner, width))
         self.self_attn = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
         shapes = dict(gate_proj=(width, mlp), up_proj=(width, mlp), down_proj=(mlp, width))
         self.mlp = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(width, adaptive), RMSNorm(width, adaptive)
+        self.input_layernorm = RMSNorm(width, adaptive)
+        self.post_attention_layernorm = RMSNorm(width, adaptive)
         for linear in (*self.self_attn.values(), *self.mlp.values()):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
@@ -273,7 +277,8 @@ class GemmaLayer(nn.Module):
         """
         h, gate = self.input_layernorm(x, cond)
         q, k, v = (self.self_attn[f"{name}_proj"](h).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
-        q, k = rotate(q, angles), rotate(k, angles)
+        q = rotate(q, angles)
+        k = rotate(k, angles)
         if cached is None:
             heads_first = (t.transpose(1, 2) for t in (q, k, v))
             a = F.scaled_dot_product_attention(*heads_first, attn_mask=bias.to(q.dtype), enable_gqa=True)
@@ -390,10 +395,14 @@ class PaliGemma(nn.Module):
         Raises: ValueError for a camera that the config doesn't have.
         """
         c = self.config
-        if unknown := set(images) - set(c.cameras):
+        unknown = set(images) - set(c.cameras)
+        if unknown:
             raise ValueError(f"this model has the cameras {c.cameras}, not {sorted(unknown)}")
         shown = [camera for camera in c.cameras if camera in images]
-        B, device, tokens, masks = len(lowdim if lowdim is not None else images[shown[0]]), ids.device, [], []
+        B = len(lowdim if lowdim is not None else images[shown[0]])
+        device = ids.device
+        tokens = []
+        masks = []
         points = []
         for camera in shown:
             image = resize_with_pad(images[camera], c.image_size)
@@ -410,7 +419,8 @@ class PaliGemma(nn.Module):
         masks.append(torch.ones(B, own, dtype=torch.bool, device=device))
         tokens.append((self.embed_tokens(ids).float() * math.sqrt(c.vlm_width)).expand(B, -1, -1))
         masks.append(valid.expand(B, -1))
-        x, mask = torch.cat(tokens, 1), torch.cat(masks, 1)  # [B, P, width], [B, P]
+        x = torch.cat(tokens, 1)  # [B, P, width]
+        mask = torch.cat(masks, 1)  # [B, P]
 
         angles = rope(mask.cumsum(1) - 1, c.head_dim)  # padding doesn't advance the position
         bias = torch.zeros(mask.shape, device=device).masked_fill(~mask, HIDDEN)[:, None, None]  # [B, 1, 1, P]
@@ -436,7 +446,8 @@ class ActionExpert(nn.Module):
 
     def __init__(self, config: Pi0Config):
         super().__init__()
-        self.config, c, w = config, config, config.expert_width
+        self.config = c = config
+        w = c.expert_width
         self.layers = nn.ModuleList(GemmaLayer(w, c.expert_mlp, c, c.pi05) for _ in range(c.depth))
         self.norm = RMSNorm(w, c.pi05)
         self.action_in_proj, self.action_out_proj = nn.Linear(c.action_dim, w), nn.Linear(w, c.action_dim)
@@ -486,7 +497,9 @@ class Pi0(nn.Module):
 
     def __init__(self, config: Pi0Config):
         super().__init__()
-        self.config, self.prefix, self.expert = config, PaliGemma(config), ActionExpert(config)
+        self.config = config
+        self.prefix = PaliGemma(config)
+        self.expert = ActionExpert(config)
 
 
 class LowRank(nn.Linear):

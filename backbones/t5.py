@@ -19,11 +19,16 @@ class T5Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, head_dim: int, mlp_dim: int):
         super().__init__()
-        self.heads, inner = heads, heads * head_dim
-        self.norm1, self.norm2 = nn.RMSNorm(dim, eps=1e-6), nn.RMSNorm(dim, eps=1e-6)
-        self.q, self.k, self.v = (nn.Linear(dim, inner, bias=False) for _ in range(3))
+        self.heads = heads
+        inner = heads * head_dim
+        self.norm1 = nn.RMSNorm(dim, eps=1e-6)
+        self.norm2 = nn.RMSNorm(dim, eps=1e-6)
+        self.q = nn.Linear(dim, inner, bias=False)
+        self.k = nn.Linear(dim, inner, bias=False)
+        self.v = nn.Linear(dim, inner, bias=False)
         self.out = nn.Linear(inner, dim, bias=False)
-        self.fc1, self.fc2 = nn.Linear(dim, mlp_dim, bias=False), nn.Linear(mlp_dim, dim, bias=False)
+        self.fc1 = nn.Linear(dim, mlp_dim, bias=False)
+        self.fc2 = nn.Linear(mlp_dim, dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         h = self.norm1(x)  # [N, T, dim]

@@ -38,7 +38,9 @@ class Units(nn.Module):
         """
         super().__init__()
         self.gripper = gripper
-        self.relative, self.proprio_dim, self.action_dim = relative, proprio.shape[1], action.shape[1]
+        self.relative = relative
+        self.proprio_dim = proprio.shape[1]
+        self.action_dim = action.shape[1]
         centre, scale = action_box(action, relative)
         units = dict(proprio_mean=proprio.mean(0), proprio_std=proprio.std(0) + 0.01)  # 0.01: metres, radians
         for name, value in (units | dict(action_centre=centre, action_scale=scale)).items():

@@ -12,7 +12,10 @@ import tty
 
 from plumbing.flags import UserError
 
-SUCCESS, FAILURE, STOP, READY = "s", "f", " ", "\n"
+SUCCESS = "s"
+FAILURE = "f"
+STOP = " "
+READY = "\n"
 MEANING = "s: success   f: failure, ends the episode   space: emergency stop   Enter: ready"
 
 
