@@ -963,12 +963,12 @@ def update_critics(agent: Agent, optimizer, next_batch, args: Args, generator, c
     return batch, logs
 
 
-def look(expert: ReplayBuffer, policy: ReplayBuffer, batch: Batch) -> dict[str, Tensor]:
-    """What was seen where a batch's samples start, for a backbone that learns."""
+def look(expert: ReplayBuffer, policy: ReplayBuffer, generator, batch: Batch) -> dict[str, Tensor]:
+    """What was seen where a batch's samples start, for a backbone that learns: images are shifted as in stage 0."""
     own = len(batch.row) // 2
     shown = expert.observations(batch.row[:-own])
     visited = policy.observations(batch.row[-own:])
-    return joined(shown, visited)
+    return random_shift(joined(shown, visited), generator)
 
 
 @torch.no_grad()
@@ -1026,7 +1026,7 @@ def main(args: Args) -> Path:
     noise = run.rng["update"]
     demos_at = partial(demos.at, window=agent.window)
     next_batch = partial(draw, expert, policy, agent, args, run.rng)
-    observed = partial(look, expert, policy)
+    observed = partial(look, expert, policy, run.rng["batch"])
     if args.eval_only:
         print(json.dumps(evaluate(env, agent, args), indent=2))
         return run.folder

@@ -114,7 +114,7 @@ class Setting:
             return logs | script.update_online(agent, self.actor_optimizer, batch, args, None, 0.1)
 
         def observed(batch):
-            return script.look(self.buffer, self.buffer, batch)
+            return script.look(self.buffer, self.buffer, None, batch)
 
         return logs | script.update_online(agent, self.actor_optimizer, batch, observed, args, None, 0.1)
 

@@ -449,18 +449,24 @@ def test_what_is_imitated_has_no_idle_steps():
 
 
 def test_a_batch_is_seen_by_its_rows():
-    """What the samples of a batch saw, in its order: the expert's, then the policy's."""
-    seen = {"proprio": torch.empty(0, 1)}
+    """What the samples of a batch saw, in its order: the expert's, then the policy's; images are shifted, each anew."""
+    seen = {"proprio": torch.empty(0, 1), "primary": torch.empty(0, 16, 16, 3, dtype=torch.uint8)}
+    image = np.zeros((4, 16, 16, 3), np.uint8)
+    image[:, 8, 8] = np.arange(1, 5)[:, None]  # one bright pixel, and how bright says which step
     agent = SimpleNamespace(window=1, feature_dim=1, action_dim=1)
     args = script.Args(chunk_len=1, gamma=0.9, device="cpu")
     buffers = [script.ReplayBuffer(agent, args, seen) for _ in range(2)]
     for buffer, base in zip(buffers, (0, 100)):
         steps = base + np.arange(4.0)[:, None]
-        episode = script.Episode(torch.from_numpy(steps), {"proprio": steps}, steps[:3], np.array([0, 0, 1], bool), True)
+        obs = {"proprio": steps, "primary": image + base}
+        episode = script.Episode(torch.from_numpy(steps), obs, steps[:3], np.array([0, 0, 1], bool), True)
         buffer.add(episode, script.REWARDS["binary"], np.zeros(1))
     batch = buffers[0].gather(torch.tensor([2, 0])).cat(buffers[1].gather(torch.tensor([1, 1])))
-    looked = script.look(*buffers, batch)
+    looked = script.look(*buffers, rng(), batch)
     assert looked["proprio"].tolist() == batch.feature.tolist() == [[2], [0], [101], [101]]
+    bright = looked["primary"][..., 0].flatten(1).max(1)
+    assert bright.values.tolist() == [3, 1, 102, 102]
+    assert len(set(bright.indices.tolist())) > 2  # equal observations too
 
 
 # --- updates on stubs whose numbers can be followed ---
