@@ -2,9 +2,9 @@
 
 A policy is cloned from demonstrations (stage 0), a conservative critic is trained on the same data (stage 1), both are
 re-calibrated on the policy's own rollouts (stage 2), and then the policy learns online from its proposals of
-above-average value, in states where the average proposal beats what it did (stage 3, VGPD). Stages 1 and 2 read fixed
-embeddings of the Octo backbone; stage 3 trains the backbone too, and embeds the buffers anew after each round. The
-paper's stage 3 is --online-finetune head --round-steps 1: a frozen backbone, and updates all along.
+above-average value, in states where the average proposal beats what it did (stage 3, VGPD). Critic and actor read fixed
+embeddings of the Octo backbone. From state, and for pushing, stage 3 trains the backbone too (--online-finetune full),
+in rounds, and embeds the buffers anew after each.
 
 Equations (numbers of the paper)                                             where
   (1)     critic: TD + alpha * (LSE over sampled actions - Q(data)), Cal-QL    td_target, calql_loss
@@ -135,11 +135,11 @@ class Args(RunArgs):
     warmup_episodes: int = 30  # stage 2: rollouts of the current policy
     warmup_updates: int = 400  # stage 2: actor updates; the first half trains the critic only
     online_steps: int = 15_000  # stage 3: control steps, summed over environments
-    eval_freq: int = 2000  # stage 3: evaluate after the first round past each multiple of so many control steps
-    online_finetune: Literal["head", "full"] = "full"  # stage 3: train the head, as in the paper, or the backbone too
-    round_steps: int = 2500  # stage 3: control steps of pi_old between updates; 1: a decision (alone: an episode)
-    online_lr: float = 1e-3  # stage 3: peak learning rate of the actor in a round; constant with --round-steps 1
-    utd_ratio: float = 0.16  # stage 3: actor updates per control step
+    eval_freq: int = 2500  # stage 3: evaluate after the first round past each multiple of so many control steps
+    online_finetune: Literal["head", "full"] = "head"  # stage 3: train the head, as in the paper, or the backbone too
+    round_steps: int = 1  # stage 3: control steps of pi_old between updates; 1: a decision (alone: an episode)
+    online_lr: float = 3e-4  # stage 3: learning rate of the actor; in longer rounds their peak
+    utd_ratio: float = 0.3  # stage 3: actor updates per control step
     cql_alpha: float = 0.1  # weight of the conservative term in stages 1 and 2
     cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
     bc_weight: float = 1.0  # weight of BC in stages 1 and 2
@@ -164,10 +164,14 @@ class Args(RunArgs):
 # over earlier ones, and the command line over all.
 BY_OBS_MODE = {  # without a camera updates are cheap; with one, these budgets are minutes
     "rgb": dict(batch_size=64, online_steps=7500),
-    "state": dict(num_envs=1, proprio_noise=0.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995),
-}
-PUSH = dict(  # pushing can be done faster than it was shown: a pull to higher Q, in ten rounds
-    online_steps=8000, round_steps=800, q_weight=0.25, q_growth=6.0, explore_noise=0.1, candidate_noise=0.1
+    "state": dict(
+        num_envs=1, proprio_noise=0.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995,
+        online_finetune="full", round_steps=2500, online_lr=1e-3, utd_ratio=0.16,
+    ),
+}  # fmt: skip
+PUSH = dict(  # pushing can be done faster than it was shown: a pull to higher Q, in ten rounds of the whole network
+    online_finetune="full", online_lr=1e-3, utd_ratio=0.16, online_steps=8000, round_steps=800,
+    q_weight=0.25, q_growth=6.0, explore_noise=0.1, candidate_noise=0.1,
 )  # fmt: skip
 PUSH_STATE = PUSH | dict(utd_ratio=0.32)
 BY_TASK = {
