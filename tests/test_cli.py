@@ -167,7 +167,7 @@ def test_tables_fill_in_what_was_not_given():
     assert vars(pick).items() >= (script.BY_OBS_MODE["state"] | script.BY_TASK["PickCube-v1", "state"]).items()
     push = parsed("--obs-mode", "state", "--env-id", "PushCube-v1")
     assert push == fill(script.Args, script.TABLES, obs_mode="state", env_id="PushCube-v1")
-    assert vars(push).items() >= script.PUSH.items()
+    assert vars(push).items() >= script.PUSH_STATE.items()
     both = parsed("--obs-mode", "state", "--preset", "paper")
     assert both.q_weight == script.BY_PRESET["paper"]["q_weight"]  # a preset is asked for; later tables win
     assert both.actor_ema == script.BY_PRESET["paper"]["actor_ema"] and both.num_envs == 1
