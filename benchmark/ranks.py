@@ -2,8 +2,10 @@
 
   OMP_NUM_THREADS=1 torchrun --nproc-per-node 1 benchmark/ranks.py
   OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmark/ranks.py
+  OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmark/ranks.py --apart
 
-A batch is the same in both, so the ratio of the two is what a second core is worth. Observations are random numbers.
+A batch is the same in both, so the ratio of the two is what a second core is worth. With --apart the ranks neither average
+gradients nor wait for each other: no way of averaging is faster than that. Observations are random numbers.
 On cores that others use too, the ratio of a rank's CPU times is nearer to that than the ratio of rates.
 """
 
@@ -28,16 +30,17 @@ SETTINGS = {
 }
 
 
-def measure(flags: dict, rounds: int) -> tuple[float, float]:
+def measure(flags: dict, rounds: int, apart: bool) -> tuple[float, float]:
     """Updates a second, all ranks waiting for each other, and milliseconds of an update on this rank's CPU: medians."""
     args = force_octo.Args(**flags)
     torch.manual_seed(0)
     setting = Setting(replace(args, batch_size=per_rank(args.batch_size)))
-    for optimizer in (setting.critic_optimizer, setting.online_optimizer):
+    for optimizer in () if apart else (setting.critic_optimizer, setting.online_optimizer):
         ranks.average_gradients(optimizer.param_groups[0]["params"])
     clocks = []
     for _ in range(rounds + 2):
-        ranks.wait()
+        if not apart:
+            ranks.wait()
         start = np.array([time.perf_counter(), time.process_time()])
         setting.update_online()
         clocks.append([time.perf_counter(), time.process_time()] - start)
@@ -45,15 +48,16 @@ def measure(flags: dict, rounds: int) -> tuple[float, float]:
     return 1 / wall, 1000 * cpu
 
 
-def main(rounds: int = 15) -> int:
+def main(rounds: int = 15, apart: bool = False) -> int:
     """Print a line for each setting.
 
     Args:
         rounds: updates of each setting.
+        apart: without averaging.
     """
     torch.set_num_threads(1)
     for name, flags in SETTINGS.items():
-        rate, cpu = measure(flags, rounds)
+        rate, cpu = measure(flags, rounds, apart)
         if ranks.rank() == 0:
             print(f"{ranks.world()} ranks, {name}: {rate:.2f} updates a second, {cpu:.0f} ms of CPU each", flush=True)
     ranks.leave()
