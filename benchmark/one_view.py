@@ -12,7 +12,6 @@ SEEN = {  # what the policy is told, and the time limit in seconds
     "PullCube-v1": ("pull the cube onto the round target", 5.0),
     "PickCube-v1": ("pick up the red cube and hold it at the goal position", 8.0),
     "PlaceSphere-v1": ("place the blue sphere into the bin", 10.0),
-    "LiftPegUpright-v1": ("lift the peg upright", 10.0),
     "StackPyramid-v1": ("stack the blue cube on the red and the green cube", 20.0),
     "StackCube-v1": ("stack the red cube on the green cube", 10.0),
 }

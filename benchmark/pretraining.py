@@ -49,7 +49,7 @@ COLUMNS = (
     "num_episodes", "git_commit",
 )  # fmt: skip
 TUNING = dict(eval_seed=1_500_000_000, eval_episodes=100)
-STARTS = {"random": "random weights", "tasks": "six other tasks", "imagenet": "ImageNet, frozen"}
+STARTS = {"random": "random weights", "tasks": "five other tasks", "imagenet": "ImageNet, frozen"}
 TRAINED = {"full": "backbone and head", "head": "head alone"}
 
 
@@ -106,7 +106,7 @@ class Started(bc.Agent):
         super().__init__(args, demos)
         if self.start == "tasks":
             self.backbone.load_state_dict(load_file(self.weights_file))
-            self.weights = f"six other tasks, sha256 {hashlib.sha256(self.weights_file.read_bytes()).hexdigest()}"
+            self.weights = f"five other tasks, sha256 {hashlib.sha256(self.weights_file.read_bytes()).hexdigest()}"
         if self.start == "imagenet":
             config = self.backbone.config
             for camera in self.backbone.stems:
