@@ -265,13 +265,23 @@ def last_of(method: str, stage: str) -> dict[tuple, list[dict]]:
 
 
 def table() -> None:
-    """Print the clones' success as docs/pretrained.md has it."""
+    """Print success as docs/pretrained.md has it: of clones, with that of each seed, and of FORCE from them."""
     clones = last_of("BC", "bc")
     print("| Task | Trained | Demonstrations |" + "".join(f" {words} |" for words in STARTS.values()))
     print("|---|---|---|" + "---|" * len(STARTS))
     for env_id, finetune, num_demos in sorted({key[:3] for key in clones}):
         cells = [cell(clones.get((env_id, finetune, num_demos, start), [])) for start in STARTS]
         print(f"| {env_id[:-3]} | {TRAINED[finetune]} | {num_demos} | {' | '.join(cells)} |")
+    print("\n| FORCE from | Demonstrations | Seed | Success after each stage, and online after so many control steps, % |")
+    print("|---|---|---|---|")
+    runs = {}
+    for line in read_csv(CSV, COLUMNS):
+        if line["method"] == "FORCE":
+            key = (STARTS[line["start"]], line["num_demos"], line["seed"])
+            after = line["env_steps"] if line["stage"] == "online" else line["stage"]
+            runs.setdefault(key, []).append(f"{after}: {100 * float(line['success_once']):.0f}")
+    for key, found in runs.items():
+        print(f"| {' | '.join(key)} | {', '.join(found)} |")
 
 
 def cell(runs: list[dict]) -> str:

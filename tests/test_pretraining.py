@@ -140,7 +140,16 @@ def test_collected_results_are_those_of_the_runs(tmp_path, monkeypatch, capsys):
             (folder / "summary.json").write_text(json.dumps(summary))
             args = dict(num_demos=20, updates=1000, eval_episodes=100)
             (folder / "config.json").write_text(json.dumps({"args": args}))
+    folder = tmp_path / "runs" / (pretraining.name_of(NAMES[0], "tasks", "full", 20, 101) + "-force")
+    folder.mkdir()
+    stages = [("offline", 0, 0.75), ("warmup", 900, 0.8), ("online", 2500, 0.86)]
+    found = [{"stage": stage, "global_step": step, "eval/success_once": rate} for stage, step, rate in stages]
+    summary = dict(method="FORCE", seed=101, git_commit="abc", evaluations=found)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    args = dict(num_demos=20, sft_updates=1000, eval_episodes=100)
+    (folder / "config.json").write_text(json.dumps({"args": args}))
     pretraining.collect(tmp_path / "runs")
     pretraining.table()
     shown = capsys.readouterr().out.splitlines()
-    assert shown[-1] == "| PushCube | backbone and head | 20 | 40 [33, 47] (50, 30) | 80 [74, 85] (70, 90) |  |"
+    assert shown[2] == "| PushCube | backbone and head | 20 | 40 [33, 47] (50, 30) | 80 [74, 85] (70, 90) |  |"
+    assert shown[-1] == "| five other tasks | 20 | 101 | offline: 75, warmup: 80, 2500: 86 |"
