@@ -35,6 +35,7 @@ from plumbing.tasks import check_robot, source_of
 from plumbing.wrappers import SPAWN
 
 BLOCK = 5  # episodes that a worker plans or reads at a time
+HOPELESS = 50  # episodes without a success, after which no more are tried
 
 
 def check_source(flags) -> None:
@@ -70,15 +71,19 @@ def make_episodes(args, make_env, flags) -> tuple[str, list[dict[str, np.ndarray
         folder = Path(args.demo_dir) / f"{source}{source_of(flags.env_id)}"
         jobs = planned_jobs(args, make_env, flags, folder)
         problem = f"the planner's solution fails on {flags.env_id}, or what it plans does when replayed"
+        if flags.control_mode == "pd_ee_delta_pos":
+            problem += " (if the hand has to turn: --control-mode pd_ee_delta_pose)"
     found = []
+    tried = 0
     processes = min(os.cpu_count() or 1, 8, math.ceil(flags.num_demos / BLOCK))
     bar = tqdm(total=flags.num_demos, desc=f"demonstrations of {flags.env_id}", mininterval=2)
     with bar, worker_processes(processes) as pool:
-        while len(found) < flags.num_demos:
+        while len(found) < flags.num_demos and (found or tried < HOPELESS):
             wanted = math.ceil((flags.num_demos - len(found)) / BLOCK)
             running = [pool.submit(job) for job in islice(jobs, wanted)]
             if not running:
                 break
+            tried += len(running) * BLOCK
             for block in running:
                 found += block.result()
                 bar.update(min(len(found), flags.num_demos) - bar.n)

@@ -505,13 +505,18 @@ def die(*_):
 def test_a_planner_that_fails_is_said_with_what_it_raised(place, inline, monkeypatch, tmp_path):
     from mani_skill.examples.motionplanning.panda.run import MP_SOLUTIONS
 
+    tried = []
+
     def solve(env, seed, debug, vis):
+        tried.append(seed)
         raise RuntimeError(f"no way from {seed}")
 
     monkeypatch.setitem(MP_SOLUTIONS, "PushCube-v1", solve)
     monkeypatch.setattr(plumbing.replay, "BLOCK", 30)
-    with pytest.raises(UserError, match=r"solution fails on PushCube-v1.*0 of 1 succeed.*RuntimeError: no way from 29 \(test_demos.py, line \d+\)"):
-        load_demos(tiny_args(tmp_path, num_demos=1), script.make_env)
+    monkeypatch.setattr(plumbing.replay, "HOPELESS", 31)
+    with pytest.raises(UserError, match=r"solution fails on PushCube-v1.*--control-mode pd_ee_delta_pose.*0 of 10 succeed.*RuntimeError: no way from 29 \(test_demos.py, line \d+\)"):
+        load_demos(tiny_args(tmp_path, num_demos=10), script.make_env)
+    assert max(tried) == 59  # and not 80: nothing has come of the first 31
 
 
 # --- the cache ---
