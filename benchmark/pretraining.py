@@ -3,7 +3,7 @@
   python benchmark/pretraining.py pretrain --held-out StackCube-v1 --out runs/pretraining/stack.safetensors
   python benchmark/pretraining.py clone --env-id StackCube-v1 --start tasks --weights FILE --num-demos 20 --seed 101
   python benchmark/pretraining.py clone --env-id StackCube-v1 --start random --num-demos 20 --seed 101
-  python benchmark/pretraining.py collect runs/pretraining                 # -> results/pretraining.csv
+  python benchmark/pretraining.py collect --runs runs/pretraining          # -> results/pretraining.csv
   python benchmark/pretraining.py table                                    # as it stands in docs/pretrained.md
   python benchmark/pretraining.py draw                                     # -> docs/figures/pretraining.png
 
@@ -229,9 +229,10 @@ def collect(runs: Path) -> None:
     lines = []
     for path in sorted(runs.glob("*/summary.json")):
         summary = json.loads(path.read_text())
-        flags = json.loads((path.parent / "config.json").read_text())["args"]
+        config = json.loads((path.parent / "config.json").read_text())
+        flags = config["args"]
         env_id, start, finetune, *_ = path.parent.name.split("_")
-        about = dict(env_id=env_id, start=start, finetune=finetune, method=summary["method"].split(",")[0])
+        about = dict(env_id=env_id, start=start, finetune=finetune, method=config["method"].split(",")[0])
         about |= {name: summary[name] for name in ("seed", "git_commit")}
         about["num_demos"] = flags["num_demos"]
         about["updates"] = flags.get("updates", flags.get("sft_updates"))  # of cloning

@@ -136,18 +136,18 @@ def test_collected_results_are_those_of_the_runs(tmp_path, monkeypatch, capsys):
             folder = tmp_path / "runs" / pretraining.name_of(NAMES[0], start, "full", 20, seed)
             folder.mkdir(parents=True)
             found = [{"stage": "bc", "global_step": 0, "eval/success_once": rate}]
-            summary = dict(method="BC, consistency head", seed=seed, git_commit="abc", evaluations=found)
+            summary = dict(seed=seed, git_commit="abc", evaluations=found)
             (folder / "summary.json").write_text(json.dumps(summary))
             args = dict(num_demos=20, updates=1000, eval_episodes=100)
-            (folder / "config.json").write_text(json.dumps({"args": args}))
+            (folder / "config.json").write_text(json.dumps({"args": args, "method": "BC, consistency head"}))
     folder = tmp_path / "runs" / (pretraining.name_of(NAMES[0], "tasks", "full", 20, 101) + "-force")
     folder.mkdir()
     stages = [("offline", 0, 0.75), ("warmup", 900, 0.8), ("online", 2500, 0.86)]
     found = [{"stage": stage, "global_step": step, "eval/success_once": rate} for stage, step, rate in stages]
-    summary = dict(method="FORCE", seed=101, git_commit="abc", evaluations=found)
+    summary = dict(seed=101, git_commit="abc", evaluations=found)
     (folder / "summary.json").write_text(json.dumps(summary))
     args = dict(num_demos=20, sft_updates=1000, eval_episodes=100)
-    (folder / "config.json").write_text(json.dumps({"args": args}))
+    (folder / "config.json").write_text(json.dumps({"args": args, "method": "FORCE"}))
     pretraining.collect(tmp_path / "runs")
     pretraining.table()
     shown = capsys.readouterr().out.splitlines()
