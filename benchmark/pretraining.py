@@ -318,7 +318,7 @@ def draw() -> None:
             ax.set_xticks([10, 20, 50], ["10", "20", "50"])
             ax.minorticks_off()
         axes[0, 0].set(ylabel="success, %")
-        axes[0, 0].legend()
+        axes[0, 0].legend(loc="upper left")
         figure.savefig(DOCS / "figures" / "pretraining.png", bbox_inches="tight", metadata={"Software": None})
 
 
