@@ -35,7 +35,7 @@ from plumbing.tasks import check_robot, source_of
 from plumbing.wrappers import SPAWN
 
 BLOCK = 5  # episodes that a worker plans or reads at a time
-HOPELESS = 50  # episodes without a success, after which no more are tried
+HOPELESS = 50  # plans without a success, after which no more are made
 
 
 def check_source(flags) -> None:
@@ -78,7 +78,7 @@ def make_episodes(args, make_env, flags) -> tuple[str, list[dict[str, np.ndarray
     processes = min(os.cpu_count() or 1, 8, math.ceil(flags.num_demos / BLOCK))
     bar = tqdm(total=flags.num_demos, desc=f"demonstrations of {flags.env_id}", mininterval=2)
     with bar, worker_processes(processes) as pool:
-        while len(found) < flags.num_demos and (found or tried < HOPELESS):
+        while len(found) < flags.num_demos and (found or flags.demo_path or tried < HOPELESS):
             wanted = math.ceil((flags.num_demos - len(found)) / BLOCK)
             running = [pool.submit(job) for job in islice(jobs, wanted)]
             if not running:
