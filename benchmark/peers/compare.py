@@ -7,7 +7,8 @@
   python benchmark/peers/compare.py --folder PEERS
 
 Each program is a process of its own. They take turns, a few updates each, so that what else the machine does meets all
-of them; a ratio is the median over rounds. What isn't there is left out, with a line. Writes results/peers.csv.
+of them. Each pair is started five times: where its memory comes to lie makes a process faster or slower by a tenth. A
+ratio is the median over all rounds. What isn't there is left out, with a line. Writes results/peers.csv.
 """
 
 import csv
@@ -26,6 +27,9 @@ from benchmark.rows import RESULTS, command_line  # noqa: E402
 from plumbing.run import provenance  # noqa: E402
 
 COLUMNS = ("work", "peer", "commit", "ours_ms", "theirs_ms", "ratio", "low", "high", "rounds", "git_commit")
+
+
+STARTS = 5  # of each pair of processes
 
 
 @dataclass
@@ -74,18 +78,20 @@ class Program:
 def measure(pair: Pair, folder: Path, rounds: int, updates: int) -> dict:
     """A line of the results. Raises: RuntimeError."""
     python = str(folder / "jax/bin/python") if pair.jax else sys.executable
-    ours = Program([sys.executable, str(HERE / "ours.py"), *pair.ours.split()])
-    theirs = Program([python, str(HERE / pair.script), str(folder / pair.peer), *pair.theirs.split()])
     found = []
-    for _ in tqdm(range(rounds), f"{pair.work}, {pair.peer}", mininterval=2):
-        found.append([ours.seconds(updates), theirs.seconds(updates)])
-    for program in (ours, theirs):
-        program.process.kill()
+    for start in range(STARTS):
+        ours = Program([sys.executable, str(HERE / "ours.py"), *pair.ours.split()])
+        theirs = Program([python, str(HERE / pair.script), str(folder / pair.peer), *pair.theirs.split()])
+        about = f"{pair.work}, {pair.peer}, {start + 1} of {STARTS}"
+        for _ in tqdm(range(rounds), about, mininterval=2):
+            found.append([ours.seconds(updates), theirs.seconds(updates)])
+        for program in (ours, theirs):
+            program.process.kill()
     own, other = 1000 * np.array(found).T / updates
     low, ratio, high = np.quantile(own / other, (0.25, 0.5, 0.75))
     numbers = {"ours_ms": np.median(own), "theirs_ms": np.median(other), "ratio": ratio, "low": low, "high": high}
     line = {name: f"{value:.3g}" for name, value in numbers.items()}
-    about = {"work": pair.work, "peer": pair.peer, "commit": head(folder / pair.peer), "rounds": rounds}
+    about = {"work": pair.work, "peer": pair.peer, "commit": head(folder / pair.peer), "rounds": len(found)}
     return about | line | {"git_commit": provenance()["git_commit"]}
 
 
@@ -94,8 +100,8 @@ def head(repository: Path) -> str:
     return found.stdout.strip()
 
 
-def main(folder: Path, rounds: int = 30, updates: int = 3) -> int:
-    """Compare with what is in --folder, in so many rounds of so many updates."""
+def main(folder: Path, rounds: int = 8, updates: int = 3) -> int:
+    """Compare with what is in --folder, in so many rounds of so many updates by each pair of processes."""
     lines = []
     for pair in PAIRS:
         if not (folder / pair.peer).is_dir():
