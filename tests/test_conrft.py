@@ -438,7 +438,7 @@ def test_defaults_by_preset_task_and_operator():
     assert (code.cql_weight, code.q_weight_offline, code.bc_weight_online) == (0.1, 0.0, 0.1)
     assert code.bound_random and code.truncation == "terminal" and paper.tau == code.tau == 0.5
     stack = fill(script.Args, script.TABLES, env_id="StackCube-v1", obs_mode="state")
-    assert (stack.online_steps, stack.num_demos, stack.num_envs, stack.proprio_noise) == (8000, 50, 1, 0.0)
+    assert (stack.online_steps, stack.num_demos, stack.num_envs, stack.proprio_noise) == (25_000, 50, 1, 0.0)
     assert fill(script.Args, script.TABLES).num_envs == 2
     assert all(fill(script.Args, script.TABLES, intervention=who).num_envs == 1 for who in ("oracle", "gamepad"))
 

@@ -36,4 +36,20 @@ for seed in 1 2 3; do
   python force_octo.py --env-id StackCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --no-warmup --seed $seed --runs runs/benchmark --run-name force-stack-state-no-warmup-$seed
   python force_octo.py --env-id StackCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-stack-state-50-$seed --no-vgpd --seed $seed --runs runs/benchmark --run-name force-stack-state-no-vgpd-$seed
   python co_rft_chunked.py --env-id StackCube-v1 --obs-mode state --eval-elsewhere --seed $seed --runs runs/benchmark --run-name corft-stack-state-$seed
+  # PlaceSphere
+  python bc.py --env-id PlaceSphere-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name bc-sphere-state-50-$seed
+  python conrft.py --env-id PlaceSphere-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-sphere-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-sphere-state-$seed
+  python conrft.py --env-id PlaceSphere-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-sphere-state-50-$seed --seed $seed --runs runs/benchmark --run-name conrft-sphere-state-$seed
+  python force_octo.py --env-id PlaceSphere-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-sphere-state-50-$seed --seed $seed --runs runs/benchmark --run-name force-sphere-state-$seed
+  python force_octo.py --env-id PlaceSphere-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-sphere-state-50-$seed --no-warmup --seed $seed --runs runs/benchmark --run-name force-sphere-state-no-warmup-$seed
+  python force_octo.py --env-id PlaceSphere-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-sphere-state-50-$seed --no-vgpd --seed $seed --runs runs/benchmark --run-name force-sphere-state-no-vgpd-$seed
+  python co_rft_chunked.py --env-id PlaceSphere-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name corft-sphere-state-$seed
+  # PullCubeTool: the planner needs 20 control steps a second
+  python bc.py --env-id PullCubeTool-v1 --obs-mode state --control-freq 20 --max-episode-steps 300 --seed $seed --runs runs/benchmark --run-name bc-tool-state-50-$seed
+  python conrft.py --env-id PullCubeTool-v1 --obs-mode state --control-freq 20 --max-episode-steps 300 --sft-checkpoint runs/benchmark/bc-tool-state-50-$seed --online-steps 0 --fresh-head --bc-weight-offline 0 --q-weight-offline 1 --seed $seed --runs runs/benchmark --run-name calql-tool-state-$seed
+  python conrft.py --env-id PullCubeTool-v1 --obs-mode state --control-freq 20 --max-episode-steps 300 --sft-checkpoint runs/benchmark/bc-tool-state-50-$seed --seed $seed --runs runs/benchmark --run-name conrft-tool-state-$seed
+  python force_octo.py --env-id PullCubeTool-v1 --obs-mode state --control-freq 20 --max-episode-steps 300 --sft-checkpoint runs/benchmark/bc-tool-state-50-$seed --seed $seed --runs runs/benchmark --run-name force-tool-state-$seed
+  python force_octo.py --env-id PullCubeTool-v1 --obs-mode state --control-freq 20 --max-episode-steps 300 --sft-checkpoint runs/benchmark/bc-tool-state-50-$seed --no-warmup --seed $seed --runs runs/benchmark --run-name force-tool-state-no-warmup-$seed
+  python force_octo.py --env-id PullCubeTool-v1 --obs-mode state --control-freq 20 --max-episode-steps 300 --sft-checkpoint runs/benchmark/bc-tool-state-50-$seed --no-vgpd --seed $seed --runs runs/benchmark --run-name force-tool-state-no-vgpd-$seed
+  python co_rft_chunked.py --env-id PullCubeTool-v1 --obs-mode state --control-freq 20 --max-episode-steps 300 --seed $seed --runs runs/benchmark --run-name corft-tool-state-$seed
 done
