@@ -22,7 +22,7 @@ Commands
 
 Where the default differs from the paper (--preset paper: without 1 and 2; --preset code: as the official code, which
 differs from the paper in the weights, in what the return bounds, and at time limits; docs/conrft.md)
-  1 position control, chunks of 4 actions with chunked TD, reward 0/1, four critics, more demonstrations, small budgets
+  1 position control, chunks of 4 actions with chunked TD, reward 0/1, more demonstrations, small budgets
   2 the head of stage 0 is kept (--fresh-head: stage I starts with a new one, as with a released VLA)
   3 the critic reads the frozen backbone's embedding and proprio; the paper's is a ResNet on the images
   4 truncated episodes bootstrap, and TD targets stay within possible returns (--truncation terminal: as in the code)
@@ -138,6 +138,7 @@ class Args(RunArgs):
     cql_weight: float = 0.02  # alpha: weight of the conservative term in stage I
     cql_weight_online: float = 0.0  # the same in stage II (in neither paper nor code)
     cql_samples: int = 2  # sampled actions of each kind in the conservative term (random, pi(s), pi(s'))
+    calibrate: bool = True  # --no-calibrate: CQL without the Monte-Carlo bound
     bound_random: bool = False  # bound the random actions by the Monte-Carlo return too (the code's)
     bc_weight_offline: float = 1.0  # beta: weight of BC in stage I (0: Cal-QL alone)
     bc_weight_online: float = 0.5  # the same in stage II
@@ -655,7 +656,10 @@ def critic_loss(agent: Agent, batch: Batch, args: Args, cql_weight: float, gener
         sampled = torch.cat([uniform * 2 - 1, current, next_chunks], 1)  # [B, 3n, D], all evaluated at s
         q_sampled = agent.critic(batch.feature, sampled)
         q_random, q_policy = q_sampled.split([n, 2 * n], -1)
-        loss_cql, bound_rate = calql_loss(q_data, q_random, q_policy, batch.mc_return, args.bound_random)
+        bound = batch.mc_return
+        if not args.calibrate:
+            bound = torch.full_like(bound, -torch.inf)
+        loss_cql, bound_rate = calql_loss(q_data, q_random, q_policy, bound, args.bound_random)
         logs["calib/bound_rate"] = bound_rate
         logs["losses/calql"] = loss_cql
         loss = loss_td + cql_weight * loss_cql  # Eq. (1)

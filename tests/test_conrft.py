@@ -70,6 +70,21 @@ def test_calql_loss_by_hand(bound_random):
     assert loss.item() == pytest.approx(np.mean(gaps)) and rate.item() == pytest.approx((q_policy < mc[:, None]).mean())
 
 
+def test_cql_has_no_bound():
+    """--no-calibrate: the conservative term doesn't see the returns, and no action lies below a bound."""
+    losses = {}
+    for calibrate in (True, False):
+        for returns in (-9.0, 9.0):
+            t = toy(calibrate=calibrate)
+            batch = draw(t)
+            batch.mc_return = torch.full((8,), returns)
+            _, logs = script.critic_loss(t.agent, batch, t.args, 0.5, rng())
+            losses[calibrate, returns] = logs["losses/calql"].item()
+            rate = logs["calib/bound_rate"].item()
+            assert rate == (returns > 0 and calibrate)
+    assert losses[False, -9.0] == losses[False, 9.0] == losses[True, -9.0] < losses[True, 9.0]
+
+
 def test_calql_pushes_up_what_was_demonstrated():
     q = torch.zeros(1, 1, requires_grad=True)
     random, policy = (torch.full((1, 1, 1), x, requires_grad=True) for x in (0.5, -1.0))
