@@ -312,7 +312,7 @@ def table() -> None:
     for env_id, finetune, num_demos in sorted({key[:3] for key in clones}):
         cells = [cell(clones.get((env_id, finetune, num_demos, start), [])) for start in starts]
         print(f"| {env_id[:-3]} | {TRAINED[finetune]} | {num_demos} | {' | '.join(cells)} |")
-    print("\n| FORCE from | Demonstrations | Seed | Success after each stage, and online after so many control steps, % |")
+    print("\n| FORCE from | Demonstrations | Seed | Success after each stage, and online after so many control steps |")
     print("|---|---|---|---|")
     runs = {}
     for line in read_csv(CSV, COLUMNS):

@@ -5,7 +5,7 @@ Nothing in here knows a network, a loss or a stage. A reader of an algorithm nee
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait sleep, and leave the cores to others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait sleep, others get the cores
 
 from plumbing import imports  # first: Ctrl-C is for it from here on
 

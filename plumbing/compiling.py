@@ -19,7 +19,7 @@ def use(wanted: str, device: str) -> None:
     global mode
     compiler = os.environ.get("CXX") or "g++"
     if wanted != "off" and device == "cpu" and not shutil.which(compiler):
-        raise UserError(f"--compile needs a C++ compiler, and {compiler} isn't there: install it, or leave --compile out")
+        raise UserError(f"--compile needs a C++ compiler, and {compiler} isn't there: install it, or leave it out")
     mode = wanted
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32

@@ -45,7 +45,7 @@ class RunArgs:
     eval_only: str | None = None  # run folder to evaluate, without training; takes --eval-episodes too
     track: bool = False  # log to Weights & Biases too (works offline)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks live
-    compile: Literal["off", "on", "graphs"] = "off"  # losses by torch.compile: a minute at first; graphs: CUDA graphs too
+    compile: Literal["off", "on", "graphs"] = "off"  # losses by torch.compile: slow at first; graphs: CUDA graphs too
     torch_threads: int = 0  # CPU threads; 0: one, and OMP_NUM_THREADS or all cores (at most 8) to train on images
 
     # --- demonstrations ---

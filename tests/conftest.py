@@ -94,7 +94,11 @@ class Inline:
     """In the place of `Evaluator`: evaluates in this process, at once, so that what a test has patched holds there too."""
 
     def __init__(self, args, make_env, evaluate, agent):
-        self.args, self.make_env, self.evaluate, self.agent, self.env = args, make_env, evaluate, copy.deepcopy(agent), None
+        self.args = args
+        self.make_env = make_env
+        self.evaluate = evaluate
+        self.agent = copy.deepcopy(agent)
+        self.env = None
 
     def submit(self, weights, whole):
         if self.env is None:

@@ -144,7 +144,9 @@ def test_what_is_trained(finetune, place, tmp_path, monkeypatch):
     assert moved <= expected and len(moved) >= 0.9 * len(expected), expected - moved
     averaged = acting.state_dict()
     assert all(torch.equal(value, averaged[name]) for name, value in weights(folder).items())
-    assert any(not torch.equal(averaged[k], kept[k]) and not torch.equal(averaged[k], raw.state_dict()[k]) for k in head)
+    assert any(
+        not torch.equal(averaged[k], kept[k]) and not torch.equal(averaged[k], raw.state_dict()[k]) for k in head
+    )
 
 
 def test_eval_only_prints_the_last_evaluation(place, tmp_path, capsys):
@@ -210,9 +212,7 @@ def test_reinforcement_learning_starts_from_a_run(place, tmp_path):
 
 def test_the_actor_is_that_of_reinforcement_learning(demos):
     """Same seed, same inputs, equal tensors: names and shapes of the weights, chunks and losses."""
-    mine, theirs = (
-        module.ConsistencyActor(5, torch.linspace(0.1, 0.4, 6), 24) for module in (script, force_octo)
-    )
+    mine, theirs = (module.ConsistencyActor(5, torch.linspace(0.1, 0.4, 6), 24) for module in (script, force_octo))
     theirs.load_state_dict(mine.state_dict())
     feature = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
     found = []

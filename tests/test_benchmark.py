@@ -289,7 +289,9 @@ def test_gpus_take_turns(visible, count, wanted, suite, tmp_path, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     path = suite("one", "two", "three")
     assert run.main(path, workers=3, runs=tmp_path) == 0
-    found = [json.loads((tmp_path / f"{name}-1" / "config.json").read_text())["gpu"] for name in ("one", "two", "three")]
+    found = [
+        json.loads((tmp_path / f"{name}-1" / "config.json").read_text())["gpu"] for name in ("one", "two", "three")
+    ]
     assert found == wanted
 
 

@@ -514,7 +514,10 @@ def test_a_planner_that_fails_is_said_with_what_it_raised(place, inline, monkeyp
     monkeypatch.setitem(MP_SOLUTIONS, "PushCube-v1", solve)
     monkeypatch.setattr(plumbing.replay, "BLOCK", 30)
     monkeypatch.setattr(plumbing.replay, "HOPELESS", 31)
-    with pytest.raises(UserError, match=r"solution fails on PushCube-v1.*--control-mode pd_ee_delta_pose.*0 of 10 succeed.*RuntimeError: no way from 29 \(test_demos.py, line \d+\)"):
+    with pytest.raises(
+        UserError,
+        match=r"solution fails on PushCube-v1.*--control-mode pd_ee_delta_pose.*0 of 10 succeed.*RuntimeError: no way from 29 \(test_demos.py, line \d+\)",
+    ):
         load_demos(tiny_args(tmp_path, num_demos=10), script.make_env)
     assert max(tried) == 59  # and not 80: nothing has come of the first 31
 

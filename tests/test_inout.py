@@ -194,7 +194,12 @@ def test_the_bytes_are_those_of_openpi():
             return {b"__ndarray__": True, b"data": x.tobytes(), b"dtype": x.dtype.str, b"shape": x.shape}
         return {b"__npgeneric__": True, b"data": x.item(), b"dtype": x.dtype.str}
 
-    message = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": {"c": np.uint8(7)}, "d": "text", "e": [1.5, None]}
+    message = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": {"c": np.uint8(7)},
+        "d": "text",
+        "e": [1.5, None],
+    }
     assert pack(message) == msgpack.packb(message, default=default)
     found = unpack(msgpack.packb(message, default=default))
     assert np.array_equal(found.pop("a"), message.pop("a")) and found == message
@@ -359,7 +364,9 @@ def test_a_refused_push_is_one_line(run, tmp_path, monkeypatch):
         raise PermissionError("401\nno")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    with pytest.raises(UserError, match="can't push to owner/name .PermissionError: 401 no.; log in by `hf auth login`"):
+    with pytest.raises(
+        UserError, match="can't push to owner/name .PermissionError: 401 no.; log in by `hf auth login`"
+    ):
         export.main([str(run), "--out", str(tmp_path / "a"), "--push", "owner/name"])
     with pytest.raises(UserError, match="--push x: it takes owner/name"):
         export.main([str(run), "--out", str(tmp_path / "b"), "--push", "x"])
@@ -385,7 +392,9 @@ def test_a_foreign_policy_is_evaluated_as_a_run_is(tmp_path, monkeypatch, capsys
     """One policy as a run, as a function and behind a server: the same episodes, the same numbers, a row each."""
     folder, _, args = a_run(tmp_path, "bc", head="mse-chunk", max_episode_steps=12, num_envs=1)
     results = tmp_path / "runs.csv"
-    (tmp_path / "mine.py").write_text(f"from plumbing.policy import load_policy\nact = load_policy({str(folder)!r}).act\n")
+    (tmp_path / "mine.py").write_text(
+        f"from plumbing.policy import load_policy\nact = load_policy({str(folder)!r}).act\n"
+    )
     monkeypatch.chdir(tmp_path)
     actions = {}
     seeds = {}

@@ -81,7 +81,10 @@ def test_a_forbidden_import_is_found():
     assert forbidden("backbones", "from plumbing.run import Run") == {"plumbing.run", "plumbing.run.Run"}
     assert forbidden("backbones", "from plumbing import Run") == {"plumbing.Run"}
     assert forbidden("operators", "import backbones.octo") == {"backbones.octo"}
-    assert forbidden("robots", "from operators.planner import Oracle") == {"operators.planner", "operators.planner.Oracle"}
+    assert forbidden("robots", "from operators.planner import Oracle") == {
+        "operators.planner",
+        "operators.planner.Oracle",
+    }
     assert forbidden("operators", "import robots.server") == {"robots.server"}
     assert forbidden("plumbing", "from robots import franka_http") == {"robots", "robots.franka_http"}
     assert forbidden("plumbing", "import conrft") == {"conrft"}

@@ -417,7 +417,11 @@ ENDS = {
     "worker": (EOFError(), 2, "a worker process died"),
     "memory": (MemoryError("big"), 2, "out of memory"),
     "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
-    "probabilities": (RuntimeError("contains either `inf`, `nan` or element < 0"), 2, "is no longer finite: try a lower"),
+    "probabilities": (
+        RuntimeError("contains either `inf`, `nan` or element < 0"),
+        2,
+        "is no longer finite: try a lower",
+    ),
     "disk": (OSError(28, "No space left on device"), 2, "the disk is full; .*--resume"),
     "name": (OSError(36, "File name too long"), 2, "a file or folder can't be used .*too long"),
 }
@@ -512,7 +516,10 @@ def test_an_evaluation_process_fails_or_dies():
     for value in (1.0, 2.0):
         evaluator.submit({"w": torch.full((3,), value)}, whole=value > 1)
         assert evaluator.result() == {"w": 3 * value, "whole": value - 1}
-    for value, says in ((FAILS, "evaluation has failed.*BrokenPipe"), (DIES, "process that evaluates has died.*--resume")):
+    for value, says in (
+        (FAILS, "evaluation has failed.*BrokenPipe"),
+        (DIES, "process that evaluates has died.*--resume"),
+    ):
         evaluator.submit({"w": torch.full((3,), value)}, whole=True)
         with pytest.raises(UserError, match=says):
             evaluator.result()

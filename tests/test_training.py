@@ -327,7 +327,13 @@ def test_what_a_choice_is_worth():
     def line(state, q, a, b):
         return {"state": state, "q": q, "return_a": a, "return_b": b, "critic_std": 0.5}
 
-    lines = [line(0, 1, 0.0, 0.2), line(0, 2, 0.4, 0.4), line(0, 3, 0.8, 0.6), line(1, 1, 0.5, 0.5), line(1, 2, 0.5, 0.5)]
+    lines = [
+        line(0, 1, 0.0, 0.2),
+        line(0, 2, 0.4, 0.4),
+        line(0, 3, 0.8, 0.6),
+        line(1, 1, 0.5, 0.5),
+        line(1, 2, 0.5, 0.5),
+    ]
     first, second = branching.of_states(lines)
     assert first["mean return"] == pytest.approx(0.4)
     assert first["best candidate"] == pytest.approx((0.6 + 0.8) / 2 - 0.4)  # chosen by one half, judged by the other
