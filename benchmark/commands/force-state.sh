@@ -1,5 +1,5 @@
 # FORCE, privileged state
-# From 50 demonstrations and from the default of 300; PushCube with a Q loss that grows, too.
+# From 50 demonstrations, the default, and from 300. PushCube also as one command, with a longer warm-up.
 # By hand: bash benchmark/commands/force-state.sh, or seed=1 and one of the lines. In parallel: benchmark/run.py.
 for seed in 1 2 3; do
   python bc.py --env-id PushCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name bc-push-state-50-$seed

@@ -1,6 +1,5 @@
 # FORCE on pi0, privileged state
-# 50 demonstrations; half of the updates of stage 0, and on PushCube 8,000 online steps. The one-step head, and pi0's own
-# flow head on PushCube.
+# 50 demonstrations. The one-step head, and pi0's own flow head on PushCube.
 # By hand: bash benchmark/commands/pi0-state.sh, or seed=1 and one of the lines. In parallel: benchmark/run.py.
 for seed in 1 2 3; do
   python force_pi0.py --env-id PushCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name pi0-push-state-$seed
