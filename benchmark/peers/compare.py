@@ -3,6 +3,7 @@
   git clone https://github.com/tinkoff-ai/CORL PEERS/CORL
   git clone https://github.com/cccedric/conrft PEERS/conrft
   git clone https://github.com/ColinQiyangLi/qc PEERS/qc
+  git clone https://github.com/haosulab/ManiSkill PEERS/ManiSkill
   python -m venv PEERS/jax && PEERS/jax/bin/pip install jax flax optax distrax ml_collections chex einops imageio tqdm requests matplotlib
   python benchmark/peers/compare.py --folder PEERS
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from benchmark.rows import RESULTS, command_line  # noqa: E402
+from benchmark.rows import RESULTS, command_line, read_csv  # noqa: E402
 from plumbing.run import provenance  # noqa: E402
 
 COLUMNS = ("work", "peer", "commit", "ours_ms", "theirs_ms", "ratio", "low", "high", "rounds", "git_commit")
@@ -46,6 +47,7 @@ class Pair:
 CORL = "6afec90484bbf47dee05fdf525e26a3ebe028e9b"
 CONRFT = "3bacb6f73538ff02524e276690bf320fa6b6d323"
 QC = "48283b4f662bd1c127ec9fa80647b49759f10653"
+MANISKILL = "07e5469dd119be04cf0dea43dce13a9e500a373d"
 PAIRS = (
     Pair("Cal-QL, chunks of 4 x 4", "calql 4 4", "CORL", CORL, "corl.py", "16", False),
     Pair("ConRFT offline, actions of 7", "calql 7 1", "conrft", CONRFT, "conrft_jax.py", "calql", True),
@@ -54,6 +56,7 @@ PAIRS = (
     Pair("TD and Q loss, chunks of 4 x 4; QC-FQL", "td 4 4", "qc", QC, "qc.py", "acfql 4 4", True),
     Pair("TD and Q loss, chunks of 4 x 4; ACRLPD", "td 4 4", "qc", QC, "qc.py", "acrlpd 4 4", True),
     Pair("the same, --compile on", "td 4 4 compiled", "qc", QC, "qc.py", "acrlpd 4 4", True),
+    Pair("TD and Q loss, chunks of 4 x 4; SAC", "td 4 4", "ManiSkill", MANISKILL, "maniskill.py", "16", False),
 )
 
 
@@ -96,14 +99,24 @@ def measure(pair: Pair, folder: Path, rounds: int, updates: int) -> dict:
 
 
 def head(repository: Path) -> str:
+    """The commit that is there; of a copy without git, what its file COMMIT says."""
+    if (repository / "COMMIT").exists():
+        return (repository / "COMMIT").read_text().strip()
     found = subprocess.run(["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True)
     return found.stdout.strip()
 
 
-def main(folder: Path, rounds: int = 8, updates: int = 3) -> int:
-    """Compare with what is in --folder, in so many rounds of so many updates by each pair of processes."""
+def main(folder: Path, rounds: int = 8, updates: int = 3, only: str = "") -> int:
+    """Compare with what is in --folder, in so many rounds of so many updates by each pair of processes.
+
+    --only PEER: with that one; the others' lines of results/peers.csv stay.
+    """
     lines = []
+    if only:
+        lines = [line for line in read_csv(RESULTS / "peers.csv", COLUMNS) if line["peer"] != only]
     for pair in PAIRS:
+        if only not in ("", pair.peer):
+            continue
         if not (folder / pair.peer).is_dir():
             print(f"{pair.work}: left out, {folder / pair.peer} isn't there (see the head of compare.py)")
             continue
