@@ -160,8 +160,8 @@ class Args(RunArgs):
 
 
 # Flags of all scripts (num_demos, drop_idle, ...) and their defaults are in RunArgs, plumbing/flags.py.
-# The defaults above are for cameras, "rgb" aside. Other values that go with the flags of a key, and with --preset. Later tables win
-# over earlier ones, and the command line over all.
+# The defaults above are for cameras, "rgb" aside. Other values that go with the flags of a key, and with --preset. Later
+# tables win over earlier ones, and the command line over all.
 BY_OBS_MODE = {  # without a camera updates are cheap; with one, these budgets are minutes
     "rgb": dict(batch_size=64, online_steps=7500),
     "state": dict(

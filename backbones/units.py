@@ -37,7 +37,7 @@ class FastTanh(torch.autograd.Function):
 
 
 def tanh_(x: Tensor) -> Tensor:
-    """torch.tanh [..], written over x, which no one else may need: a LayerNorm doesn't need what came out of it."""
+    """torch.tanh [..], on a CPU written over x, which no one else may need: a LayerNorm doesn't need its own result."""
     if x.device.type != "cpu":
         return torch.tanh(x)
     if torch.compiler.is_compiling():
