@@ -1,7 +1,8 @@
 """One update of ManiSkill's SAC (examples/baselines/sac/sac.py), with the sizes of timed.py: maniskill.py REPO ACTION_DIM.
 
-The networks are its own. Its losses stand in the loop of its program; here they are written once more: TD with the least
-of two targets and the entropy, the actor's loss with the mean Q, and the entropy's coefficient.
+The networks are its own, with two hidden layers for its three. Its losses stand in the loop of its program; here they are
+written once more: TD with the least of two targets and the entropy, the actor's loss with the mean Q, and the entropy's
+coefficient. Targets move at every update (there at every second).
 """
 
 import copy
