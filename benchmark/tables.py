@@ -7,7 +7,6 @@ one of COMPARISONS. Words, and which columns a table has, are in benchmark/templ
 import re
 import sys
 import tomllib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +43,12 @@ def gain(before: stats.Measured | None, after: stats.Measured | None) -> str:
     """The difference of two rates, in points, with its interval."""
     if not before or not after:
         return "–"
-    points = [f"+{percent(x)}" if x > 0 else percent(x) for x in stats.difference(before, after)]
-    return "{} ({} to {})".format(*points)
+    return in_points(stats.difference(before, after))
+
+
+def in_points(difference: stats.Measured) -> str:
+    """A difference of two rates, in points, with its interval."""
+    return "{} ({} to {})".format(*(f"+{percent(x)}" if x > 0 else percent(x) for x in difference))
 
 
 def mean(values: dict) -> float | None:
@@ -99,7 +102,7 @@ class Entry:
     def complete(self, text: str) -> str:
         """The text, and how many seeds there are if some aren't."""
         missing = f", {len(self.runs)} of {self.wanted} seeds" if len(self.runs) < self.wanted else ""
-        return text + missing if self.runs else "not run"
+        return text + missing
 
     def after_sft(self, run: stats.Lines) -> dict | None:
         """The evaluation after supervised fine-tuning; none for a row that throws the cloned head away."""
@@ -188,7 +191,7 @@ def table(header: list[str], body: list[list[str]]) -> str:
 def entry_table(name: str, entries: list[Entry]) -> str:
     """The table that words.toml declares under this name."""
     columns = WORDS["tables"][name]
-    return table(list(columns), [[CELLS[cell](entry) for cell in columns.values()] for entry in entries])
+    return table(list(columns), [[CELLS[cell](entry) for cell in columns.values()] for entry in entries if entry.runs])
 
 
 def fill(template: str, entries: list[Entry] = (), **parts) -> str:
@@ -222,6 +225,13 @@ def notes(entries: list[Entry]) -> str:
             found.append(f"{name}: its runs differ in {differing}.")
         others = set(entry.final("command").values()) - {entry.row.command, entry.row.earlier}
         found += [CAPTIONS["another_command"].format(row=name, command=command) for command in sorted(others)]
+    missing: dict[str, list[str]] = {}
+    for entry in entries:
+        if not entry.runs:
+            missing.setdefault(entry.row.label, []).append(entry.row.env_id)
+    if missing:
+        rows_of = [f"{label} ({', '.join(tasks)})" for label, tasks in missing.items()]
+        found.append(CAPTIONS["not_run"].format(rows="; ".join(rows_of)))
     return "\n\n".join(f"Note: {note}" for note in found)
 
 
@@ -257,9 +267,10 @@ Book = dict[str, list[Entry]]  # the rows of each command file
 
 def entries_of(commands: Commands, runs: stats.Runs) -> list[Entry]:
     found = []
-    for row, wanted in Counter(row for row, _ in commands).items():
-        own = {seed: run for (name, seed), run in sorted(runs.items()) if name == row.name}
-        found.append(Entry(row, own, wanted))
+    for row in dict.fromkeys(row for row, _ in commands):
+        seeds = [seed for other, seed in commands if other == row]
+        own = {seed: runs[row.name, seed] for seed in seeds if (row.name, seed) in runs}
+        found.append(Entry(row, own, len(seeds)))
     return found
 
 
@@ -282,18 +293,22 @@ def aggregate(entries: list[Entry]) -> str:
 
 
 def file_block(name: str, entries: list[Entry]) -> str:
-    bars = [bar_row(entry, *bar) for entry in entries for bar in entry.row.bars.items()]
+    bars = [bar_row(entry, *bar) for entry in entries if entry.runs for bar in entry.row.bars.items()]
     judged = table(["Task", "Method", "Bar", "Measured", "Verdict"], bars)
     made = entry_table("file", entries)
     return fill("file", entries, table=made, bars=judged, aggregate=aggregate(entries), name=name)
 
 
 def success_block(book: Book) -> str:
-    """FORCE's Table 1: success by method and task."""
-    entries = book["main"]
+    """FORCE's Table 1: success by method and task. Rows of other files stand in it if the paper has them."""
+    entries = list(book["main"])
+    rows_of_main = {entry.row for entry in entries}
+    for name in ("force-ablation", "conrft-state", "pi0-state"):
+        entries += [entry for entry in book[name] if entry.row not in rows_of_main and entry.row.paper != [""]]
     body: dict[str, dict[str, str]] = {}  # method -> task -> cell
     for entry in entries:
-        body.setdefault(entry.row.label, {})[entry.row.env_id] = CELLS["success"](entry)
+        if entry.runs:
+            body.setdefault(entry.row.label, {})[entry.row.env_id] = CELLS["success"](entry)
     for line in PAPERS:
         if line["source"] == "FORCE T1":
             body.setdefault(f"*{line['method']}* [FORCE T1]", {})[line["task"]] = f"*{line['value']}*"
@@ -326,6 +341,27 @@ def steps_block(book: Book) -> str:
     return fill("results-steps", entries, table=entry_table("steps", entries), reduction=reduction)
 
 
+def pairs_block(book: Book) -> str:
+    """FORCE beside each of the others, by pairs of runs that start from the same clone."""
+    entries = list({entry.row: entry for entry in [*book["main"], *book["force-ablation"]]}.values())
+    ours = {entry.row.env_id: entry for entry in entries if entry.row.label == "FORCE"}
+    body = []
+    for entry in entries:
+        force = ours[entry.row.env_id]
+        seeds = sorted(force.runs.keys() & entry.runs.keys())
+        if entry is force or ORIGIN not in entry.row.command or "--fresh-head" in entry.row.command or len(seeds) < 2:
+            continue
+        runs = [(entry.runs[seed], force.runs[seed]) for seed in seeds]
+        its_steps = steps_to_success(entry.each(stats.result))
+        our_steps = steps_to_success(force.each(stats.result))
+        steps = [(its_steps[seed], our_steps[seed]) for seed in seeds if seed in its_steps and seed in our_steps]
+        points = stats.paired_difference(runs)
+        ratio = stats.paired_ratio(steps) if len(steps) == len(seeds) else None
+        body.append([entry.row.env_id, entry.row.label, str(len(seeds)), in_points(points), interval(ratio)])
+    header = ["Task", "FORCE beside", "Pairs", "Success, points", "Steps to success, %"]
+    return fill("results-pairs", entries, table=table(header, body))
+
+
 def corft_block(book: Book) -> str:
     """CO-RFT's Table 1: in and out of distribution, gain over cloning, cycle time."""
     entries = [entry for entry in book["corft-state"] if "--eval-elsewhere" in entry.row.command]
@@ -335,6 +371,7 @@ def corft_block(book: Book) -> str:
 COMPARISONS = {
     "results-success": success_block,
     "results-steps": steps_block,
+    "results-pairs": pairs_block,
     "results-corft": corft_block,
 }
 

@@ -577,6 +577,28 @@ def test_difference_of_two_rates_has_the_published_interval():
         assert stats.difference(pooled(a, m), pooled(b, n)) == pytest.approx(wanted, abs=5e-5)
 
 
+def final(rate: float, episodes: int = 100) -> stats.Lines:
+    return [{"final": 1.0, "success_once": rate, "num_episodes": float(episodes)}]
+
+
+def test_a_paired_difference_draws_seeds_and_episodes():
+    """Rates of 0 and 1 leave no luck to episodes: of two pairs, +1 and 0, a quarter of the draws has either one twice."""
+    none, all_of_them = final(0.0), final(1.0)
+    assert stats.paired_difference([(none, all_of_them), (none, none)]) == (0.5, 0, 1)
+    assert stats.paired_difference([(none, all_of_them)] * 5) == (1, 1, 1)
+    # Equal pairs leave none to seeds: the mean of m differences of two rates from n episodes has the variance
+    # (p (1 - p) + q (1 - q)) / (n m).
+    value, low, high = stats.paired_difference([(final(0.5), final(0.8))] * 4)
+    deviation = ((0.25 + 0.16) / 400) ** 0.5
+    assert value == pytest.approx(0.3) and (low, high) == pytest.approx(
+        (0.3 - 1.96 * deviation, 0.3 + 1.96 * deviation), abs=3e-3
+    )
+
+
+def test_a_paired_ratio_is_a_geometric_mean():
+    assert stats.paired_ratio([(40.0, 20.0), (40.0, 10.0)]) == pytest.approx((0.125**0.5, 0.25, 0.5))
+
+
 def test_numbers_of_a_run(two_seeds):
     make_run(two_seeds / "runs", "force-3", LATE)
     assert collected(two_seeds) == 0
@@ -630,7 +652,7 @@ def test_table_matches_hand_computed_numbers(two_seeds):
     assert shown[4:7] == ["48.5", "50 (43.1–56.9)", "1: 70, 2: 80"]
     assert shown[7:12] == ["1: 15, 2: 0", "60.0", "40.0", "24.0", "60"]
     assert shown[12:14] == ["1: 7500, 2: 0 (at hand-over)", "1: 10, 2: 10"]
-    assert "| not run |" in next(line for line in page.splitlines() if "method other" in line)
+    assert [line for line in page.splitlines() if "method other" in line] == ["Note: not run yet: method other ()."]
     verdicts = [line.split(" | ")[-1] for line in page.splitlines() if "met, 2 of" in line or "met**, 2 of" in line]
     assert verdicts == ["met, 2 of 3 seeds |"] * 4 + ["**not met**, 2 of 3 seeds |"] * 2
     assert "| success never more than 10 points below hand-over | 15 points | **not met**" in page

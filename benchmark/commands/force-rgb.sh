@@ -1,5 +1,5 @@
 # FORCE, camera
-# From 50 demonstrations, the default, or from 20; cloning on them for as many minutes. Then from 300, with one camera too.
+# From 50 demonstrations, the default, or from 20, and cloning on them for as many minutes.
 # By hand: bash benchmark/commands/force-rgb.sh, or seed=1 and one of the lines. In parallel: benchmark/run.py.
 for seed in 1 2 3; do
   python force_octo.py --env-id StackCube-v1 --seed $seed --runs runs/benchmark --run-name force-stack-rgb-50-$seed
@@ -8,7 +8,4 @@ for seed in 1 2 3; do
   python bc.py --env-id PickCube-v1 --updates 6000 --seed $seed --runs runs/benchmark --run-name bc-pick-rgb-50-$seed
   python force_octo.py --env-id PushCube-v1 --num-demos 20 --seed $seed --runs runs/benchmark --run-name force-push-rgb-20-$seed
   python bc.py --env-id PushCube-v1 --num-demos 20 --updates 4000 --seed $seed --runs runs/benchmark --run-name bc-push-rgb-20-$seed
-  python force_octo.py --env-id PickCube-v1 --num-demos 300 --seed $seed --runs runs/benchmark --run-name force-pick-rgb-hand-$seed
-  python force_octo.py --env-id StackCube-v1 --num-demos 300 --seed $seed --runs runs/benchmark --run-name force-stack-rgb-hand-$seed
-  python force_octo.py --env-id StackCube-v1 --num-demos 300 --cameras primary --seed $seed --runs runs/benchmark --run-name force-stack-rgb-$seed
 done

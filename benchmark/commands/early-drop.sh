@@ -1,0 +1,18 @@
+# The early drop
+# The raw Q loss of the paper's Eq. (9), with and without warm-up: is warm-up what prevents a fall at the beginning of stage 3?
+# And with targets that don't mix in the return. The head alone learns, as in the paper. Five pairs of runs on each of two tasks, 3,000 control steps.
+# By hand: bash benchmark/commands/early-drop.sh, or seed=1 and one of the lines. In parallel: benchmark/run.py.
+for seed in 1 2 3 4 5; do
+  # PushCube
+  python bc.py --env-id PushCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name bc-push-state-50-$seed
+  python force_octo.py --env-id PushCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --no-q-normalize --q-weight 1 --q-growth 1 --distill-weight 0.5 --online-finetune head --round-steps 1 --online-lr 3e-4 --utd-ratio 0.3 --online-steps 3000 --eval-freq 500 --seed $seed --runs runs/benchmark --run-name force-push-state-raw-$seed
+  python force_octo.py --env-id PushCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --no-q-normalize --q-weight 1 --q-growth 1 --distill-weight 0.5 --online-finetune head --round-steps 1 --online-lr 3e-4 --utd-ratio 0.3 --online-steps 3000 --eval-freq 500 --no-warmup --seed $seed --runs runs/benchmark --run-name force-push-state-raw-no-warmup-$seed
+  python force_octo.py --env-id PushCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --no-q-normalize --q-weight 1 --q-growth 1 --distill-weight 0.5 --online-finetune head --round-steps 1 --online-lr 3e-4 --utd-ratio 0.3 --online-steps 3000 --eval-freq 500 --return-mix 0 --seed $seed --runs runs/benchmark --run-name force-push-state-raw-td-$seed
+  python force_octo.py --env-id PushCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-push-state-50-$seed --no-q-normalize --q-weight 1 --q-growth 1 --distill-weight 0.5 --online-finetune head --round-steps 1 --online-lr 3e-4 --utd-ratio 0.3 --online-steps 3000 --eval-freq 500 --return-mix 0 --no-warmup --seed $seed --runs runs/benchmark --run-name force-push-state-raw-td-no-warmup-$seed
+  # PickCube
+  python bc.py --env-id PickCube-v1 --obs-mode state --seed $seed --runs runs/benchmark --run-name bc-pick-state-50-$seed
+  python force_octo.py --env-id PickCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --no-q-normalize --q-weight 1 --q-growth 1 --distill-weight 0.5 --online-finetune head --round-steps 1 --online-lr 3e-4 --utd-ratio 0.3 --online-steps 3000 --eval-freq 500 --seed $seed --runs runs/benchmark --run-name force-pick-state-raw-$seed
+  python force_octo.py --env-id PickCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --no-q-normalize --q-weight 1 --q-growth 1 --distill-weight 0.5 --online-finetune head --round-steps 1 --online-lr 3e-4 --utd-ratio 0.3 --online-steps 3000 --eval-freq 500 --no-warmup --seed $seed --runs runs/benchmark --run-name force-pick-state-raw-no-warmup-$seed
+  python force_octo.py --env-id PickCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --no-q-normalize --q-weight 1 --q-growth 1 --distill-weight 0.5 --online-finetune head --round-steps 1 --online-lr 3e-4 --utd-ratio 0.3 --online-steps 3000 --eval-freq 500 --return-mix 0 --seed $seed --runs runs/benchmark --run-name force-pick-state-raw-td-$seed
+  python force_octo.py --env-id PickCube-v1 --obs-mode state --sft-checkpoint runs/benchmark/bc-pick-state-50-$seed --no-q-normalize --q-weight 1 --q-growth 1 --distill-weight 0.5 --online-finetune head --round-steps 1 --online-lr 3e-4 --utd-ratio 0.3 --online-steps 3000 --eval-freq 500 --return-mix 0 --no-warmup --seed $seed --runs runs/benchmark --run-name force-pick-state-raw-td-no-warmup-$seed
+done
