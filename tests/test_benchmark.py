@@ -129,7 +129,8 @@ def test_every_command_parses(script):
     for row in {row for table in commands for row, _ in table if row.script == script}:
         args = rows.flags_of(script, *row.words(1, "runs")[2:])
         assert (args["env_id"], args["obs_mode"]) == (row.env_id, row.flag("--obs-mode", "rgb"))
-        assert args["eval_episodes"] == 100  # every number in a table rests on that many
+        tuning = row.ablation.startswith("tuning")  # on episodes of its own: every other number rests on 100
+        assert (args["eval_episodes"], args["eval_seed"]) == ((60, 1_500_000_000) if tuning else (100, 1_000_000_000))
 
 
 def test_the_files_agree_on_rows_and_say_what_they_measure():
