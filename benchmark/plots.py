@@ -8,7 +8,9 @@ import itertools
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import imageio
@@ -17,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark import rows, stats  # noqa: E402
+from benchmark import rows, stats, tables  # noqa: E402
 from benchmark.collect import KEEP, read_results  # noqa: E402
 from benchmark.rows import Row, command_line, read_csv  # noqa: E402
 
@@ -166,8 +168,8 @@ def draw(panels: list[Panel], drawn: list[Row], data: Data) -> plt.Figure:
     return figure
 
 
-def figures(data: Data) -> dict[str, tuple[list[Panel], list[Row]]]:
-    """Panels and rows of each figure for which there are runs that learned online."""
+def curves(data: Data) -> dict[str, tuple[list[Panel], list[Row]]]:
+    """Panels and rows of each figure of curves for which there are runs that learned online."""
     files = {}
     for name, commands in rows.all_commands().items():
         files[name] = [row for row in dict.fromkeys(row for row, _ in commands) if data.of(row, SUCCESS)]
@@ -183,6 +185,33 @@ def figures(data: Data) -> dict[str, tuple[list[Panel], list[Row]]]:
         if shown:
             found[name] = (panels, shown)
     return found
+
+
+def figures(data: Data) -> dict[str, Callable[[], plt.Figure]]:
+    """What draws each figure for which there are runs."""
+    found = {name: partial(draw, panels, shown, data) for name, (panels, shown) in curves(data).items()}
+    book = tables.read_book()
+    if {"main", "force-ablation"} <= book.keys() and (pairs := tables.pairs_of(tables.compared(book))):
+        found["pairs"] = partial(draw_pairs, pairs)
+    return found
+
+
+def draw_pairs(pairs: list[tables.Pairs]) -> plt.Figure:
+    """FORCE minus each of the others, with intervals: success in points, and steps to success in percent."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.5, 0.7 + 0.17 * len(pairs)), sharey=True)
+    names = [f"{pair.other.env_id.removesuffix('-v1')}: {pair.other.label.removeprefix('FORCE, ')}" for pair in pairs]
+    for height, pair in enumerate(pairs):
+        saved = pair.ratio and [share - 1 for share in pair.ratio]
+        for ax, measured in zip(axes, (pair.points, saved)):
+            if measured:
+                value, low, high = 100 * np.array(measured)
+                ax.errorbar(value, height, xerr=[[value - low], [high - value]], fmt="o", ms=3, lw=1, color="#0072B2")
+    axes[0].set(yticks=range(len(pairs)), yticklabels=names, xlabel="success, FORCE minus the other, points")
+    axes[1].set(xlabel="steps to success, FORCE against the other, %")
+    axes[0].invert_yaxis()
+    for ax in axes:
+        ax.axvline(0, color="grey", lw=0.6)
+    return figure
 
 
 def draw_meshes(path: Path) -> None:
@@ -237,14 +266,14 @@ def main(check: bool = False, meshes: bool = False, films: tuple[Path, ...] = ()
         return 0
     data = Data()
     stale = []
-    for name, (panels, shown) in figures(data).items():
+    for name, make in figures(data).items():
         path = folder / f"{name}.png"
         if check and path.exists() and Image.open(path).info.get("Description") == data.digest:
             continue
         stale.append(name)
         if not check:
             with matplotlib.rc_context(fname=rows.TEMPLATES / "figures.mplstyle"):
-                figure = draw(panels, shown, data)
+                figure = make()
                 figure.savefig(path, bbox_inches="tight", metadata={"Software": None, "Description": data.digest})
             plt.close(figure)
     print(f"figures {'out of date' if check else 'drawn'}: {', '.join(stale) or 'none'}")

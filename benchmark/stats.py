@@ -4,7 +4,8 @@ A run is its lines (one per evaluation, in order). Rates are fractions, steps ar
 """
 
 import numpy as np
-from scipy.stats import CensoredData, binomtest, ecdf, trim_mean
+from scipy.stats import CensoredData, binomtest, ecdf, sem, trim_mean
+from scipy.stats import t as student
 
 from plumbing.errors import UserError
 
@@ -128,22 +129,17 @@ def paired_difference(pairs: list[tuple[Lines, Lines]], samples: int = 20_000, s
     counts = np.array([[result(run)["num_episodes"] for run in pair] for pair in pairs], int)
     picks = generator.integers(len(pairs), size=(samples, len(pairs)))
     drawn = generator.binomial(counts[picks], rates[picks]) / counts[picks]
-    return between(rates[:, 1] - rates[:, 0], (drawn[..., 1] - drawn[..., 0]).mean(1))
+    means = (drawn[..., 1] - drawn[..., 0]).mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float((rates[:, 1] - rates[:, 0]).mean()), float(low), float(high)
 
 
-def paired_ratio(pairs: list[tuple[float, float]], samples: int = 20_000, seed: int = 0) -> Measured:
-    """after / before of a positive number of a run, geometric mean over the pairs, with a 95 % bootstrap interval."""
-    generator = np.random.default_rng(seed)
+def paired_ratio(pairs: list[tuple[float, float]]) -> Measured:
+    """after / before of a positive number of a run: geometric mean over at least two pairs, with Student's 95 % interval."""
     logs = np.diff(np.log(pairs))[:, 0]
-    picks = generator.integers(len(pairs), size=(samples, len(pairs)))
-    value, low, high = np.exp(between(logs, logs[picks].mean(1)))
+    reach = student.ppf(0.975, len(logs) - 1) * sem(logs)
+    value, low, high = np.exp(logs.mean() + np.array([0.0, -reach, reach]))
     return float(value), float(low), float(high)
-
-
-def between(values: np.ndarray, drawn: np.ndarray) -> Measured:
-    """The values' mean, and the middle 95 % of the means that were drawn."""
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
 
 
 def bootstrap_iqm(scores: list[list[float]], samples: int = 20_000, seed: int = 0) -> Measured:

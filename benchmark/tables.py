@@ -341,23 +341,46 @@ def steps_block(book: Book) -> str:
     return fill("results-steps", entries, table=entry_table("steps", entries), reduction=reduction)
 
 
-def pairs_block(book: Book) -> str:
-    """FORCE beside each of the others, by pairs of runs that start from the same clone."""
-    entries = list({entry.row: entry for entry in [*book["main"], *book["force-ablation"]]}.values())
+@dataclass
+class Pairs:
+    """FORCE beside another row of its task, by pairs of runs that start from the same clone."""
+
+    other: Row
+    seeds: list[int]
+    points: stats.Measured  # success of FORCE minus the other's
+    ratio: stats.Measured | None  # steps to success of FORCE over the other's; None where one hardly succeeds
+
+
+def pairs_of(entries: list[Entry]) -> list[Pairs]:
     ours = {entry.row.env_id: entry for entry in entries if entry.row.label == "FORCE"}
-    body = []
+    found = []
     for entry in entries:
-        force = ours[entry.row.env_id]
+        force = ours.get(entry.row.env_id, entry)
         seeds = sorted(force.runs.keys() & entry.runs.keys())
-        if entry is force or ORIGIN not in entry.row.command or "--fresh-head" in entry.row.command or len(seeds) < 2:
+        same_start = ORIGIN in entry.row.command and "--fresh-head" not in entry.row.command
+        if entry is force or not same_start or len(seeds) < 2:
             continue
-        runs = [(entry.runs[seed], force.runs[seed]) for seed in seeds]
+        points = stats.paired_difference([(entry.runs[seed], force.runs[seed]) for seed in seeds])
         its_steps = steps_to_success(entry.each(stats.result))
         our_steps = steps_to_success(force.each(stats.result))
         steps = [(its_steps[seed], our_steps[seed]) for seed in seeds if seed in its_steps and seed in our_steps]
-        points = stats.paired_difference(runs)
         ratio = stats.paired_ratio(steps) if len(steps) == len(seeds) else None
-        body.append([entry.row.env_id, entry.row.label, str(len(seeds)), in_points(points), interval(ratio)])
+        found.append(Pairs(entry.row, seeds, points, ratio))
+    return sorted(found, key=lambda pair: list(ours).index(pair.other.env_id))
+
+
+def compared(book: Book) -> list[Entry]:
+    """Rows of FORCE, its ablations and its rivals; those of the ablations' file have more seeds."""
+    return list({entry.row: entry for entry in [*book["main"], *book["force-ablation"]]}.values())
+
+
+def pairs_block(book: Book) -> str:
+    """FORCE beside each of the others, seed by seed."""
+    entries = compared(book)
+    body = []
+    for pair in pairs_of(entries):
+        place = [pair.other.env_id, pair.other.label, str(len(pair.seeds))]
+        body.append([*place, in_points(pair.points), interval(pair.ratio)])
     header = ["Task", "FORCE beside", "Pairs", "Success, points", "Steps to success, %"]
     return fill("results-pairs", entries, table=table(header, body))
 
@@ -392,10 +415,14 @@ def updated(page: Path, book: Book) -> str:
     return text
 
 
+def read_book() -> Book:
+    runs = read_results()
+    return {name: entries_of(commands, runs) for name, commands in rows.all_commands().items()}
+
+
 def main(check: bool = False) -> int:
     """Bring the documentation in line with the results. --check: change nothing; exit code 1 if a page is out of date."""
-    runs = read_results()
-    book = {name: entries_of(commands, runs) for name, commands in rows.all_commands().items()}
+    book = read_book()
     made = {page: updated(page, book) for page in sorted(rows.DOCS.glob("*.md"))}
     stale = {page: text for page, text in made.items() if text != page.read_text()}
     if not check:

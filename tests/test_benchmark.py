@@ -596,8 +596,11 @@ def test_a_paired_difference_draws_seeds_and_episodes():
     )
 
 
-def test_a_paired_ratio_is_a_geometric_mean():
-    assert stats.paired_ratio([(40.0, 20.0), (40.0, 10.0)]) == pytest.approx((0.125**0.5, 0.25, 0.5))
+def test_a_paired_ratio_is_a_geometric_mean_with_students_interval():
+    """Ratios of 1/2 and 1/4, in logarithms 1.5 -+ 0.5 times log 1/2: standard error 0.5 log 2, and t = 12.706 of 1 degree."""
+    value, low, high = stats.paired_ratio([(40.0, 20.0), (40.0, 10.0)])
+    assert value == pytest.approx(0.5**1.5)
+    assert (low, high) == pytest.approx((0.5 ** (1.5 + 0.5 * 12.7062), 0.5 ** (1.5 - 0.5 * 12.7062)), rel=1e-4)
 
 
 def test_numbers_of_a_run(two_seeds):
@@ -743,7 +746,7 @@ def test_the_operators_figure_needs_an_operator(tmp_path, monkeypatch):
             share = rate if name.endswith("oracle") else 0.0
             lines += [f"{name},1,{i},{100 + 10 * i},0.{i},{30 + i},,,,{share}" for i in range(5)]
         (tmp_path / "diagnostics.csv").write_text("\n".join(lines) + "\n")
-        found = plots.figures(plots.Data())
+        found = plots.curves(plots.Data())
         assert ("operator" in found) == (rate > 0)
     assert [row.name for row in found["operator"][1]] == names
 
