@@ -20,7 +20,7 @@ Commands
   python conrft.py --resume runs/NAME                                             # go on after a kill
   python conrft.py --eval-only runs/NAME                                          # evaluate the last checkpoint
 
-Where the default differs from the paper (--preset paper: without 1 and 2; --preset code: as the official code, which
+Where the default differs from the paper (--preset paper: without 1, 2 and 9; --preset code: as the official code, which
 differs from the paper in the weights, in what the return bounds, and at time limits; docs/conrft.md)
   1 position control, chunks of 4 actions with chunked TD, reward 0/1, more demonstrations, small budgets
   2 the head of stage 0 is kept (--fresh-head: stage I starts with a new one, as with a released VLA)
@@ -30,6 +30,7 @@ differs from the paper in the weights, in what the return bounds, and at time li
   6 actor and learner take turns, an episode and --utd-ratio updates per step of it; the paper runs them side by side
   7 proprio has no velocities, and is noisy in updates beside a camera (--proprio-noise)
   8 actions stay within 1.5 times the demonstrations' largest, random ones of the conservative term too
+  9 the online Q loss weighs 0.1, not 1, by which success collapses here (docs/tuning.md)
 Flags, run folders, checkpoints, logs and demonstration files are in plumbing/, operators in operators/; neither holds a
 part of the algorithm.
 """
@@ -143,7 +144,7 @@ class Args(RunArgs):
     bc_weight_offline: float = 1.0  # beta: weight of BC in stage I (0: Cal-QL alone)
     bc_weight_online: float = 0.5  # the same in stage II
     q_weight_offline: float = 0.1  # eta: weight of the Q loss in stage I
-    q_weight_online: float = 1.0  # the same in stage II
+    q_weight_online: float = 0.1  # the same in stage II
     q_scale: Literal["raw", "mean-abs"] = "raw"  # mean-abs divides the Q loss by the batch mean of |Q| (not in ConRFT)
     onestep_mse: float = 0.0  # weight of the squared error of one-step samples within BC (in neither paper nor code)
     bc_demo_only: bool = False  # stage II: BC on the demonstrations' half of the batch only (in neither paper nor code)
@@ -165,7 +166,7 @@ BY_TASK = {  # as many control steps as FORCE
 PAPER = dict(
     control_mode="pd_ee_delta_pose", reward="conrft", tau=0.005, batch_size=256, chunk_len=1,
     noise_levels=1, cql_samples=10, offline_updates=20_000, online_steps=10_000, utd_ratio=1.0, num_demos=30,
-    fresh_head=True,
+    fresh_head=True, q_weight_online=1.0,
 )  # fmt: skip
 CODE = dict(cql_weight=0.1, bound_random=True, q_weight_offline=0.0, bc_weight_online=0.1, truncation="terminal")
 BY_PRESET = {"paper": PAPER, "code": PAPER | CODE}
