@@ -312,7 +312,8 @@ def success_block(book: Book) -> str:
     for line in PAPERS:
         if line["source"] == "FORCE T1":
             body.setdefault(f"*{line['method']}* [FORCE T1]", {})[line["task"]] = f"*{line['value']}*"
-    tasks = dict.fromkeys(task for row in body.values() for task in row)
+    known = [task for row in body.values() for task in row]
+    tasks = dict.fromkeys([entry.row.env_id for entry in entries] + known)
     cells = [[method, *(row.get(task, "–") for task in tasks)] for method, row in body.items()]
     made = table(["Success, %", *tasks], cells)
     return fill("results-success", entries, table=made, aggregate=aggregate(entries))
