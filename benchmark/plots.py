@@ -174,7 +174,12 @@ def curves(data: Data) -> dict[str, tuple[list[Panel], list[Row]]]:
     for name, commands in rows.all_commands().items():
         files[name] = [row for row in dict.fromkeys(row for row, _ in commands) if data.of(row, SUCCESS)]
     online = {row for used in files.values() for row in used if max(len(x) for x, _ in data.of(row, SUCCESS)) > 1}
-    found = {name: ([SUCCESS], used) for name, used in files.items() if online & set(used)}
+    found = {}
+    for name, used in files.items():
+        tasks = {(row.env_id, row.flag("--obs-mode")) for row in used if row in online}
+        shown = [row for row in used if (row.env_id, row.flag("--obs-mode")) in tasks]
+        if shown:
+            found[name] = ([SUCCESS], shown)
     overview = dict.fromkeys(row for name in OVERVIEW for row in files.get(name, []))
     for name, panels in FIGURES.items():
         wanted = files.get("conrft-state", []) if name == "operator" else overview
