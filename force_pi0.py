@@ -143,7 +143,7 @@ class Args(RunArgs):
     return_mix: float = 0.5  # share of the Monte-Carlo return in the critic's target (0 = the paper's TD)
     tau: float = 0.01  # Polyak step of the target critics
     critic_updates: int = 2  # critic updates per actor update
-    offline_updates: int = 300  # stage 1: actor updates
+    offline_updates: int = 1000  # stage 1: actor updates
     warmup: bool = True  # --no-warmup skips stage 2 (the paper's ablation "w/o Pre-Cal")
     warmup_episodes: int = 30  # stage 2: rollouts of the current policy
     warmup_updates: int = 400  # stage 2: actor updates; the first half trains the critic only
