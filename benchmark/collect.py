@@ -23,6 +23,7 @@ for line in read_csv(rows.RESULTS / "columns.csv", ("file", "column", "meaning")
 METRICS = ("global_step", "update_step", "name", "value")  # columns of a run's metrics.csv
 FILES = ("demo_path", "checkpoint", "sft_checkpoint", "critic_weights", "record_demos")  # flags that name one
 KEEP = 40  # values of a diagnostic per run
+BUILT_ON = {"benchmark/pa_rl.py": ("conrft.py",)}  # scripts that a script takes parts from
 SAME = ("code", "settings", "versions", "device", "demonstrations")  # within a row, over its seeds
 
 
@@ -37,7 +38,7 @@ def number(value) -> str:
 def code_of(commit: str, script: str) -> str:
     """Hash of the script and of what it imports from here at `commit`: commits that differ elsewhere have the same."""
     found = []
-    for name in (script, "backbones", "operators", "plumbing"):
+    for name in (script, *BUILT_ON.get(script, ()), "backbones", "operators", "plumbing"):
         git = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", f"{commit.removesuffix('-dirty')}:{name}"]
         found.append(subprocess.run(git, capture_output=True, text=True).stdout)
     if not all(found[:2]):  # the others aren't in all commits
