@@ -10,7 +10,8 @@ def moving(action: np.ndarray, threshold: float, relative: bool, gripper: bool) 
 
     A step stays if the arm moves (its largest command, or the largest change of an absolute command, is at least
     `threshold`), if the gripper's command changed at it or at the step before, or if it lies after the last such change:
-    there the robot lets go, and waits for what it left to come to rest.
+    there the robot lets go, and waits for what it left to come to rest. Of an episode that begins by closing the gripper
+    the first two steps stay: a policy has to know what to do while the fingers are still open.
     """
     steps = np.arange(len(action))
     arm = action[:, :-1] if gripper else action
@@ -23,4 +24,6 @@ def moving(action: np.ndarray, threshold: float, relative: bool, gripper: bool) 
         keep[1:] |= changed[:-1]
         if changed.any():
             keep |= steps >= steps[changed][-1]
+        if action[0, -1] < 0:
+            keep[:2] = True
     return keep

@@ -108,6 +108,23 @@ def test_a_robot_without_a_gripper_keeps_still(place, demos):
     assert plumbing.demos.without_idle(one, tiny_args(place)).lengths.tolist() == [7]  # ones move an arm
 
 
+def test_open_fingers_are_seen_before_they_close(place):
+    """PushCube's planner closes them first, while the arm waits; a policy meets them open at every start."""
+    action = np.zeros((6, 2), np.float32)
+    action[4:, 0] = 0.5
+    kept = {}
+    for command in (-1, 1):
+        action[:, 1] = command
+        kept[command] = moving(action, 0.03, relative=True, gripper=True).tolist()
+    assert kept == {-1: [True, True, False, False, True, True], 1: [False, False, False, False, True, True]}
+    whole = load_demos(tiny_args(place, drop_idle=0.0, max_episode_steps=60), script.make_env)
+    left = load_demos(tiny_args(place, drop_idle=0.03, max_episode_steps=60), script.make_env)
+    assert (left.steps < whole.steps).all()
+    fingers = {name: demos.obs["proprio"][demos.starts(), 7] for name, demos in (("whole", whole), ("left", left))}
+    np.testing.assert_array_equal(fingers["left"], fingers["whole"])
+    assert (fingers["left"] > 0.03).all() and left.obs["proprio"][left.starts() + 2, 7].max() < 0.005
+
+
 WRONG_STARTS = {
     "no such run": ("force_octo", dict(sft_checkpoint="nowhere"), "is no run folder"),
     "run of another head": ("conrft", dict(sft_checkpoint="BC"), "with --head mse-chunk, not consistency"),
