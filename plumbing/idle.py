@@ -9,9 +9,9 @@ def moving(action: np.ndarray, threshold: float, relative: bool, gripper: bool) 
     """Steps to keep of an episode's actions [T, A] in the controller's units: [T] bool.
 
     A step stays if the arm moves (its largest command, or the largest change of an absolute command, is at least
-    `threshold`), if the gripper's command changed at it or at the step before, or if it lies after the last such change:
-    there the robot lets go, and waits for what it left to come to rest. Of an episode that begins by closing the gripper
-    the first two steps stay: a policy has to know what to do while the fingers are still open.
+    `threshold`), or if the gripper's command changed at it or at the step before. So do all steps after the last change
+    if that opens the gripper: the robot lets go, and waits for what it left to come to rest. Of an episode that begins by
+    closing it the first two steps stay: a policy has to know what to do while the fingers are still open.
     """
     steps = np.arange(len(action))
     arm = action[:, :-1] if gripper else action
@@ -23,7 +23,9 @@ def moving(action: np.ndarray, threshold: float, relative: bool, gripper: bool) 
         keep |= changed
         keep[1:] |= changed[:-1]
         if changed.any():
-            keep |= steps >= steps[changed][-1]
+            last = steps[changed][-1]
+            if action[last, -1] > 0:
+                keep |= steps >= last
         if action[0, -1] < 0:
             keep[:2] = True
     return keep
