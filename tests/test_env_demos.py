@@ -108,6 +108,16 @@ def test_a_robot_without_a_gripper_keeps_still(place, demos):
     assert plumbing.demos.without_idle(one, tiny_args(place)).lengths.tolist() == [7]  # ones move an arm
 
 
+@pytest.mark.parametrize(
+    "gripper, kept",
+    [([1, 1, -1, -1, -1, -1], [1, 1, 1, 1, 0, 1]), ([-1, -1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1])],
+)
+def test_a_robot_waits_where_it_lets_go_and_not_where_it_has_grasped(gripper, kept):
+    """The arm stands still in the middle."""
+    action = np.stack([[0.5, 0.5, 0, 0, 0, 0.5], gripper], 1).astype(np.float32)
+    assert moving(action, 0.03, relative=True, gripper=True).tolist() == [bool(keep) for keep in kept]
+
+
 def test_open_fingers_are_seen_before_they_close(place):
     """PushCube's planner closes them first, while the arm waits; a policy meets them open at every start."""
     action = np.zeros((6, 2), np.float32)
