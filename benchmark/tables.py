@@ -1,6 +1,6 @@
 """Writes the tables of the documentation from benchmark/results/runs.csv, beside the papers' numbers (papers.csv).
 
-A block between <!-- begin: NAME --> and <!-- end: NAME --> in docs/*.md is made anew. NAME is a command file or
+A block between <!-- begin: NAME --> and <!-- end: NAME --> in README.md and docs/*.md is made anew. NAME is a command file or
 one of COMPARISONS. Words, and which columns a table has, are in benchmark/templates. "–" stands for what isn't known.
 """
 
@@ -392,7 +392,23 @@ def corft_block(book: Book) -> str:
     return fill("results-corft", entries, table=entry_table("corft", entries))
 
 
+def short_block(book: Book) -> str:
+    """The README's table: success and steps of the three methods that start from the same clone, where all have run."""
+    labels = ("BC", "ConRFT (no HIL)", "FORCE")
+    columns: dict[str, dict[str, str]] = {}  # task and demonstrations -> method -> cell
+    for entry in [*book["main"], *book["few-state"]]:
+        if entry.row.label in labels and entry.runs:
+            rate = entry.rate(stats.result)
+            cell = entry.complete(f"{100 * rate[0]:.0f} % in {one_digit(entry.steps)} steps")
+            column = f"{entry.row.env_id[:-3]} from {entry.row.flag('--num-demos', '50')}"
+            columns.setdefault(column, {})[entry.row.label] = cell
+    whole = {name: cells for name, cells in columns.items() if len(cells) == len(labels)}
+    body = [[label, *(cells[label] for cells in whole.values())] for label in labels]
+    return fill("results-short", table=table(["Method", *whole], body))
+
+
 COMPARISONS = {
+    "results-short": short_block,
     "results-success": success_block,
     "results-steps": steps_block,
     "results-pairs": pairs_block,
@@ -424,7 +440,8 @@ def read_book() -> Book:
 def main(check: bool = False) -> int:
     """Bring the documentation in line with the results. --check: change nothing; exit code 1 if a page is out of date."""
     book = read_book()
-    made = {page: updated(page, book) for page in sorted(rows.DOCS.glob("*.md"))}
+    pages = [*rows.DOCS.parent.glob("README.md"), *sorted(rows.DOCS.glob("*.md"))]
+    made = {page: updated(page, book) for page in pages}
     stale = {page: text for page, text in made.items() if text != page.read_text()}
     if not check:
         for page, text in stale.items():

@@ -681,6 +681,21 @@ def test_steps_of_too_few_successes_and_cloned_heads_that_were_thrown_away_are_l
     assert tables.CELLS["after_sft"](tables.Entry(other, {1: rare}, 1)).startswith("50 (")
 
 
+def test_the_readme_has_tasks_that_all_three_methods_have_run_on():
+    """Of few demonstrations too; another method, and a task without FORCE, stay out."""
+    methods = ("BC", "ConRFT (no HIL)", "FORCE")
+    main = [row_and_run(f"{method}-a", 0.75, task="A-v1") for method in (*methods, "PA")]
+    main += [row_and_run(f"{method}-b", 0.75, task="B-v1") for method in methods[:2]]
+    few = [row_and_run(f"{method}-c", 0.25, "--num-demos 20", "A-v1") for method in methods]
+    book = {
+        name: [tables.Entry(row, {1: run}, 2) for row, run in made]
+        for name, made in (("main", main), ("few-state", few))
+    }
+    lines = tables.short_block(book).splitlines()
+    assert lines[0] == "| Method | A from 50 | A from 20 |" and len(lines) == 5
+    assert lines[4] == "| FORCE | 75 % in 20.0 steps, 1 of 2 seeds | 25 % in 20.0 steps, 1 of 2 seeds |"
+
+
 def test_interquartile_means_compare_complete_methods_only():
     made = [row_and_run(f"{method}-{task}", 0.5, task=task) for method in ("one", "two") for task in ("A-v1", "B-v1")]
     entries = [tables.Entry(row, {1: run}, 1) for row, run in made]
@@ -754,11 +769,12 @@ def test_the_operators_figure_needs_an_operator(tmp_path, monkeypatch):
 def test_documentation_is_up_to_date_and_complete():
     assert tables.main(check=True) == 0
     assert plots.main(check=True) == 0
-    text = "\n".join(page.read_text() for page in rows.DOCS.rglob("*.md"))
+    pages = [rows.ROOT / "README.md", *rows.DOCS.rglob("*.md")]
+    text = "\n".join(page.read_text() for page in pages)
     for name in [*FILES, *tables.COMPARISONS]:
         assert text.count(f"<!-- begin: {name} -->") == 1, name
     for picture in (rows.DOCS / "figures").iterdir():
-        assert f"figures/{picture.name})" in text + (rows.ROOT / "README.md").read_text(), picture.name
+        assert f"figures/{picture.name})" in text, picture.name
 
 
 def test_broken_markers_are_refused(tmp_path, monkeypatch):
