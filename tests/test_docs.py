@@ -80,22 +80,6 @@ def test_commands_run_what_exists(page):
             assert re.search(rf"\b{flag.replace('-', '_')}: |--{flag}\b", code), f"{command}: --{flag}"
 
 
-def table_after(text: str, first: str) -> dict[tuple[str, str], str]:
-    """The first number of each cell of the table that begins with the cell `first`, by its row's and column's name."""
-    found = re.search(rf"^\| {first} \|.*?(?:\n\n|\Z)", text, re.M | re.DOTALL)[0]
-    header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.strip().splitlines()]
-    return {(line[0], name): cell.split()[0] for line in lines for name, cell in zip(header[1:], line[1:])}
-
-
-def test_the_readmes_table_is_that_of_the_results():
-    shown = table_after((ROOT / "README.md").read_text(), "Method")
-    block = (ROOT / "docs" / "results.md").read_text().split("<!-- begin: results-success -->")[1]
-    measured = table_after(block, "Success, %")
-    assert len(shown) >= 6
-    for (method, task), rate in shown.items():
-        assert measured["BC" if "(BC)" in method else method, f"{task}-v1"] == rate, (method, task)
-
-
 @pytest.mark.parametrize("page", PROSE)
 def test_pages_stay_short(page):
     text = re.sub(r"<!-- begin: .*?<!-- end: [\w-]+ -->", "", (ROOT / f"docs/{page}.md").read_text(), flags=re.DOTALL)
