@@ -22,7 +22,7 @@ from plumbing.storage import lock
 
 STUB = """
 import json, os, subprocess, sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import tyro
 
@@ -682,11 +682,14 @@ def test_steps_of_too_few_successes_and_cloned_heads_that_were_thrown_away_are_l
 
 
 def test_the_readme_has_tasks_that_all_three_methods_have_run_on():
-    """Of few demonstrations too; another method, and a task without FORCE, stay out."""
+    """Of few demonstrations too; another method, an ablation, and a task without FORCE stay out."""
     methods = ("BC", "ConRFT (no HIL)", "FORCE")
     main = [row_and_run(f"{method}-a", 0.75, task="A-v1") for method in (*methods, "PA")]
     main += [row_and_run(f"{method}-b", 0.75, task="B-v1") for method in methods[:2]]
+    force, run = row_and_run("FORCE-d", 0.5, task="A-v1")
+    main.append((replace(force, ablation="no VGPD"), run))
     few = [row_and_run(f"{method}-c", 0.25, "--num-demos 20", "A-v1") for method in methods]
+    few = [(replace(row, ablation="20 demonstrations"), run) for row, run in few]
     book = {
         name: [tables.Entry(row, {1: run}, 2) for row, run in made]
         for name, made in (("main", main), ("few-state", few))
