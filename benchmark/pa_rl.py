@@ -20,11 +20,12 @@ Where it differs from the paper and its code (github.com/MaxSobolMark/PolicyAgno
   4 returns lie in [0, 1], theirs in [-100, 0]: a step is 100 times theirs, and the softmax has a temperature of 0.01
   5 the conservative term has no chunks of the policy at s (theirs can leave them out too)
   6 data are half demonstrations, half replay; in theirs the policy's are mixed by how many there are
-Flags of conrft.py that weigh its losses have no meaning here.
+Flags of conrft.py that weigh its losses, and those of an operator, are refused.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +62,9 @@ TABLES = {
     "env_id obs_mode": {key: dict(online_steps=value["online_steps"]) for key, value in conrft.BY_TASK.items()},
 }
 
+CONRFTS_OWN = """preset fresh_head calibrate cql_weight_online bc_weight_offline bc_weight_online q_weight_offline
+    q_weight_online q_scale onestep_mse bc_demo_only intervention takeover_after device_speed record_demos""".split()
+
 
 @dataclass
 class Args(conrft.Args):
@@ -80,8 +84,10 @@ def validate(args: Args) -> None:
         raise UserError(f"--kept {args.kept} must be at least 1 and at most --proposals {args.proposals}")
     if args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature} must be positive")
-    if args.intervention != "none" or args.preset != "default":
-        raise UserError("--intervention and --preset are for conrft.py; pa_rl.py has neither")
+    defaults = Args()
+    for name in CONRFTS_OWN:
+        if getattr(args, name) != getattr(defaults, name):
+            raise UserError(f"--{name.replace('_', '-')} is conrft.py's own: pa_rl.py has no use for it")
 
 
 # === Action optimisation =============================================================================================
@@ -242,6 +248,9 @@ def main(args: Args) -> Path:
     )  # fmt: skip
     noise = run.rng["update"]
     next_batch = partial(conrft.draw, demo, replay, agent, args, run.rng)
+    if args.eval_only:
+        print(json.dumps(conrft.evaluate(env, agent, args), indent=2))
+        return run.folder
 
     # Stage 0: behaviour cloning of backbone and head, as in conrft.py
     if run.enter("sft"):

@@ -1,5 +1,7 @@
 """benchmark/pa_rl.py: what the improvement of actions does, and a short real run that is killed and resumed."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -122,7 +124,7 @@ def test_distillation_raises_the_q_of_what_the_policy_proposes(agent):
 
 
 def test_the_target_is_of_the_best_chunk_at_the_next_state(agent, monkeypatch):
-    """Every critic of the target says 2 there, and reward and discount are 0.25 and 0.5."""
+    """Every critic of the target says 1.2 there, and reward and discount are 0.25 and 0.5."""
     feature = of(agent, 3)
     one = torch.ones(3)
     batch = script.conrft.Batch(
@@ -149,7 +151,9 @@ def test_the_target_is_of_the_best_chunk_at_the_next_state(agent, monkeypatch):
         (dict(kept=8), "--kept 8 must be at least 1 and at most --proposals 7"),
         (dict(kept=0), "--kept 0 must be"),
         (dict(temperature=0.0), "--temperature 0.0 must be positive"),
-        (dict(preset="paper"), "--intervention and --preset are for conrft.py"),
+        (dict(preset="paper"), "--preset is conrft.py's own"),
+        (dict(calibrate=False), "--calibrate is conrft.py's own"),
+        (dict(climb_steps=-1), "--climb-steps must be at least 0"),
     ],
 )
 def test_impossible_flags_are_refused(flags, says):
@@ -157,7 +161,9 @@ def test_impossible_flags_are_refused(flags, says):
         script.validate(script.Args(env_id="PushCube-v1", **TOY | flags))
 
 
-def test_a_run_resumed_after_a_kill_equals_an_undisturbed_one(place, tmp_path, monkeypatch):
+def test_a_run_resumed_after_a_kill_equals_an_undisturbed_one(place, tmp_path, monkeypatch, capsys):
+    """And --eval-only evaluates it as the run did at its end, and trains nothing."""
+
     def args(name, **changes):
         return tiny_args(place, script, runs=str(tmp_path), run_name=name, proposals=5, kept=2, **changes)
 
@@ -178,3 +184,10 @@ def test_a_run_resumed_after_a_kill_equals_an_undisturbed_one(place, tmp_path, m
         script.main(args("cut"))
     script.main(script.Args(resume=str(tmp_path / "cut"), device="cpu"))
     assert differences(whole, tmp_path / "cut") == []
+    metrics = (whole / "metrics.csv").read_bytes()
+    capsys.readouterr()
+    script.main(script.Args(eval_only=str(whole), device="cpu"))
+    found = json.loads(capsys.readouterr().out)
+    summary = json.loads((whole / "summary.json").read_text())
+    assert found["eval/success_once"] == summary["success_once"] and found["eval/num_episodes"] == 2
+    assert (whole / "metrics.csv").read_bytes() == metrics
