@@ -196,7 +196,7 @@ def figures(data: Data) -> dict[str, Callable[[], plt.Figure]]:
     """What draws each figure for which there are runs."""
     found = {name: partial(draw, panels, shown, data) for name, (panels, shown) in curves(data).items()}
     book = tables.read_book()
-    if {"main", "force-ablation"} <= book.keys() and (pairs := tables.pairs_of(tables.compared(book))):
+    if {"main", "force-ablation", "few-state"} <= book.keys() and (pairs := tables.pairs_of(tables.compared(book))):
         found["pairs"] = partial(draw_pairs, pairs)
     return found
 

@@ -342,6 +342,9 @@ def steps_block(book: Book) -> str:
     return fill("results-steps", entries, table=entry_table("steps", entries), reduction=reduction)
 
 
+WHOLE = r"FORCE(, \d+ demonstrations)?"  # labels of FORCE without a change
+
+
 @dataclass
 class Pairs:
     """FORCE beside another row of its task, by pairs of runs that start from the same clone."""
@@ -353,13 +356,12 @@ class Pairs:
 
 
 def pairs_of(entries: list[Entry]) -> list[Pairs]:
-    ours = {entry.row.env_id: entry for entry in entries if entry.row.label == "FORCE"}
+    ours = {entry.row.flag(ORIGIN): entry for entry in entries if re.fullmatch(WHOLE, entry.row.label)}
     found = []
     for entry in entries:
-        force = ours.get(entry.row.env_id, entry)
+        force = ours.get(entry.row.flag(ORIGIN), entry)
         seeds = sorted(force.runs.keys() & entry.runs.keys())
-        same_start = ORIGIN in entry.row.command and "--fresh-head" not in entry.row.command
-        if entry is force or not same_start or len(seeds) < 2:
+        if entry is force or "--fresh-head" in entry.row.command or len(seeds) < 2:
             continue
         points = stats.paired_difference([(entry.runs[seed], force.runs[seed]) for seed in seeds])
         its_steps = steps_to_success(entry.each(stats.result))
@@ -367,12 +369,13 @@ def pairs_of(entries: list[Entry]) -> list[Pairs]:
         steps = [(its_steps[seed], our_steps[seed]) for seed in seeds if seed in its_steps and seed in our_steps]
         ratio = stats.paired_ratio(steps) if len(steps) == len(seeds) else None
         found.append(Pairs(entry.row, seeds, points, ratio))
-    return sorted(found, key=lambda pair: list(ours).index(pair.other.env_id))
+    return sorted(found, key=lambda pair: list(ours).index(pair.other.flag(ORIGIN)))
 
 
 def compared(book: Book) -> list[Entry]:
     """Rows of FORCE, its ablations and its rivals; those of the ablations' file have more seeds."""
-    return list({entry.row: entry for entry in [*book["main"], *book["force-ablation"]]}.values())
+    entries = [*book["main"], *book["force-ablation"], *book["few-state"]]
+    return list({entry.row: entry for entry in entries}.values())
 
 
 def pairs_block(book: Book) -> str:
