@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from backbones.octo import DiffusionHead
 from backbones.octo_policy import OctoPolicy, check_octo, random_shift
-from backbones.units import SIGMA_DATA, gaussian, tanh_
+from backbones.units import SIGMA_DATA, adamw, gaussian, set_lr, tanh_
 from plumbing import (
     FILM,
     Demos,
@@ -96,6 +96,7 @@ class Args(RunArgs):
     finetune: Literal["full", "head"] = "full"  # train backbone and head, or the head alone
     lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
     batch_size: int = 64  # transitions per batch
+    weight_decay: float = 1e-4  # of matrices and kernels
     proprio_noise: float = 0.1  # noise on proprio in every update, in standard deviations of the demonstrations
 
     # --- evaluation and logging ---
@@ -103,7 +104,7 @@ class Args(RunArgs):
 
 
 # The defaults above are for cameras. What else a choice changes; flags on the command line always win.
-BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0)}
+BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0, weight_decay=3.0)}
 TABLES = {"obs_mode": BY_OBS_MODE}
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0
@@ -453,7 +454,7 @@ def main(args: Args) -> Path:
     agent = Agent(args, demos).to(args.device)
     chunks = Chunks(demos, agent, args.holdout)
     trained = agent if args.finetune == "full" else agent.actor
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
+    optimizer = adamw(trained, args.lr, args.weight_decay)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     averaged = torch.optim.swa_utils.AveragedModel(agent, multi_avg_fn=average)
     acting = averaged.module  # what is evaluated, and what other scripts start from
@@ -474,7 +475,7 @@ def main(args: Args) -> Path:
         with threads(args, many="primary" in demos.obs):
             for step in run.updates_until(args.updates, f"BC, {args.head} head"):
                 lr = args.lr * warmup_cosine(step, args.updates)
-                optimizer.param_groups[0]["lr"] = lr
+                set_lr(optimizer, lr)
                 rows = chunks.draw(per_rank(args.batch_size), run.rng["batch"])
                 if args.finetune == "full":
                     obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])

@@ -57,7 +57,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.octo_policy import OctoPolicy, check_octo, random_shift
-from backbones.units import SIGMA_DATA
+from backbones.units import SIGMA_DATA, adamw, set_lr
 from plumbing import (
     FILM,
     SPAWN,
@@ -128,6 +128,7 @@ class Args(RunArgs):
     sft_updates: int = 6000  # updates of backbone and head
     sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
+    weight_decay: float = 1e-4  # of matrices and kernels
     proprio_noise: float = 0.1  # noise on proprio in every update, in standard deviations of the demonstrations
 
     # --- stage 2: chunked offline reinforcement learning ---
@@ -155,7 +156,7 @@ class Args(RunArgs):
 
 
 # The defaults above are for cameras. What else a choice changes; flags on the command line always win.
-BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0)}
+BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0, weight_decay=3.0)}
 PUSH = dict(actor_until="success")  # there is nothing to learn after it: the object only has to arrive
 BY_TASK = {("PushCube-v1", "state"): PUSH, ("PullCube-v1", "state"): PUSH}  # as in the benchmark
 BY_PRESET = {
@@ -648,7 +649,8 @@ def descend(optimizer, loss: Tensor, max_norm: float | None = None) -> Tensor | 
     optimizer.zero_grad()
     loss.backward()
     if max_norm is not None:
-        grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(weights, max_norm)
     optimizer.step()
     return grad_norm
 
@@ -750,7 +752,7 @@ def main(args: Args) -> Path:
             held = dict(holdout=args.holdout, num_demos=args.num_demos, demo_path=args.demo_path)
         load_sft_weights(agent, args, head="mse-chunk", **held)
     cloned = nn.ModuleList([agent.backbone, agent.actor])
-    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4, fused=True)
+    sft_optimizer = adamw(cloned, args.sft_lr, args.weight_decay)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr, fused=True)
@@ -776,7 +778,7 @@ def main(args: Args) -> Path:
         with threads(args, many="primary" in demos.obs):
             for step in run.updates_until(args.sft_updates, "[1/2] SFT"):
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
-                sft_optimizer.param_groups[0]["lr"] = lr
+                set_lr(sft_optimizer, lr)
                 size = per_rank(args.sft_batch_size)
                 rows = data.draw(data.cloned_rows, size, run.rng["batch"])
                 obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])

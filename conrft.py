@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.octo_policy import OctoPolicy, check_octo, random_shift
-from backbones.units import SIGMA_DATA, gaussian, tanh_
+from backbones.units import SIGMA_DATA, adamw, gaussian, set_lr, tanh_
 from operators.devices import DEVICES, Gone
 from operators.interventions import Interventions, check_recording, write_demonstrations
 from operators.planner import Oracle, check_planner
@@ -121,6 +121,7 @@ class Args(RunArgs):
     sft_updates: int = 6000  # updates of stage 0
     sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
+    weight_decay: float = 1e-4  # of matrices and kernels, in stage 0
     proprio_noise: float = 0.1  # noise on proprio in every update, in standard deviations of the demonstrations
     fresh_head: bool = False  # stage I starts with a new head on the backbone of stage 0
 
@@ -157,7 +158,7 @@ class Args(RunArgs):
 
 
 # The defaults above are for cameras. What else a choice changes; flags on the command line always win.
-BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0, online_steps=25_000)}
+BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0, weight_decay=3.0, online_steps=25_000)}
 PUSH = dict(online_steps=8000, q_weight_online=0.3)  # pushing stands more of the Q loss (docs/tuning.md)
 BY_TASK = {  # as many control steps as FORCE
     ("PushCube-v1", "state"): PUSH,
@@ -720,7 +721,8 @@ def descend(optimizer, loss: Tensor, max_norm: float | None = None) -> Tensor | 
     optimizer.zero_grad()
     loss.backward()
     if max_norm is not None:
-        grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(weights, max_norm)
     optimizer.step()
     return grad_norm
 
@@ -902,7 +904,7 @@ def main(args: Args) -> Path:
     replay = ReplayBuffer(agent, args, expert=False)  # all rollouts
     add_demonstrations(demo, demos, agent, args)
     cloned = nn.ModuleList([agent.backbone, agent.actor])
-    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4, fused=True)
+    sft_optimizer = adamw(cloned, args.sft_lr, args.weight_decay)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr, fused=True)
@@ -926,7 +928,7 @@ def main(args: Args) -> Path:
         with threads(args, many="primary" in demos.obs):
             for step in run.updates_until(args.sft_updates, "[0/2] SFT"):
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
-                sft_optimizer.param_groups[0]["lr"] = lr
+                set_lr(sft_optimizer, lr)
                 rows = demos.draw(per_rank(args.sft_batch_size), run.rng["batch"])
                 batch = demo.gather(rows)
                 obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])

@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.octo_policy import OctoPolicy, check_octo, random_shift
-from backbones.units import SIGMA_DATA, gaussian, tanh_
+from backbones.units import SIGMA_DATA, adamw, gaussian, set_lr, tanh_
 from plumbing import (
     FILM,
     Demos,
@@ -118,6 +118,7 @@ class Args(RunArgs):
     finetune: Literal["full", "head"] = "full"  # stage 0: train backbone and head, or the head alone
     sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
+    weight_decay: float = 1e-4  # of matrices and kernels, in stages 0 and 3
     proprio_noise: float = 0.1  # noise on proprio in every update, in standard deviations of the demonstrations
 
     # --- stages 1 to 3 ---
@@ -165,7 +166,7 @@ class Args(RunArgs):
 BY_OBS_MODE = {  # without a camera updates are cheap; with one, these budgets are minutes
     "rgb": dict(batch_size=64, online_steps=7500),
     "state": dict(
-        num_envs=1, proprio_noise=0.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995,
+        num_envs=1, proprio_noise=0.0, weight_decay=3.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995,
         online_finetune="full", round_steps=2500, online_lr=1e-3, utd_ratio=0.16,
     ),
 }  # fmt: skip
@@ -813,7 +814,8 @@ def descend(optimizer, loss: Tensor, max_norm: float | None = None) -> Tensor | 
     optimizer.zero_grad()
     loss.backward()
     if max_norm is not None:
-        grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(weights, max_norm)
     optimizer.step()
     return grad_norm
 
@@ -1008,7 +1010,7 @@ def main(args: Args) -> Path:
     cloned = nn.ModuleList([agent.actor])
     if args.finetune == "full":
         cloned.insert(0, agent.backbone)
-    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4, fused=True)
+    sft_optimizer = adamw(cloned, args.sft_lr, args.weight_decay)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr, fused=True)
@@ -1016,7 +1018,7 @@ def main(args: Args) -> Path:
     learns = nn.ModuleList([agent.actor])
     if args.online_finetune == "full":
         learns.append(agent.backbone)
-    online_optimizer = torch.optim.AdamW(learns.parameters(), lr=args.online_lr, weight_decay=1e-4, fused=True)
+    online_optimizer = adamw(learns, args.online_lr, args.weight_decay)
 
     stages = ("sft", "offline", "warmup", "online")
     about = {"method": "FORCE", "weights": agent.weights, "demonstrations": demos.sha256()}
@@ -1042,7 +1044,7 @@ def main(args: Args) -> Path:
         with threads(args, many="primary" in demos.obs):
             for step in run.updates_until(args.sft_updates, "[0/3] SFT"):
                 lr = args.sft_lr * warmup_cosine(step, args.sft_updates)
-                sft_optimizer.param_groups[0]["lr"] = lr
+                set_lr(sft_optimizer, lr)
                 rows = demos.draw(per_rank(args.sft_batch_size), run.rng["batch"])
                 batch = expert.gather(rows)
                 feature = batch.feature
@@ -1103,7 +1105,7 @@ def main(args: Args) -> Path:
             with threads(args, many="primary" in kept):
                 for step in run.updates_until(last):
                     lr = online_lr(step - first, last - first, args)
-                    online_optimizer.param_groups[0]["lr"] = lr
+                    set_lr(online_optimizer, lr)
                     batch, logs = update_critics(agent, critic_optimizer, next_batch, args, noise, 0.0)
                     logs |= update_online(agent, online_optimizer, batch, observed, args, noise, q_weight)
                     run.tick(logs, may_save=False)

@@ -104,3 +104,16 @@ class Units(nn.Module):
         if self.gripper:
             hold[-1] = last[-1]
         return hold
+
+
+def adamw(module: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices and kernels, not biases and norms, as Octo's training does."""
+    matrices = [weight for weight in module.parameters() if weight.dim() > 1]
+    others = [weight for weight in module.parameters() if weight.dim() <= 1]
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -233,7 +233,7 @@ def main(args: Args) -> Path:
     replay = conrft.ReplayBuffer(agent, args, expert=False)
     conrft.add_demonstrations(demo, demos, agent, args)
     cloned = nn.ModuleList([agent.backbone, agent.actor])
-    sft_optimizer = torch.optim.AdamW(cloned.parameters(), lr=args.sft_lr, weight_decay=1e-4, fused=True)
+    sft_optimizer = conrft.adamw(cloned, args.sft_lr, args.weight_decay)
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     averaged = torch.optim.swa_utils.AveragedModel(cloned, multi_avg_fn=average)
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), lr=args.reinforce_lr, fused=True)
@@ -256,7 +256,7 @@ def main(args: Args) -> Path:
     if run.enter("sft"):
         with threads(args, many="primary" in demos.obs):
             for step in run.updates_until(args.sft_updates, "[0/2] SFT"):
-                sft_optimizer.param_groups[0]["lr"] = args.sft_lr * conrft.warmup_cosine(step, args.sft_updates)
+                conrft.set_lr(sft_optimizer, args.sft_lr * conrft.warmup_cosine(step, args.sft_updates))
                 rows = demos.draw(per_rank(args.sft_batch_size), run.rng["batch"])
                 obs = random_shift(demos.at(rows, agent.window), run.rng["batch"])
                 chunk = demo.gather(rows).chunk
