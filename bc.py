@@ -104,7 +104,7 @@ class Args(RunArgs):
 
 
 # The defaults above are for cameras. What else a choice changes; flags on the command line always win.
-BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0, weight_decay=3.0)}
+BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0, weight_decay=1.0)}
 TABLES = {"obs_mode": BY_OBS_MODE}
 
 LIMITS = {  # what a number must be: the test for it, and the flags; all other numbers must be at least 0

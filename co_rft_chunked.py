@@ -156,7 +156,7 @@ class Args(RunArgs):
 
 
 # The defaults above are for cameras. What else a choice changes; flags on the command line always win.
-BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0, weight_decay=3.0)}
+BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0, weight_decay=1.0)}
 PUSH = dict(actor_until="success")  # there is nothing to learn after it: the object only has to arrive
 BY_TASK = {("PushCube-v1", "state"): PUSH, ("PullCube-v1", "state"): PUSH}  # as in the benchmark
 BY_PRESET = {

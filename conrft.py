@@ -158,7 +158,7 @@ class Args(RunArgs):
 
 
 # The defaults above are for cameras. What else a choice changes; flags on the command line always win.
-BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0, weight_decay=3.0, online_steps=25_000)}
+BY_OBS_MODE = {"state": dict(num_envs=1, proprio_noise=0.0, weight_decay=1.0, online_steps=25_000)}
 PUSH = dict(online_steps=8000, q_weight_online=0.3)  # pushing stands more of the Q loss (docs/tuning.md)
 BY_TASK = {  # as many control steps as FORCE
     ("PushCube-v1", "state"): PUSH,

@@ -166,7 +166,7 @@ class Args(RunArgs):
 BY_OBS_MODE = {  # without a camera updates are cheap; with one, these budgets are minutes
     "rgb": dict(batch_size=64, online_steps=7500),
     "state": dict(
-        num_envs=1, proprio_noise=0.0, weight_decay=3.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995,
+        num_envs=1, proprio_noise=0.0, weight_decay=1.0, sft_updates=6000, online_steps=25_000, actor_ema=0.995,
         online_finetune="full", round_steps=2500, online_lr=1e-3, utd_ratio=0.16,
     ),
 }  # fmt: skip

@@ -10,6 +10,7 @@ from conftest import as_flags, differences, rows, tiny_args, weights
 
 import bc as script
 import force_octo
+from backbones.units import adamw, set_lr
 from plumbing import Demos, Run, UserError, load_demos, load_sft_weights, parse_flags
 
 HEADS = ("consistency", "diffusion", "mse-chunk")
@@ -234,3 +235,17 @@ def test_demonstrations_are_those_of_the_other_scripts(place, demos, monkeypatch
     monkeypatch.setattr("subprocess.run", refuse)
     mine = load_demos(tiny_args(place, script), script.make_env)
     np.testing.assert_array_equal(mine.action, demos.action)
+
+
+def test_weight_decay_is_of_matrices_alone():
+    """Without a gradient AdamW multiplies by 1 - lr * decay = 1 - 0.1 * 2; biases and norms stay as they are."""
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    before = {name: value.clone() for name, value in layers.named_parameters()}
+    optimizer = adamw(layers, 1.0, 2.0)
+    set_lr(optimizer, 0.1)
+    for value in layers.parameters():
+        value.grad = torch.zeros_like(value)
+    optimizer.step()
+    for name, value in layers.named_parameters():
+        left = 0.8 if name == "0.weight" else 1.0
+        torch.testing.assert_close(value, left * before[name])

@@ -254,7 +254,9 @@ def test_where_objects_start(env_id):
             obs = env.reset(seed=seed)[0]["proprio"]
             bodies = list(SPAWN[env_id]) + (["goal_region"] if env_id == "PushCube-v1" else [])
             found.append(np.concatenate([getattr(env.unwrapped, b).pose.p[0].numpy() for b in bodies]))
-            assert np.isclose(obs[..., None], found[-1], atol=1e-6).any(1).all()  # what is seen is where it is
+            hand = env.unwrapped.agent.tcp_pose.p[0].numpy()
+            from_hand = found[-1] - np.resize(hand, len(found[-1]))
+            assert np.isclose(obs[..., None], from_hand, atol=1e-6).any(1).all()  # what is seen is where it is
         env.close()
         assert np.array_equal(found[0], found[2])
         seen[spawn] = np.stack(found[:2])
@@ -288,8 +290,8 @@ def test_demonstrations_go_on_after_success(place, demos, upsampled):
         assert not upsampled.success[a : a + steps - 1].any() and upsampled.success[a + steps - 1 : a + steps + 8].all()
         held = upsampled.action[a + n : a + steps + 8]
         assert not held[:, :-1].any() and (held[:, -1] == upsampled.action[a + n - 1, -1]).all() and len(held)
-        moved = np.diff(upsampled.obs["proprio"][a + steps + 5 : a + steps + 9, :7], axis=0)
-        assert np.abs(moved).max() < 0.02  # the joints stand still
+        moved = np.diff(upsampled.obs["proprio"][a + steps + 5 : a + steps + 9], axis=0)
+        assert np.abs(moved).max() < 0.02  # the hand stands still
 
 
 def test_demonstrations_from_another_start(tmp_path):
@@ -300,8 +302,9 @@ def test_demonstrations_from_another_start(tmp_path):
     env = script.make_maniskill(args)
     env.reset(seed=0)
     y = env.unwrapped.obj.pose.p[0, 1].item()
+    hand = env.unwrapped.agent.tcp_pose.p[0, 1].item()
     env.close()
-    assert np.isclose(demos.obs["proprio"][0], y, atol=1e-6).any() and y > 0.105
+    assert np.isclose(demos.obs["proprio"][0], y - hand, atol=1e-6).any() and y > 0.105
 
 
 # --- runs ---

@@ -17,6 +17,7 @@ import force_octo as script
 import plumbing.demos
 from backbones.units import ACTION_RANGE
 from plumbing import EVAL_SEED, TRAIN_SEED, Slots, UserError, load_demos, moving, success_metrics
+from plumbing.wrappers import from_hand
 
 RELEASED = dict(obs_mode="rgb", backbone="octo-small", image_size=256)
 
@@ -130,9 +131,38 @@ def test_open_fingers_are_seen_before_they_close(place):
     whole = load_demos(tiny_args(place, drop_idle=0.0, max_episode_steps=60), script.make_env)
     left = load_demos(tiny_args(place, drop_idle=0.03, max_episode_steps=60), script.make_env)
     assert (left.steps < whole.steps).all()
-    fingers = {name: demos.obs["proprio"][demos.starts(), 7] for name, demos in (("whole", whole), ("left", left))}
+    fingers = {name: demos.obs["proprio"][demos.starts(), 0] for name, demos in (("whole", whole), ("left", left))}
     np.testing.assert_array_equal(fingers["left"], fingers["whole"])
-    assert (fingers["left"] > 0.03).all() and left.obs["proprio"][left.starts() + 2, 7].max() < 0.005
+    assert (fingers["left"] > 0.03).all() and left.obs["proprio"][left.starts() + 2, 0].max() < 0.005
+
+
+def test_places_are_seen_from_the_hand():
+    """What is moved across the table together with the hand looks the same; only the hand's height tells it apart."""
+    g = torch.Generator().manual_seed(0)
+    sizes = {"is_grasped": 1, "tcp_pose": 7, "goal_pos": 3, "obj_pose": 7, "tcp_to_obj_pos": 3}
+    extra = {name: torch.randn((2, size), generator=g) for name, size in sizes.items()}
+    seen = from_hand(extra)
+    assert list(seen) == list(extra)  # the order of the numbers
+    assert torch.equal(seen["tcp_pose"], extra["tcp_pose"][:, 2:])
+    assert torch.equal(seen["goal_pos"], extra["goal_pos"] - extra["tcp_pose"][:, :3])
+    assert torch.equal(seen["obj_pose"][:, 3:], extra["obj_pose"][:, 3:])
+    for name in ("is_grasped", "tcp_to_obj_pos"):
+        assert torch.equal(seen[name], extra[name])
+    moved = {name: value.clone() for name, value in extra.items()}
+    for name in ("tcp_pose", "goal_pos", "obj_pose"):
+        moved[name][:, :2] += torch.tensor([0.3, -0.1])
+    for name, value in from_hand(moved).items():
+        torch.testing.assert_close(value, seen[name])
+
+
+def test_a_controller_of_joints_needs_the_joints(place):
+    """PickCube in state mode: 9 joint positions and 24 numbers more; by differences of the hand's place 2 and 22."""
+    sizes = {}
+    for mode in ("pd_joint_pos", "pd_ee_delta_pos"):
+        env = script.make_maniskill(tiny_args(place, env_id="PickCube-v1", control_mode=mode))
+        sizes[mode] = env.reset(seed=0)[0]["proprio"].shape[1]
+        env.close()
+    assert sizes == {"pd_joint_pos": 33, "pd_ee_delta_pos": 24}
 
 
 WRONG_STARTS = {
@@ -231,9 +261,11 @@ def test_pick_cube_images_and_goal(place):
         obs = env.reset(seed=seed)[0]
         assert obs["primary"].shape == (1, 32, 32, 3) and obs["primary"].dtype == np.uint8
         assert obs["primary"].std() > 5 and len(np.unique(obs["primary"])) > 20
-        assert holds(obs["proprio"][0], env.unwrapped.goal_site.pose.p[0])  # hidden in images
-        assert holds(obs["proprio"][0], env.unwrapped.agent.robot.qpos[0])
-        assert not holds(obs["proprio"][0], env.unwrapped.cube.pose.p[0])  # this one has to be seen
+        base = env.unwrapped
+        hand = base.agent.tcp_pose.p[0]
+        assert holds(obs["proprio"][0], base.goal_site.pose.p[0] - hand)  # hidden in images
+        assert holds(obs["proprio"][0], base.agent.robot.qpos[0, 7:])  # fingers
+        assert not holds(obs["proprio"][0], base.cube.pose.p[0] - hand)  # this one has to be seen
         seen.append(obs)
     assert not np.array_equal(seen[0]["primary"], seen[1]["primary"])
     env.close()

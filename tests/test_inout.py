@@ -32,7 +32,7 @@ from plumbing.openpi import Client, pack, server, unpack
 from plumbing.policy import load_policy
 from plumbing.storage import Checkpoints, write_json
 
-P, A = 26, 4  # PushCube's numbers, in state mode
+P, A = 17, 4  # PushCube's numbers, in state mode
 
 
 def a_run(folder: Path, name: str, **changes) -> tuple[Path, object, object]:
@@ -246,7 +246,7 @@ def test_the_command_serves(run):
     program = [sys.executable, ROOT / "serve.py", run, "--port", "0"]
     process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
-    address = re.search(r"on (ws://127.0.0.1:\d+): takes 'proprio' float32 \[26\]", line)[1]
+    address = re.search(r"on (ws://127.0.0.1:\d+): takes 'proprio' float32 \[17\]", line)[1]
     client = Client(address)
     assert client.infer(an_observation())["actions"].shape == (3, A)
     with pytest.raises(UserError, match="reports: the observation has an unknown 'x'"):
@@ -342,7 +342,7 @@ def test_a_policy_goes_to_the_hub_and_comes_back(run, tmp_path):
         "import sys, json, numpy, export; from plumbing.policy import load_policy\n"
         "export.main([sys.argv[1], '--out', sys.argv[2], '--push', 'owner/name'])\n"
         "policy = load_policy('hf://owner/name')\n"
-        "print(policy.act({'proprio': numpy.zeros(26)}).tolist())"
+        "print(policy.act({'proprio': numpy.zeros(17)}).tolist())"
     )
     words = [sys.executable, "-c", code, run, tmp_path / "out"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
@@ -377,7 +377,7 @@ def test_an_exported_folder_explains_itself(run, tmp_path):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["policy"]["actions"] == {"dtype": "float32", "shape": [3, A]} and config["args"]["eval_only"] is None
     card = (tmp_path / "out/README.md").read_text()
-    assert "| `proprio` | float32 | [26] |" in card and "pd_ee_delta_pos" in card and card.startswith("---\n")
+    assert "| `proprio` | float32 | [17] |" in card and "pd_ee_delta_pos" in card and card.startswith("---\n")
     with pytest.raises(UserError, match="exists: choose another --out"):
         export.main([str(run), "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match="needs a run from released Octo weights; this one has --backbone octo-compact"):

@@ -312,7 +312,7 @@ def toy_cache(args) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     g = np.random.default_rng(0)
     lengths = np.full(4, 9)
-    numbers = dict(obs_proprio=g.normal(size=(40, 26)), action=g.uniform(-0.3, 0.3, (40, 4)))
+    numbers = dict(obs_proprio=g.normal(size=(40, 17)), action=g.uniform(-0.3, 0.3, (40, 4)))
     arrays = {name: value.astype(np.float32) for name, value in numbers.items()}
     demos.write(path, source="toy", gripper=True, lengths=lengths, steps=lengths, success=np.ones(40, bool), **arrays)
 
