@@ -121,7 +121,7 @@ class Args(RunArgs):
     sft_updates: int = 6000  # updates of stage 0
     sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
-    weight_decay: float = 1e-4  # of matrices and kernels, in stage 0
+    weight_decay: float = 1e-4  # of matrices and kernels (stage 0)
     proprio_noise: float = 0.1  # noise on proprio in every update, in standard deviations of the demonstrations
     fresh_head: bool = False  # stage I starts with a new head on the backbone of stage 0
 

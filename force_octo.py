@@ -118,7 +118,7 @@ class Args(RunArgs):
     finetune: Literal["full", "head"] = "full"  # stage 0: train backbone and head, or the head alone
     sft_lr: float = 2e-3  # peak learning rate, cosine decay after 5 % warm-up
     sft_batch_size: int = 64  # transitions per batch
-    weight_decay: float = 1e-4  # of matrices and kernels, in stages 0 and 3
+    weight_decay: float = 1e-4  # of matrices and kernels (stages 0 and 3)
     proprio_noise: float = 0.1  # noise on proprio in every update, in standard deviations of the demonstrations
 
     # --- stages 1 to 3 ---

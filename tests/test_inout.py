@@ -353,7 +353,7 @@ def test_a_policy_goes_to_the_hub_and_comes_back(run, tmp_path):
     for name in ("config.json", "model.safetensors", "README.md"):
         assert Hub.files[name] == (tmp_path / "out" / name).read_bytes()
     own = load_policy(run).act({"proprio": np.zeros(P)})
-    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), own, rtol=1e-5)
+    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), own, rtol=1e-5, atol=1e-6)
     assert f"pushed to {address}/owner/name" in done.stdout
 
 
