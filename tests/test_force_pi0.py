@@ -605,7 +605,7 @@ def test_shared_flags_have_the_same_defaults():
     """But for the model, and what stage 0 and stage 3 take with it: here the backbone stays frozen online."""
     theirs = {f.name: f.default for f in dataclasses.fields(force_octo.Args)}
     ours = {f.name: f.default for f in dataclasses.fields(script.Args)}
-    assert theirs.keys() - ours.keys() == {"online_finetune", "round_steps", "online_lr"}
+    assert theirs.keys() - ours.keys() == {"online_finetune", "round_steps", "online_lr", "weight_decay"}
     common = theirs.keys() & ours.keys()
     budgets = {"backbone", "sft_updates", "online_steps", "utd_ratio", "eval_freq"}
     assert {name for name in common if theirs[name] != ours[name]} == budgets
