@@ -163,7 +163,7 @@ BY_PRESET = {
     "paper": dict(
         bc_weight=0.0, q_normalize=False, cql_alpha=0.1, return_mix=0.0, holdout=0.0, num_demos=30, tau=0.005,
         gamma=0.99, batch_size=256, sft_lr=3e-4, critic_first=0, actor_lr=3e-4, offline_updates=20_000, lasting=False,
-        actor_until="end",
+        actor_until="end", weight_decay=1e-4,
     ),
 }  # fmt: skip
 TABLES = {"obs_mode": BY_OBS_MODE, "env_id obs_mode": BY_TASK, "preset": BY_PRESET}

@@ -168,7 +168,7 @@ BY_TASK = {  # as many control steps as FORCE
 PAPER = dict(
     control_mode="pd_ee_delta_pose", reward="conrft", tau=0.005, batch_size=256, chunk_len=1,
     noise_levels=1, cql_samples=10, offline_updates=20_000, online_steps=10_000, utd_ratio=1.0, num_demos=30,
-    fresh_head=True, q_weight_online=1.0,
+    fresh_head=True, q_weight_online=1.0, weight_decay=1e-4,
 )  # fmt: skip
 CODE = dict(cql_weight=0.1, bound_random=True, q_weight_offline=0.0, bc_weight_online=0.1, truncation="terminal")
 BY_PRESET = {"paper": PAPER, "code": PAPER | CODE}

@@ -189,7 +189,7 @@ BY_PRESET = {
         q_normalize=False, distill_weight=0.5, temperature=0.1, temperature_adaptive=False, candidate_sigma=0.0,
         candidate_noise=0.0, explore_noise=0.0, actor_ema=0.0, success_filter=False, cql_samples=10,
         offline_updates=20_000, warmup_updates=4000, online_steps=30_000, utd_ratio=1.0, num_demos=50, stay=False,
-        sft_updates=6000, online_finetune="head", round_steps=1, online_lr=3e-4, drop_idle=0.0,
+        sft_updates=6000, online_finetune="head", round_steps=1, online_lr=3e-4, drop_idle=0.0, weight_decay=1e-4,
     ),
 }  # fmt: skip
 TABLES = {"obs_mode": BY_OBS_MODE, "env_id obs_mode": BY_TASK, "preset": BY_PRESET}
